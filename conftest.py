@@ -1,0 +1,17 @@
+"""What holds for every test, including the examples in docstrings."""
+
+import os
+
+# Small tensors are slower with several threads than with one, and tests already run one process
+# per core. The variable must be set before torch is imported; processes that tests start see it.
+os.environ["OMP_NUM_THREADS"] = "1"
+
+import pytest
+import torch
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    torch.manual_seed(0)

@@ -1,0 +1,62 @@
+"""Convolution layers whose kernels are Gabor functions with learned parameters."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+# Where each public name lives. They are imported when first used, so that the command line can
+# answer --help without loading torch.
+_HOMES = {
+    "Gabor1d": "params",
+    "Gabor2d": "params",
+    "Gabor3d": "params",
+    "GaborConv1d": "layers",
+    "GaborConv2d": "layers",
+    "GaborConv3d": "layers",
+    "suggest_kernel_size": "layers",
+    "gabor": "kernels",
+    "gabor_jacobian": "kernels",
+    "quadrature_pair": "kernels",
+    "gabor_spectrum": "spectrum",
+    "bandwidth_from_sigma": "spectrum",
+    "sigma_from_bandwidth": "spectrum",
+    "dc_response": "spectrum",
+}
+_NAMESPACES: tuple[str, ...] = ()
+
+if TYPE_CHECKING:
+    from gaborium import interop as interop
+    from gaborium.kernels import gabor as gabor
+    from gaborium.kernels import gabor_jacobian as gabor_jacobian
+    from gaborium.kernels import quadrature_pair as quadrature_pair
+    from gaborium.layers import GaborConv1d as GaborConv1d
+    from gaborium.layers import GaborConv2d as GaborConv2d
+    from gaborium.layers import GaborConv3d as GaborConv3d
+    from gaborium.layers import suggest_kernel_size as suggest_kernel_size
+    from gaborium.params import Gabor1d as Gabor1d
+    from gaborium.params import Gabor2d as Gabor2d
+    from gaborium.params import Gabor3d as Gabor3d
+    from gaborium.spectrum import bandwidth_from_sigma as bandwidth_from_sigma
+    from gaborium.spectrum import dc_response as dc_response
+    from gaborium.spectrum import gabor_spectrum as gabor_spectrum
+    from gaborium.spectrum import sigma_from_bandwidth as sigma_from_bandwidth
+
+__all__ = ["__version__", *_HOMES, *_NAMESPACES]  # noqa: PLE0604
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        value = getattr(importlib.import_module(f"gaborium.{_HOMES[name]}"), name)
+    elif name in _NAMESPACES:
+        value = importlib.import_module(f"gaborium.{name}")
+    else:
+        raise AttributeError(f"module 'gaborium' has no attribute {name!r}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

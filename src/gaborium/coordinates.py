@@ -1,0 +1,207 @@
+"""Coordinates: how a layer stores Gabor parameters so that any optimiser step stays legal."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from gaborium.params import RECORDS, Gabor, Waveform, unit_vector, waveform
+
+# Logs are held within these bounds when they are read, so that a runaway step gives a useless
+# kernel and not a NaN. Outside them a parameter has no gradient; inside, float32 does not overflow.
+_BOUNDS = {"wavelength": (1e-4, 1e10), "sigma": (1e-8, 1e8), "aspect_ratio": (1e-6, 1e6)}
+_TINY = 1e-24  # squared length, below which a wave vector or coefficient pair has no direction
+
+
+@dataclass(frozen=True)
+class Coordinates:
+    """A way of storing the fields of a record as unconstrained ("raw") tensors.
+
+    ``textbook`` keeps the formula's letters: angles, phase, amplitude and centre as they are, the
+    positive fields as logarithms. ``wavevector`` stores two groups of fields jointly: direction
+    and wavelength as ``angular_wave_vector`` (2πk in rad/px: there is no circle to cross, zero
+    frequency is an ordinary point, and a unit step turns the kernel about as much as a unit step
+    of the others), amplitude and phase as the linear coefficients ``even`` and ``odd``.
+
+    A group is stored jointly only when its fields learn together or not at all: a wave vector
+    cannot move while its length is frozen. In 1-D there is no direction to store.
+
+    Args:
+        n_dims: 1, 2 or 3.
+        joint_wave: direction and wavelength are stored as ``angular_wave_vector``.
+        joint_phase: amplitude and phase are stored as ``even`` and ``odd``.
+        min_wavelength: px; wavelengths stay above it: ``λ² = raw² + min²``. ``None``: no bound.
+
+    Example:
+        >>> from gaborium import Gabor2d
+        >>> wave = Coordinates.named("wavevector", n_dims=2)
+        >>> raw = wave.to_raw(Gabor2d.of(orientation=0.0, wavelength=4.0, sigma=2.0))
+        >>> list(raw)
+        ['angular_wave_vector', 'log_sigma', 'log_aspect_ratio', 'even', 'odd', 'center']
+    """
+
+    n_dims: int
+    joint_wave: bool
+    joint_phase: bool
+    min_wavelength: float | None = None
+
+    @classmethod
+    def named(
+        cls,
+        name: str,
+        *,
+        n_dims: int,
+        learn: Collection[str] | None = None,
+        min_wavelength: float | None = None,
+    ) -> Coordinates:
+        """The coordinates called ``"textbook"`` or ``"wavevector"``, for the fields to learn."""
+        if name not in ("textbook", "wavevector"):
+            raise ValueError(f"coordinates must be 'textbook' or 'wavevector', got {name!r}.")
+        if min_wavelength is not None and not min_wavelength > 0:
+            raise ValueError(f"min_wavelength must be positive (px), got {min_wavelength}.")
+        record = RECORDS[n_dims]
+        learned = set(record.field_names() if learn is None else learn)
+
+        def together(fields: set[str]) -> bool:
+            return name == "wavevector" and (fields <= learned or not fields & learned)
+
+        return cls(
+            n_dims,
+            joint_wave=n_dims > 1 and together({*record.angle_names, "wavelength"}),
+            joint_phase=together({"amplitude", "phase"}),
+            min_wavelength=min_wavelength,
+        )
+
+    def raw_fields(self) -> dict[str, tuple[str, ...]]:
+        """The raw tensors' names, each with the fields of the record that it holds."""
+        angles = RECORDS[self.n_dims].angle_names
+        raw: dict[str, tuple[str, ...]] = {}
+        if self.joint_wave:
+            raw["angular_wave_vector"] = (*angles, "wavelength")
+        else:
+            raw |= {name: (name,) for name in angles} | {"log_wavelength": ("wavelength",)}
+        raw["log_sigma"] = ("sigma",)
+        if self.n_dims > 1:
+            raw["log_aspect_ratio"] = ("aspect_ratio",)
+        for name, field in (("even", "amplitude"), ("odd", "phase")):
+            raw |= {name: ("amplitude", "phase")} if self.joint_phase else {field: (field,)}
+        return raw | {"center": ("center",)}
+
+    def contains(self, params: Gabor) -> Tensor:
+        """Whether these coordinates can store each Gabor function: ``(*batch,)``."""
+        fields = params.expand().as_dict()
+        legal = torch.stack([value > 0 for n, value in fields.items() if n in _BOUNDS]).all(0)
+        if self.min_wavelength is not None:
+            legal &= fields["wavelength"] >= self.min_wavelength
+        return legal
+
+    def to_raw(self, params: Gabor) -> dict[str, Tensor]:
+        """Raw tensors that hold ``params``; geometry and coefficients keep their own shapes."""
+        fields = params.as_dict()
+        # A blob is stored as a wave of 1e10 px, which still has a direction.
+        frequency = self._unbound(fields["wavelength"].clamp(*_BOUNDS["wavelength"]).reciprocal())
+        raw = {name: fields[name] for name in (*params.angle_names, "amplitude", "phase", "center")}
+        raw |= {f"log_{name}": _log(name, fields[name]) for name in _BOUNDS if name in fields}
+        raw["log_wavelength"] = -frequency.log()
+        if self.joint_wave:
+            raw["angular_wave_vector"] = 2 * math.pi * frequency.unsqueeze(-1) * params.direction
+        if self.joint_phase:
+            raw["even"] = fields["amplitude"] * fields["phase"].cos()
+            raw["odd"] = fields["amplitude"] * fields["phase"].sin()
+        return {name: raw[name] for name in self.raw_fields()}
+
+    def from_raw(self, raw: Mapping[str, Tensor]) -> Gabor:
+        """The record that the raw tensors mean."""
+        record = RECORDS[self.n_dims]
+        fields = {name: value for name, value in raw.items() if name in record.field_names()}
+        for name in ("sigma", "aspect_ratio")[: 1 if self.n_dims == 1 else 2]:
+            fields[name] = _exp(name, raw)
+        if self.joint_wave:
+            k = self._wave_vector(raw)
+            length = k.square().sum(-1)
+            still = length < _TINY
+            safe = torch.where(still.unsqueeze(-1), _first_axis(k), k)
+            fields["orientation"] = torch.atan2(safe[..., 1], safe[..., 0])
+            if self.n_dims == 3:
+                flat = torch.linalg.vector_norm(safe[..., :2], dim=-1)
+                fields["elevation"] = torch.atan2(safe[..., 2], flat)
+            fields["wavelength"] = torch.where(still, torch.inf, safe.square().sum(-1).rsqrt())
+        else:
+            fields["wavelength"] = self._frequency(raw).reciprocal()
+        if self.joint_phase:
+            even, odd = raw["even"], raw["odd"]
+            silent = even.square() + odd.square() < _TINY
+            even = torch.where(silent, torch.ones_like(even), even)
+            odd = torch.where(silent, torch.zeros_like(odd), odd)
+            fields["phase"] = torch.atan2(odd, even)
+            fields["amplitude"] = torch.where(silent, 0.0, torch.hypot(even, odd))
+        return record(**{name: fields[name] for name in record.field_names()})
+
+    def waveform(self, raw: Mapping[str, Tensor]) -> Waveform:
+        """What the kernels are made of, by a way on which no gradient is ever infinite.
+
+        Going through the record would divide by the wave vector's length and the amplitude.
+        """
+        if self.joint_wave:
+            k = self._wave_vector(raw)
+            squared = k.square().sum(-1, keepdim=True)
+            still = squared < _TINY
+            scale = torch.where(still, torch.ones_like(squared), squared).rsqrt()
+            direction = torch.where(still, _first_axis(k), k * scale)
+        else:
+            direction = self._direction(raw)
+            k = direction * self._frequency(raw).unsqueeze(-1)
+        if self.joint_phase:
+            even, odd = raw["even"], raw["odd"]
+        else:
+            even = raw["amplitude"] * raw["phase"].cos()
+            odd = raw["amplitude"] * raw["phase"].sin()
+        ratio = _exp("aspect_ratio", raw) if self.n_dims > 1 else None
+        return waveform(direction, k, _exp("sigma", raw), ratio, even, odd, raw["center"])
+
+    def _direction(self, raw: Mapping[str, Tensor]) -> Tensor:
+        if self.n_dims == 1:
+            return torch.ones_like(raw["log_wavelength"]).unsqueeze(-1)
+        return unit_vector([raw[name] for name in RECORDS[self.n_dims].angle_names])
+
+    def _frequency(self, raw: Mapping[str, Tensor]) -> Tensor:
+        return self._bound(_exp("wavelength", raw).reciprocal())
+
+    def _wave_vector(self, raw: Mapping[str, Tensor]) -> Tensor:
+        limit = 1 / _BOUNDS["wavelength"][0]
+        k = (raw["angular_wave_vector"] / (2 * math.pi)).clamp(-limit, limit)
+        if self.min_wavelength is None:
+            return k
+        return k * (1 + k.square().sum(-1, keepdim=True) * self.min_wavelength**2).rsqrt()
+
+    def _bound(self, frequency: Tensor) -> Tensor:
+        """``1/f² = 1/raw² + min_wavelength²``: smooth, and never reaches the limit."""
+        if self.min_wavelength is None:
+            return frequency
+        return frequency * (1 + (frequency * self.min_wavelength).square()).rsqrt()
+
+    def _unbound(self, frequency: Tensor) -> Tensor:
+        """The inverse of ``_bound``; the limit itself is stored as a point just short of it."""
+        if self.min_wavelength is None:
+            return frequency
+        room = 1 - (frequency * self.min_wavelength).square()
+        return frequency * room.clamp_min(8 * torch.finfo(frequency.dtype).eps).rsqrt()
+
+
+def _log(name: str, value: Tensor) -> Tensor:
+    low, high = _BOUNDS[name]
+    return value.clamp(low, high).log()
+
+
+def _exp(name: str, raw: Mapping[str, Tensor]) -> Tensor:
+    low, high = _BOUNDS[name]
+    return raw[f"log_{name}"].clamp(math.log(low), math.log(high)).exp()
+
+
+def _first_axis(like: Tensor) -> Tensor:
+    """The unit vector along x, in the shape of a batch of vectors."""
+    return torch.eye(like.shape[-1], dtype=like.dtype, device=like.device)[0].expand_as(like)

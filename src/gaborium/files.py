@@ -1,0 +1,223 @@
+"""Writing files and folders so that an interrupted run leaves the old content or the new, whole."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import stat
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+
+def write_text(path: str | os.PathLike[str], text: str) -> None:
+    r"""Write ``text`` in UTF-8, all or nothing; line ends are written as they come.
+
+    Args:
+        path: the file, in a folder that exists. An existing file is replaced and keeps its
+            permissions; a link is followed; a pipe or device such as ``/dev/stdout`` is written to.
+        text: what the file will hold.
+
+    Raises:
+        OSError: it cannot be written there, as ``FileNotFoundError`` (no such folder),
+            ``NotADirectoryError``, ``IsADirectoryError``, ``PermissionError``, or itself (disk
+            full). What was there before stays.
+
+    Example:
+        >>> from tempfile import TemporaryDirectory
+        >>> with TemporaryDirectory() as folder:
+        ...     write_text(Path(folder, "result.json"), '{"loss": 0.5}\n')
+        ...     Path(folder, "result.json").read_text()
+        '{"loss": 0.5}\n'
+    """
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: str | os.PathLike[str], data: bytes) -> None:
+    r"""Write ``data``, all or nothing.
+
+    Args:
+        path: the file, as for ``write_text``.
+        data: what the file will hold.
+
+    Raises:
+        OSError: it cannot be written there, as for ``write_text``.
+
+    Example:
+        >>> from tempfile import TemporaryDirectory
+        >>> with TemporaryDirectory() as folder:
+        ...     write_bytes(Path(folder, "kernel.bin"), b"\x00\x01")
+        ...     Path(folder, "kernel.bin").read_bytes()
+        b'\x00\x01'
+    """
+    try:
+        if _is_stream(path):
+            # Replacing /dev/null by a file would harm the whole machine.
+            Path(path).write_bytes(data)
+        else:
+            _replace_file(Path(os.path.realpath(path)), data)
+    except OSError as error:
+        raise _cannot_write(path, error) from None
+
+
+@contextmanager
+def new_folder(
+    path: str | os.PathLike[str], *, overwrite: bool, marker: str = "result.json"
+) -> Iterator[Path]:
+    """Fill a folder that appears under its name only when it is complete.
+
+    The block works in a hidden folder beside ``path``, which takes that name when the block ends.
+    If the block raises, also by Ctrl-C, the hidden folder is removed and nothing has changed.
+
+    Args:
+        path: the folder to make; missing parents are made too.
+        overwrite: whether to replace an earlier result. It stays in place until the block ends.
+        marker: a file that every finished folder holds. A folder without it is never replaced, so
+            that a mistyped path loses nothing.
+
+    Yields:
+        The hidden folder to write into, in the same parent as ``path``.
+
+    Raises:
+        FileExistsError: ``path`` exists and is not to be replaced; told before the block starts.
+        OSError: no folder can be made there, with its reason, also before the block starts. If
+            it is only at the end that the name cannot be taken, because something else took it
+            meanwhile, the finished folder is kept and the message says where.
+
+    Example:
+        >>> from tempfile import TemporaryDirectory
+        >>> with TemporaryDirectory() as parent:
+        ...     with new_folder(Path(parent, "first"), overwrite=False) as folder:
+        ...         write_text(folder / "result.json", "{}")
+        ...     sorted(str(file.relative_to(parent)) for file in Path(parent).rglob("*.json"))
+        ['first/result.json']
+    """
+    shown = repr(os.fspath(path))
+    # The real path, so that a link to a run is followed and not itself renamed away.
+    target = Path(os.path.realpath(path))
+    _check_free(target, shown, overwrite=overwrite, marker=marker)
+    temporary = _temporary_name(target.parent)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary.mkdir()
+    except OSError as error:
+        raise _cannot_write(path, error) from None
+    keep = False
+    try:
+        yield temporary
+        try:
+            _check_free(target, shown, overwrite=overwrite, marker=marker)
+            _install(temporary, target)
+        except OSError as error:
+            # The work is done and may have taken hours: a name is no reason to lose it.
+            keep = True
+            reason = _reason(error).rstrip(".")
+            raise _same_kind(error, f"{reason}. The finished work is in '{temporary}'.") from None
+    except BaseException:
+        if not keep:
+            shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def _is_stream(path: str | os.PathLike[str]) -> bool:
+    try:
+        mode = os.stat(path).st_mode
+    except OSError:
+        return False
+    return not (stat.S_ISREG(mode) or stat.S_ISDIR(mode))
+
+
+def _replace_file(target: Path, data: bytes) -> None:
+    if target.is_dir():
+        raise IsADirectoryError("it is a folder; give the name of a file")
+    temporary = _temporary_name(target.parent)
+    try:
+        # Not tempfile: its files are for their owner only, and the result would be so too.
+        with open(temporary, "xb") as file:
+            file.write(data)
+            file.flush()
+            # Without it a power cut may keep the new name and lose the new content.
+            os.fsync(file.fileno())
+        with suppress(FileNotFoundError):
+            shutil.copymode(target, temporary)
+        os.replace(temporary, target)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def _install(new: Path, target: Path) -> None:
+    """Give ``new`` the name ``target``; at no point is there neither the old nor the new."""
+    if not os.path.lexists(target):
+        new.rename(target)
+        return
+    old = _temporary_name(target.parent)
+    target.rename(old)
+    try:
+        new.rename(target)
+    except BaseException:
+        old.rename(target)
+        raise
+    try:
+        shutil.rmtree(old)
+    except OSError as error:
+        warnings.warn(
+            f"'{target}' is complete, but what it replaced could not be removed from '{old}': "
+            f"{_reason(error)}.",
+            stacklevel=4,
+        )
+
+
+def _check_free(target: Path, shown: str, *, overwrite: bool, marker: str) -> None:
+    if not os.path.lexists(target):
+        return
+    if not target.is_dir():
+        found = "exists and is not a folder; choose another name (--name)."
+    elif not (target / marker).is_file():
+        found = (
+            f"exists and has no {marker}, so it may hold other work and is never replaced; "
+            "choose another name (--name)."
+        )
+    elif not overwrite:
+        found = (
+            f"exists and holds {marker}; choose another name (--name) or replace it with "
+            "overwrite=True (--overwrite)."
+        )
+    else:
+        return
+    raise FileExistsError(f"{shown} {found}")
+
+
+def _temporary_name(folder: Path) -> Path:
+    # Without the target's name in it, which may be as long as names can be.
+    return folder / f".gaborium-{os.urandom(6).hex()}.part"
+
+
+def _cannot_write(path: str | os.PathLike[str], error: OSError) -> OSError:
+    """One line that says what is in the way, as the same kind of error."""
+    parent = Path(os.path.abspath(path)).parent
+    existing = next((p for p in (parent, *parent.parents) if os.path.lexists(p)), parent)
+    shown = repr(os.fspath(path))
+    if not existing.is_dir():
+        return NotADirectoryError(
+            f"Cannot write {shown}: {str(existing)!r} is not a folder; choose another place."
+        )
+    if isinstance(error, FileNotFoundError) and existing != parent:
+        return FileNotFoundError(
+            f"Cannot write {shown}: there is no folder {str(parent)!r}; make it first."
+        )
+    reason = _reason(error)
+    advice = "" if ";" in reason else "; choose another place"
+    return _same_kind(error, f"Cannot write {shown}: {reason}{advice}.")
+
+
+def _reason(error: OSError) -> str:
+    return error.strerror or str(error)
+
+
+def _same_kind(error: OSError, message: str) -> OSError:
+    # One argument, so that the text is the message alone, without "[Errno 13]" before it.
+    clear = type(error)(message)
+    clear.errno = error.errno
+    return clear

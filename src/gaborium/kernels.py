@@ -1,0 +1,181 @@
+"""Gabor functions on a pixel grid, and their derivatives in closed form."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from gaborium.errors import as_sizes
+from gaborium.params import Gabor, Waveform
+
+
+def gabor(params: Gabor, kernel_size: int | tuple[int, ...]) -> Tensor:
+    """Sample Gabor functions on a pixel grid.
+
+    The kernel is ``A exp(-u·P u / 2) cos(2π k·u + ψ)``, with ``u`` the pixel's offset from the
+    centre of the envelope, ``k`` the wave vector and ``P`` the envelope's precision.
+
+    Convention:
+        - x runs along the last axis, y along the one before it (rows, downwards), z before that
+        - ``orientation`` turns the wave vector from +x towards +y
+        - even sizes are centred between pixels; nothing is normalised
+        - the phase is that at the envelope's centre, wherever ``center`` puts it
+
+    Args:
+        params: Gabor functions of batch shape ``(*batch,)``.
+        kernel_size: pixels along each axis, e.g. ``(height, width)``; one number serves all.
+
+    Returns:
+        Kernels of shape ``(*batch, *kernel_size)``, dtype and device of ``params``.
+
+    Raises:
+        ValueError: ``kernel_size`` does not have one entry per dimension of ``params``.
+
+    Example:
+        >>> from gaborium import Gabor2d
+        >>> stripes = Gabor2d.of(orientation=0.0, wavelength=6.0, sigma=2.0)
+        >>> print([round(v, 2) for v in gabor(stripes, kernel_size=(5, 5))[2].tolist()])
+        [-0.3, 0.44, 1.0, 0.44, -0.3]
+
+    Reference:
+        Daugman (1985), J. Opt. Soc. Am. A 2(7), doi:10.1364/JOSAA.2.001160.
+    """
+    sizes = as_sizes("kernel_size", kernel_size, params.n_dims)
+    return combine(*even_odd(params.waveform(), sizes), params.waveform())
+
+
+def quadrature_pair(params: Gabor, kernel_size: int | tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """Sample each Gabor function and its partner a quarter of a period behind.
+
+    Convention:
+        - the first is ``gabor(params, kernel_size)``, a cosine of phase ψ
+        - the second has phase ``ψ - π/2``: it is the sine where the first is the cosine, so that
+          ``first + 1j * second`` is the complex Gabor function ``A E exp(i(2π k·u + ψ))``
+
+    Args:
+        params: Gabor functions of batch shape ``(*batch,)``.
+        kernel_size: pixels along each axis; one number serves all.
+
+    Returns:
+        Two kernels of shape ``(*batch, *kernel_size)``.
+
+    Example:
+        >>> from gaborium import Gabor1d
+        >>> even, odd = quadrature_pair(Gabor1d.of(wavelength=4.0, sigma=1.0), 3)
+        >>> [abs(round(v, 2)) for v in even.tolist()], [round(v, 2) for v in odd.tolist()]
+        ([0.0, 1.0, 0.0], [-0.61, 0.0, 0.61])
+    """
+    sizes = as_sizes("kernel_size", kernel_size, params.n_dims)
+    wave = params.waveform()
+    even, odd = even_odd(wave, sizes)
+    return combine(even, odd, wave), combine(even, odd, turned(wave))
+
+
+def gabor_jacobian(params: Gabor, kernel_size: int | tuple[int, ...]) -> dict[str, Tensor]:
+    """Derivatives of the kernels with respect to every field, in closed form.
+
+    Args:
+        params: Gabor functions of batch shape ``(*batch,)``.
+        kernel_size: pixels along each axis; one number serves all.
+
+    Returns:
+        One tensor per field, under the field's name and in the record's order: shape
+        ``(*batch, *kernel_size)``, in the kernel's unit per unit of the field. ``center`` has
+        shape ``(*batch, d, *kernel_size)``, components x, y, z.
+
+    Raises:
+        ValueError: ``kernel_size`` does not have one entry per dimension of ``params``.
+
+    Example:
+        >>> from gaborium import Gabor2d
+        >>> edge = Gabor2d.of(orientation=0.0, wavelength=6.0, sigma=2.0, phase=-1.5708)
+        >>> slopes = gabor_jacobian(edge, (5, 5))
+        >>> slopes["orientation"].shape, slopes["center"].shape
+        (torch.Size([5, 5]), torch.Size([2, 5, 5]))
+    """
+    sizes = as_sizes("kernel_size", kernel_size, params.n_dims)
+    params = params.expand()
+    wave = params.waveform()
+    even, odd = even_odd(wave, sizes)
+    g = combine(even, odd, wave).flatten(-params.n_dims)
+    # dg/dφ: the carrier's slope turns the cosine into minus the sine.
+    slope = -combine(even, odd, turned(wave)).flatten(-params.n_dims)
+
+    def column(value: Tensor) -> Tensor:
+        return value.unsqueeze(-1)
+
+    r = offsets(sizes, params.dtype, params.device) - column(params.center)  # (*batch, d, N)
+    n = params.direction
+    along = (column(n) * r).sum(-2)  # x'
+    across = (r - column(n) * along.unsqueeze(-2)).square().sum(-2)  # |y'|²
+    inverse = column(params.sigma).reciprocal()
+    gamma = column(params.as_dict().get("aspect_ratio", torch.ones_like(params.sigma)))
+    rate = 2 * math.pi * column(params.frequency)  # of φ along the wave
+
+    result: dict[str, Tensor] = {}
+    for name, turn in _direction_slopes(params).items():
+        moved = (column(turn) * r).sum(-2)  # d x'/d angle; |y'|² changes by -2 x' of it
+        result[name] = slope * rate * moved - g * (1 - gamma**2) * along * moved * inverse**2
+    result["wavelength"] = -slope * rate * along * column(params.frequency)
+    result["phase"] = slope
+    result["sigma"] = g * (along**2 + gamma**2 * across) * inverse**3
+    result["aspect_ratio"] = -g * gamma * across * inverse**2
+    unit = params.replace(amplitude=torch.ones_like(params.amplitude)).waveform()
+    result["amplitude"] = combine(even, odd, unit).flatten(-params.n_dims)
+    pull = column(gamma**2) * r + (1 - column(gamma**2)) * column(n) * along.unsqueeze(-2)
+    result["center"] = g.unsqueeze(-2) * pull * column(inverse) ** 2 - slope.unsqueeze(
+        -2
+    ) * rate.unsqueeze(-2) * column(n)
+    return {name: result[name].unflatten(-1, sizes) for name in params.field_names()}
+
+
+def even_odd(wave: Waveform, sizes: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """Envelope times cosine and envelope times sine, each ``(*geometry batch, *sizes)``.
+
+    The phase and the amplitude do not enter: every kernel of this geometry is a linear
+    combination of the two, which ``combine`` makes.
+    """
+    center = wave.center.unsqueeze(-1)
+    r = offsets(sizes, center.dtype, center.device) - center  # (*batch, d, N)
+    # Sums over two or three components, written out: a matrix product would fall to half
+    # precision under autocast.
+    stretched = (wave.whitening.unsqueeze(-1) * r.unsqueeze(-3)).sum(-2)
+    envelope = (-0.5 * stretched.square().sum(-2)).exp()
+    angle = (2 * math.pi) * (wave.wave_vector.unsqueeze(-1) * r).sum(-2)
+    return (envelope * angle.cos()).unflatten(-1, sizes), (envelope * angle.sin()).unflatten(
+        -1, sizes
+    )
+
+
+def combine(even: Tensor, odd: Tensor, wave: Waveform) -> Tensor:
+    """``A cos ψ`` parts of the even kernel less ``A sin ψ`` parts of the odd one."""
+    shape = (...,) + (None,) * wave.center.shape[-1]
+    return wave.even[shape] * even - wave.odd[shape] * odd
+
+
+def turned(wave: Waveform) -> Waveform:
+    """The same waves with ``ψ - π/2`` for ψ: cosines become sines."""
+    return wave._replace(even=wave.odd, odd=-wave.even)
+
+
+def offsets(sizes: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Pixels' offsets from the kernel's middle, ``(d, N)``: x first, though its axis is last."""
+    axes = [torch.arange(n, dtype=dtype, device=device) - (n - 1) / 2 for n in sizes]
+    return torch.stack([axis.flatten() for axis in reversed(torch.meshgrid(*axes, indexing="ij"))])
+
+
+def _direction_slopes(params: Gabor) -> dict[str, Tensor]:
+    """Derivative of the unit wave vector with respect to each angle, ``(*batch, d)``."""
+    fields = params.as_dict()
+    if params.n_dims == 1:
+        return {}
+    cos, sin = fields["orientation"].cos(), fields["orientation"].sin()
+    if params.n_dims == 2:
+        return {"orientation": torch.stack([-sin, cos], -1)}
+    flat, steep = fields["elevation"].cos(), fields["elevation"].sin()
+    return {
+        "orientation": torch.stack([-flat * sin, flat * cos, torch.zeros_like(flat)], -1),
+        "elevation": torch.stack([-steep * cos, -steep * sin, flat], -1),
+    }

@@ -1,0 +1,536 @@
+"""Convolution layers whose kernels are Gabor functions with learned parameters.
+
+Image → layer → loss → gradient → parameter: ``forward`` convolves with ``weight``; ``weight``
+samples the Gabor functions that the raw parameters mean, anew at every call; autograd carries the
+gradient of the loss through the sampling back to the raw parameters.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Collection, Mapping
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gaborium.coordinates import Coordinates
+from gaborium.errors import one_of
+from gaborium.kernels import combine, even_odd, turned
+from gaborium.params import RECORDS, Gabor, Waveform
+from gaborium.starts import STARTS
+from gaborium.starts import start as draw_start
+
+_CONVOLUTIONS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+_PLAIN_LAYERS: dict[int, Any] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+# Standard deviations of the envelope that a kernel should hold to each side; below that its
+# border cuts the envelope at more than a third of its height, and it is no Gabor any more.
+_ENOUGH_STDS = 1.5
+
+
+class _GaborConv(nn.Module):
+    """What the three layers share; their docstrings say what the arguments mean."""
+
+    n_dims: ClassVar[int]
+    log_sigma: Tensor
+    bias: nn.Parameter | None
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | tuple[int, ...] | str,
+        stride: int | tuple[int, ...] = 1,
+        padding: int | tuple[int, ...] | str = 0,
+        dilation: int | tuple[int, ...] = 1,
+        groups: int = 1,
+        bias: bool = True,
+        padding_mode: str = "zeros",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        learn: Collection[str] | str | None = None,
+        coordinates: str = "wavevector",
+        geometry: str = "filter",
+        start: str | Gabor = "bank",
+        seed: int | None = None,
+        dc: str = "keep",
+        unit_norm: bool = False,
+        output: str = "real",
+        min_wavelength: float | None = None,
+    ) -> None:
+        super().__init__()
+        record = RECORDS[self.n_dims]
+        self.dc = one_of("dc", dc, ("keep", "remove"))
+        self.output = one_of("output", output, ("real", "quadrature", "energy"))
+        self.geometry = one_of("geometry", geometry, ("filter", "pair"))
+        self.unit_norm = unit_norm
+        self.learn = _learned_fields(record, learn)
+        if isinstance(start, str):
+            one_of("start", start, STARTS)
+        elif not isinstance(start, record):
+            raise TypeError(
+                f"start must be a {record.__name__} or one of {', '.join(STARTS)}, "
+                f"got {type(start).__name__}."
+            )
+        if isinstance(kernel_size, str):
+            kernel_size = self._automatic_size(kernel_size, start)
+
+        self.in_channels, self.out_channels, self.groups = in_channels, out_channels, groups
+        self.kernel_size: Any = kernel_size
+        self.stride: Any = stride
+        self.padding: Any = padding
+        self.dilation: Any = dilation
+        self.padding_mode = padding_mode
+        # nn.ConvNd checks its arguments and brings them to their normal form.
+        plain = self._empty_conv(bias=bias)
+        self.kernel_size, self.stride = plain.kernel_size, plain.stride
+        self.padding, self.dilation = plain.padding, plain.dilation
+        if any(size < 1 for size in self.kernel_size):
+            raise ValueError(f"kernel_size must be positive, got {self.kernel_size}.")
+        if output == "quadrature" and (out_channels % 2 or (out_channels // 2) % groups):
+            raise ValueError(
+                "output='quadrature' gives two channels per filter: out_channels must be a "
+                f"multiple of 2 x groups = {2 * groups}, got {out_channels}."
+            )
+
+        dtype = dtype or torch.get_default_dtype()
+        if not dtype.is_floating_point:
+            raise TypeError(f"dtype must be a real floating type, got {dtype}.")
+        self.start = start.detach() if isinstance(start, Gabor) else start
+        self.seed, self.coordinates = seed, coordinates
+        self._coordinates = Coordinates.named(
+            coordinates, n_dims=self.n_dims, learn=self.learn, min_wavelength=min_wavelength
+        )
+        raw = self._coordinates.to_raw(self._starting_params())
+        for name, fields in self._coordinates.raw_fields().items():
+            value = raw[name].to(device=device, dtype=dtype).clone()
+            if self.learn >= set(fields):
+                self.register_parameter(name, nn.Parameter(value))
+            else:
+                self.register_buffer(name, value)
+        if bias:
+            self.bias = nn.Parameter(torch.empty(out_channels, device=device, dtype=dtype))
+        else:
+            self.register_parameter("bias", None)
+        self.reset_parameters()
+
+    # -- image → responses --------------------------------------------------------------------
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002  (nn.Conv2d's name)
+        """Convolve ``(batch, in_channels, *size)``, or the same without batch."""
+        bias = None if self.output == "energy" else self.bias
+        responses = self._convolve(input, self.weight, bias)
+        if self.output != "energy":
+            return responses
+        pairs = responses.unflatten(-self.n_dims - 1, (self.out_channels, 2))
+        # The norm's gradient is 0, not NaN, where both responses are 0.
+        energy = torch.linalg.vector_norm(pairs, dim=-self.n_dims - 1)
+        if self.bias is None:
+            return energy
+        return energy + self.bias.reshape(-1, *[1] * self.n_dims)
+
+    def _convolve(self, image: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        convolve = _CONVOLUTIONS[self.n_dims]
+        if self.padding_mode == "zeros":
+            return convolve(
+                image, weight, bias, self.stride, self.padding, self.dilation, self.groups
+            )
+        padded = F.pad(image, self._border(), mode=self.padding_mode)
+        return convolve(padded, weight, bias, self.stride, 0, self.dilation, self.groups)
+
+    def _border(self) -> list[int]:
+        """Pixels added before and after each axis, last axis first, as ``F.pad`` wants them."""
+        border: list[int] = []
+        for axis in reversed(range(self.n_dims)):
+            if self.padding == "same":
+                total = self.dilation[axis] * (self.kernel_size[axis] - 1)
+                border += [total // 2, total - total // 2]
+            elif self.padding == "valid":
+                border += [0, 0]
+            else:
+                border += [int(self.padding[axis])] * 2
+        return border
+
+    # -- parameters → kernels -----------------------------------------------------------------
+
+    @property
+    def weight(self) -> Tensor:
+        """The kernels, sampled from the parameters at this moment; never cached.
+
+        Shape ``(out_channels, in_channels / groups, *kernel_size)``. With a quadrature or an
+        energy output the even and the odd kernel of a filter follow each other, and for energy
+        there are ``2 * out_channels`` of them.
+        """
+        return self._kernels(self._raw()).to(self.log_sigma.dtype)
+
+    def _kernels(self, raw: Mapping[str, Tensor]) -> Tensor:
+        wave = self._coordinates.waveform(raw)
+        even, odd = even_odd(wave, self.kernel_size)
+        if self.dc == "remove":
+            even, odd = self._without_dc(even, wave), self._without_dc(odd, wave)
+        members = [combine(even, odd, wave)]
+        if self.output != "real":
+            members.append(combine(even, odd, turned(wave)))
+        kernels = torch.stack(members, dim=1)  # (filters, 1 or 2, channels, *size)
+        if self.unit_norm:
+            kernels = kernels * self._unit_scale(kernels, torch.stack([wave.even, wave.odd]))
+        return kernels.flatten(0, 1)
+
+    def _without_dc(self, part: Tensor, wave: Waveform) -> Tensor:
+        """Subtract the envelope that brings the sum to zero, as in a Morlet wavelet."""
+        still = wave._replace(wave_vector=torch.zeros_like(wave.wave_vector))
+        envelope, _ = even_odd(still, self.kernel_size)
+        axes = tuple(range(-self.n_dims, 0))
+        share = part.sum(axes, keepdim=True) / envelope.sum(axes, keepdim=True).clamp_min(1e-30)
+        return part - share * envelope
+
+    def _unit_scale(self, kernels: Tensor, coefficients: Tensor) -> Tensor:
+        """Factor that makes each (output, input) kernel's L2 norm its amplitude."""
+        axes = (1, *range(3, 3 + self.n_dims))
+        norm = torch.linalg.vector_norm(kernels, dim=axes, keepdim=True)
+        norm = norm / math.sqrt(kernels.shape[1])
+        size = torch.linalg.vector_norm(coefficients, dim=0)
+        size = size.reshape(size.shape[0], 1, size.shape[1], *[1] * self.n_dims)
+        zero = norm == 0
+        return torch.where(zero, 1.0, size / torch.where(zero, torch.ones_like(norm), norm))
+
+    def _raw(self) -> dict[str, Tensor]:
+        """Raw tensors by name, at least in single precision: half precision has no 1/σ²."""
+        raw = {name: getattr(self, name) for name in self._coordinates.raw_fields()}
+        if self.log_sigma.dtype in (torch.float16, torch.bfloat16):
+            return {name: value.float() for name, value in raw.items()}
+        return raw
+
+    # -- the record ---------------------------------------------------------------------------
+
+    @property
+    def n_filters(self) -> int:
+        """Gabor filters in the layer: half of ``out_channels`` with a quadrature output."""
+        return self.out_channels // 2 if self.output == "quadrature" else self.out_channels
+
+    @property
+    def params(self) -> Gabor:
+        """The parameters as a record, with their graph; assign a record to set them.
+
+        Geometry has shape ``(filters, 1)``, or ``(filters, in_channels / groups)`` with
+        ``geometry="pair"``; phase and amplitude ``(filters, in_channels / groups)``. A single
+        Gabor function, or one per filter, may be assigned too.
+        """
+        return self._coordinates.from_raw(self._raw())
+
+    @params.setter
+    def params(self, params: Gabor) -> None:
+        raw = self._coordinates.to_raw(self._fitting(params))
+        with torch.no_grad():
+            for name, value in raw.items():
+                getattr(self, name).copy_(value)
+        self._warn(params)
+
+    def _fitting(self, params: Gabor) -> Gabor:
+        """``params`` in float64 in the layer's shapes, or one clear line why it cannot be."""
+        record = RECORDS[self.n_dims]
+        if not isinstance(params, record):
+            raise TypeError(f"params must be a {record.__name__}, got {type(params).__name__}.")
+        params = params.detach().to(torch.float64)
+        params.check()
+        shape = (self.n_filters, self.in_channels // self.groups)
+        given = tuple(params.batch_shape)
+        whole = params.expand()
+        if given == shape[:1]:
+            whole = whole[:, None]
+        try:
+            ones = torch.ones(shape, dtype=torch.float64, device=whole.device)
+            fields = {
+                name: value * (ones[..., None] if name == "center" else ones)
+                for name, value in whole.as_dict().items()
+            }
+        except RuntimeError:
+            raise ValueError(
+                f"params must have batch shape {shape} (filters, input channels per group) or "
+                f"broadcast to it, got {given}."
+            ) from None
+        if self.geometry == "filter":
+            for name, value in fields.items():
+                if name in ("phase", "amplitude"):
+                    continue
+                if not torch.equal(value, value[:, :1].expand_as(value)):
+                    raise ValueError(
+                        f"This layer shares one geometry over input channels, but {name} differs "
+                        "between them; use geometry='pair', or fit with geometry='filter'."
+                    )
+                fields[name] = value[:, :1]
+        result = type(params)(**fields)
+        illegal = ~self._coordinates.contains(result)
+        if illegal.any():
+            shortest = result.expand().wavelength[illegal].min().item()
+            raise ValueError(
+                f"wavelength must be at least min_wavelength = "
+                f"{self._coordinates.min_wavelength:g} px, got {shortest:g}."
+            )
+        return result
+
+    # -- starting -----------------------------------------------------------------------------
+
+    def reset_parameters(self) -> None:
+        """Begin again: the layer's start, and a bias drawn as ``nn.ConvNd`` draws it.
+
+        A named start is scaled so that white input of unit variance gives responses with the
+        variance that ``nn.ConvNd``'s own start gives, 1/3; a record is taken as it is. A layer
+        without a seed draws from torch's global generator, as ``nn.ConvNd`` does.
+        """
+        params = self._starting_params()
+        with torch.no_grad():
+            for name, value in self._coordinates.to_raw(params).items():
+                getattr(self, name).copy_(value)
+            if self.bias is not None:
+                fan_in = self.in_channels // self.groups * math.prod(self.kernel_size)
+                bound = 1 / math.sqrt(fan_in)
+                nn.init.uniform_(self.bias, -bound, bound, generator=self._generator())
+        if not self.log_sigma.is_meta:
+            self._warn(params)
+
+    def _starting_params(self) -> Gabor:
+        if isinstance(self.start, Gabor):
+            return self._fitting(self.start)
+        params = draw_start(
+            self.start,
+            n_filters=self.n_filters,
+            n_channels=self.in_channels // self.groups,
+            kernel_size=self.kernel_size,
+            generator=self._generator(),
+        )
+        if self._coordinates.min_wavelength is not None:
+            shortest = self._coordinates.min_wavelength
+            params = params.replace(wavelength=params.wavelength.clamp_min(shortest))
+        params = self._fitting(params)
+        kernels = self._kernels(self._coordinates.to_raw(params))
+        power = kernels.square().flatten(1).sum(1).unflatten(0, (self.n_filters, -1)).mean(1)
+        # nn.ConvNd draws weights of variance 1 / (3 fan_in). The norm of a pair of independent
+        # normal responses has 2 - π/2 of the variance of one of them.
+        wanted = 1 / 3 if self.output != "energy" else 1 / 3 / (2 - math.pi / 2)
+        scale = (wanted / power.clamp_min(1e-30)).sqrt().unsqueeze(-1)
+        return params.replace(amplitude=params.amplitude * scale)
+
+    def _generator(self) -> torch.Generator | None:
+        return None if self.seed is None else torch.Generator().manual_seed(self.seed)
+
+    def _automatic_size(self, kernel_size: str, start: str | Gabor) -> tuple[int, ...]:
+        one_of("kernel_size", kernel_size, ("auto",))
+        if isinstance(start, str):
+            raise ValueError(
+                "kernel_size='auto' needs a record as start, to take the size from its sigma; "
+                f"got start={start!r}."
+            )
+        return suggest_kernel_size(start)
+
+    def _warn(self, params: Gabor) -> None:
+        """Say it once when kernels cut their envelopes or alias their waves."""
+        fields = params.expand().as_dict()
+        widest = fields["sigma"] / fields.get("aspect_ratio", torch.ones(1)).clamp_max(1.0)
+        room = min((size for size in self.kernel_size if size > 1), default=math.inf) / 2
+        cut = int((widest * (_ENOUGH_STDS - 1e-6) > room).sum())
+        aliased = int((fields["wavelength"] < 2).sum())
+        if cut:
+            size = tuple(suggest_kernel_size(params))
+            warnings.warn(
+                f"{cut} of {widest.numel()} Gabor functions do not fit kernel_size "
+                f"{self.kernel_size}: their envelopes are cut above a third of their height. "
+                f"Use kernel_size={size} or smaller sigma, or expect biased parameters.",
+                stacklevel=3,
+            )
+        if aliased:
+            warnings.warn(
+                f"{aliased} of {widest.numel()} wavelengths are below 2 px, where a wave looks "
+                "like a longer one; use min_wavelength=2.0 to keep them above.",
+                stacklevel=3,
+            )
+
+    # -- leaving ------------------------------------------------------------------------------
+
+    def to_conv(self) -> nn.Conv1d | nn.Conv2d | nn.Conv3d:
+        """A plain ``nn.ConvNd`` with the present kernels, equal outputs and no Gabor inside.
+
+        Returns:
+            A new layer on the same device, of the same dtype and training mode; its kernels
+            learn freely. With a quadrature output it has the even and odd kernels in turn.
+
+        Raises:
+            ValueError: the output is an energy, which no convolution gives.
+
+        Example:
+            >>> layer = GaborConv2d(1, 4, 9, seed=0)
+            >>> image = torch.rand(1, 1, 32, 32)
+            >>> torch.equal(layer(image), layer.to_conv()(image))
+            True
+        """
+        if self.output == "energy":
+            raise ValueError(
+                "An energy output is not a convolution; use output='quadrature' and take the "
+                "norm of each pair after to_conv()."
+            )
+        weight = self.weight.detach()
+        conv = self._empty_conv(bias=self.bias is not None)
+        conv.weight = nn.Parameter(weight.clone())
+        if self.bias is not None:
+            conv.bias = nn.Parameter(self.bias.detach().clone())
+        return conv.train(self.training)
+
+    def _empty_conv(self, *, bias: bool) -> Any:
+        """An ``nn.ConvNd`` of these arguments without memory: on the meta device."""
+        return _PLAIN_LAYERS[self.n_dims](
+            self.in_channels,
+            self.out_channels,
+            self.kernel_size,
+            self.stride,
+            self.padding,
+            self.dilation,
+            self.groups,
+            bias,
+            self.padding_mode,
+            device="meta",
+        )
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        """Read a checkpoint that was stored in the other coordinates, too."""
+        stored = Coordinates(
+            self.n_dims,
+            joint_wave=f"{prefix}angular_wave_vector" in state_dict,
+            joint_phase=f"{prefix}even" in state_dict,
+            min_wavelength=self._coordinates.min_wavelength,
+        )
+        names = stored.raw_fields()
+        if stored != self._coordinates and all(prefix + name in state_dict for name in names):
+            raw = {name: state_dict.pop(prefix + name) for name in names}
+            converted = self._coordinates.to_raw(stored.from_raw(raw))
+            state_dict.update({prefix + name: value for name, value in converted.items()})
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    def extra_repr(self) -> str:
+        """The arguments that differ from the defaults, as ``nn.ConvNd`` shows them."""
+        text = f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}"
+        text += f", stride={self.stride}"
+        none, ones = (0,) * self.n_dims, (1,) * self.n_dims
+        shown = {
+            "padding": (self.padding, none),
+            "dilation": (self.dilation, ones),
+            "groups": (self.groups, 1),
+            "bias": (self.bias is not None, True),
+            "padding_mode": (self.padding_mode, "zeros"),
+            "coordinates": (self.coordinates, "wavevector"),
+            "geometry": (self.geometry, "filter"),
+            "dc": (self.dc, "keep"),
+            "unit_norm": (self.unit_norm, False),
+            "output": (self.output, "real"),
+            "min_wavelength": (self._coordinates.min_wavelength, None),
+        }
+        for name, (value, default) in shown.items():
+            if value != default:
+                text += f", {name}={value!r}"
+        order = RECORDS[self.n_dims].field_names()
+        return f"{text}, learn={[name for name in order if name in self.learn]}"
+
+
+class GaborConv1d(_GaborConv):
+    """A 1-D convolution of Gabor kernels; see ``GaborConv2d`` for the arguments."""
+
+    n_dims: ClassVar[int] = 1
+
+
+class GaborConv2d(_GaborConv):
+    """A 2-D convolution whose kernels are Gabor functions with learned parameters.
+
+    The arguments up to ``dtype`` are those of ``nn.Conv2d``, in its order and with its meaning;
+    like it, the layer correlates: the kernel is not flipped.
+
+    Convention:
+        - geometry (orientation, wavelength, sigma, aspect ratio, centre) belongs to a filter and
+          is shared by its input channels; amplitude and phase belong to each pair of output and
+          input channel
+        - the kernels are ``gabor(layer.params, layer.kernel_size)``, unless ``dc`` or
+          ``unit_norm`` say otherwise
+        - parameters are stored unconstrained, so any optimiser step leaves them legal
+
+    At the edges: values are finite for every finite raw parameter. A sigma far below a pixel
+    leaves the middle pixel only (of an even-sized kernel nothing), and no gradient; a sigma far
+    above the kernel's size leaves a plane wave. Below a wavelength of 2 px the wave is aliased.
+    Where the amplitude is 0 the geometry has no gradient, but the amplitude has one. Kernels are
+    computed in single precision where the layer's dtype has less.
+
+    Args:
+        in_channels: channels of the input.
+        out_channels: channels of the output.
+        kernel_size: pixels along each axis, or ``"auto"``: from the sigma of a record ``start``.
+        stride: as of ``nn.Conv2d``.
+        padding: as of ``nn.Conv2d``, ``"same"`` and ``"valid"`` included.
+        dilation: as of ``nn.Conv2d``; wavelengths and widths then count kernel pixels.
+        groups: as of ``nn.Conv2d``.
+        bias: as of ``nn.Conv2d``.
+        padding_mode: as of ``nn.Conv2d``.
+        device: as of ``nn.Conv2d``.
+        dtype: as of ``nn.Conv2d``.
+        learn: the fields of the record that train, e.g. ``("orientation",)``; the others are
+            buffers. By default all but ``center``.
+        coordinates: how the parameters are stored: ``"wavevector"`` or ``"textbook"``; see
+            ``gaborium.coordinates``.
+        geometry: ``"filter"`` or ``"pair"``: a geometry of its own per (output, input) pair.
+        start: ``"bank"``, ``"random"``, ``"v1"``, or a record.
+        seed: of a random start and of the bias; by default torch's global generator.
+        dc: ``"keep"``, or ``"remove"``: subtract the part of the envelope that answers to a
+            constant image.
+        unit_norm: the amplitude is the kernel's L2 norm and not the height of its envelope.
+        output: ``"real"``; ``"quadrature"``: each filter gives two channels, the kernel's and
+            its partner's (ψ - π/2), and ``out_channels`` counts both; ``"energy"``: the root of
+            the sum of squares of the two (the bias is added after it).
+        min_wavelength: px; no step takes a wavelength below it. By default there is no bound.
+
+    Raises:
+        ValueError: an argument is out of range, or names no field.
+
+    Example:
+        >>> layer = GaborConv2d(3, 16, kernel_size=11, stride=2, padding=5)
+        >>> layer(torch.rand(8, 3, 64, 64)).shape
+        torch.Size([8, 16, 32, 32])
+        >>> layer.params.orientation.shape, layer.params.phase.shape
+        (torch.Size([16, 1]), torch.Size([16, 3]))
+    """
+
+    n_dims: ClassVar[int] = 2
+
+
+class GaborConv3d(_GaborConv):
+    """A 3-D convolution of Gabor kernels; see ``GaborConv2d`` for the arguments."""
+
+    n_dims: ClassVar[int] = 3
+
+
+def suggest_kernel_size(params: Gabor, n_stds: float = 3.0) -> tuple[int, ...]:
+    """Odd sizes, one per axis, that hold every envelope to ``n_stds`` standard deviations.
+
+    Example:
+        >>> suggest_kernel_size(Gabor2d.of(wavelength=6.0, sigma=2.0, aspect_ratio=0.5))
+        (25, 13)
+    """
+    whitening = params.expand().detach().waveform().whitening
+    covariance = torch.linalg.inv(whitening @ whitening)
+    std = covariance.diagonal(dim1=-2, dim2=-1).sqrt().reshape(-1, params.n_dims).amax(0)
+    middle = params.center.detach().abs().reshape(-1, params.n_dims).amax(0)
+    halves = (n_stds * std + middle - 1e-6).ceil().int().tolist()
+    return tuple(2 * half + 1 for half in reversed(halves))
+
+
+def _learned_fields(record: type[Gabor], learn: Collection[str] | str | None) -> frozenset[str]:
+    names = record.field_names()
+    if learn is None:
+        return frozenset(names) - {"center"}
+    chosen = {learn} if isinstance(learn, str) else set(learn)
+    for name in sorted(chosen):
+        if name not in names:
+            raise ValueError(
+                f"learn must name fields of {record.__name__} ({', '.join(names)}), got {name!r}."
+            )
+    return frozenset(chosen)

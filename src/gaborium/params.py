@@ -1,0 +1,539 @@
+"""Parameter records: the fields of Gabor functions in one, two and three dimensions."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+Number = float | Sequence[Any] | Tensor
+
+UNITS = {
+    "orientation": "rad",
+    "elevation": "rad",
+    "wavelength": "px",
+    "phase": "rad",
+    "sigma": "px",
+    "aspect_ratio": "1",
+    "amplitude": "kernel's unit",
+    "center": "px",
+}
+POSITIVE_FIELDS = ("wavelength", "sigma", "aspect_ratio")
+_JSON_VERSION = 1
+
+
+class Waveform(NamedTuple):
+    """A Gabor function in the form that is the same in every dimension.
+
+    The function is ``exp(-|W(u - c)|² / 2) (even·cos φ - odd·sin φ)`` with
+    ``φ = 2π k·(u - c)``. Components run x, y, z. The envelope's precision is ``P = W W``: its
+    root is kept, because ``|W u|²`` cannot turn negative by rounding as ``u·P u`` can.
+    """
+
+    wave_vector: Tensor  # k, (*batch, d), cycles/px
+    whitening: Tensor  # W, (*batch, d, d), 1/px, symmetric
+    even: Tensor  # A cos ψ, (*batch,)
+    odd: Tensor  # A sin ψ, (*batch,)
+    center: Tensor  # c, (*batch, d), px
+
+
+def waveform(
+    direction: Tensor,
+    wave_vector: Tensor,
+    sigma: Tensor,
+    aspect_ratio: Tensor | None,
+    even: Tensor,
+    odd: Tensor,
+    center: Tensor,
+) -> Waveform:
+    """Build the common form from vectors ``(*batch, d)`` and fields ``(*batch,)``.
+
+    The envelope's axis is the unit vector ``direction``: that of the wave, which at zero frequency
+    the wave vector no longer tells.
+    """
+    inverse = sigma.reciprocal()[..., None, None]
+    along = direction.unsqueeze(-1) * direction.unsqueeze(-2)
+    if aspect_ratio is None:
+        whitening = along * inverse
+    else:
+        eye = torch.eye(direction.shape[-1], dtype=direction.dtype, device=direction.device)
+        whitening = (along + aspect_ratio[..., None, None] * (eye - along)) * inverse
+    return Waveform(wave_vector, whitening, even, odd, center)
+
+
+def unit_vector(angles: Sequence[Tensor]) -> Tensor:
+    """Unit vector ``(*batch, d)`` with components x, y, z; ``angles`` holds d - 1 tensors."""
+    if len(angles) == 1:
+        return torch.stack([angles[0].cos(), angles[0].sin()], -1)
+    orientation, elevation = torch.broadcast_tensors(*angles)
+    flat = elevation.cos()
+    return torch.stack([flat * orientation.cos(), flat * orientation.sin(), elevation.sin()], -1)
+
+
+@dataclass(frozen=True, eq=False)
+class Gabor:
+    """Fields shared by ``Gabor1d``, ``Gabor2d`` and ``Gabor3d``; make one of those instead.
+
+    A record is a batch of Gabor functions. Its fields broadcast against each other, so that 64
+    filters over 3 channels can share one geometry: ``orientation`` of shape ``(64, 1)`` beside
+    ``amplitude`` of shape ``(64, 3)``. Building one checks shapes; ``of`` also checks values.
+    """
+
+    n_dims: ClassVar[int]
+    angle_names: ClassVar[tuple[str, ...]]
+
+    if TYPE_CHECKING:  # the fields every dimension has
+        wavelength: Tensor
+        phase: Tensor
+        sigma: Tensor
+        amplitude: Tensor
+        center: Tensor
+
+    def __post_init__(self) -> None:
+        for name, value in self.as_dict().items():
+            if not isinstance(value, Tensor):
+                raise TypeError(
+                    f"{type(self).__name__} holds tensors, got {type(value).__name__} for {name}; "
+                    f"use {type(self).__name__}.of(...) for plain numbers."
+                )
+        if self.center.ndim == 0 or self.center.shape[-1] != self.n_dims:
+            raise ValueError(
+                f"center must end in an axis of {self.n_dims} (px from the kernel's middle), "
+                f"got shape {tuple(self.center.shape)}."
+            )
+        try:
+            _ = self.batch_shape
+        except RuntimeError:
+            shapes = {name: tuple(value.shape) for name, value in self.as_dict().items()}
+            raise ValueError(
+                f"The fields of {type(self).__name__} must broadcast, got {shapes}."
+            ) from None
+
+    # -- making one -------------------------------------------------------------------------
+
+    @classmethod
+    def of(
+        cls,
+        *,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+        **fields: Number,
+    ) -> Self:
+        """Make a record from numbers, nested sequences or tensors, and check the values.
+
+        Args:
+            dtype: floating type; by default that of the first floating tensor given, or torch's
+                default.
+            device: where the tensors live; by default where the first tensor given lives.
+            **fields: the record's fields. ``wavelength`` and ``sigma`` are required; angles,
+                ``phase`` and ``center`` are 0 and ``aspect_ratio`` and ``amplitude`` are 1
+                unless given. Tensors keep their graph.
+
+        Returns:
+            A record whose fields all have the batch shape of the broadcast input.
+
+        Raises:
+            TypeError: a field is missing or unknown.
+            ValueError: a value is not finite, or a wavelength, sigma or aspect ratio not
+                positive. An infinite wavelength is a blob, a wave of zero frequency, and legal.
+
+        Example:
+            >>> edge = Gabor2d.of(orientation=0.5, wavelength=6.0, sigma=2.0)
+            >>> edge.aspect_ratio.item(), edge.center.tolist()
+            (1.0, [0.0, 0.0])
+        """
+        names = cls.field_names()
+        for name in fields:
+            if name not in names:
+                raise TypeError(f"{cls.__name__} has no field {name!r}; it has {', '.join(names)}.")
+        for name in ("wavelength", "sigma"):
+            if name not in fields:
+                raise TypeError(f"{cls.__name__}.of needs {name} in px.")
+        given = [value for value in fields.values() if isinstance(value, Tensor)]
+        floating = [value for value in given if value.is_floating_point()]
+        dtype = dtype or (floating[0].dtype if floating else torch.get_default_dtype())
+        device = device or (given[0].device if given else None)
+        defaults: dict[str, Number] = dict.fromkeys((*cls.angle_names, "phase"), 0.0)
+        defaults |= {
+            "aspect_ratio": 1.0,
+            "amplitude": 1.0,
+            "center": [0.0] * cls.n_dims,
+        }
+        values = {
+            name: torch.as_tensor(fields.get(name, defaults.get(name)), dtype=dtype, device=device)
+            for name in names
+        }
+        record = cls(**values)
+        record.check()
+        return record.expand()
+
+    def check(self) -> None:
+        """Raise ``ValueError`` for a value that no Gabor function has."""
+        for name, value in self.as_dict().items():
+            bad = value.isnan() if name == "wavelength" else ~value.isfinite()
+            if name in POSITIVE_FIELDS:
+                bad = bad | (value <= 0)
+            if bad.any():
+                wanted = "positive" if name in POSITIVE_FIELDS else "finite"
+                raise ValueError(
+                    f"{name} must be {wanted} ({UNITS[name]}), got {value[bad][0].item():g}."
+                )
+
+    @classmethod
+    def cat(cls, records: Sequence[Self], dim: int = 0) -> Self:
+        """Concatenate records along a batch axis ``dim >= 0``."""
+        rows = [record.expand().as_dict() for record in records]
+        return cls(**{name: torch.cat([row[name] for row in rows], dim) for name in rows[0]})
+
+    # -- looking at one ---------------------------------------------------------------------
+
+    @classmethod
+    def field_names(cls) -> tuple[str, ...]:
+        """Names of the fields, in the record's order."""
+        return tuple(field.name for field in dataclasses.fields(cls))
+
+    def as_dict(self) -> dict[str, Tensor]:
+        """The fields by name, as they are stored."""
+        return {name: getattr(self, name) for name in self.field_names()}
+
+    @property
+    def batch_shape(self) -> torch.Size:
+        """Shape the fields broadcast to; ``center`` has one axis more."""
+        return torch.broadcast_shapes(
+            *(
+                value.shape[:-1] if name == "center" else value.shape
+                for name, value in self.as_dict().items()
+            )
+        )
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Floating type of the fields."""
+        return self.sigma.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the fields."""
+        return self.sigma.device
+
+    @property
+    def frequency(self) -> Tensor:
+        """Carrier frequency ``1 / wavelength`` in cycles/px."""
+        return self.wavelength.reciprocal()
+
+    @property
+    def direction(self) -> Tensor:
+        """Unit vector of the wave, ``(*batch, d)``, components x, y, z."""
+        if not self.angle_names:
+            return torch.ones_like(self.wavelength).unsqueeze(-1)
+        return unit_vector([getattr(self, name) for name in self.angle_names])
+
+    def waveform(self) -> Waveform:
+        """The record in the form shared by all dimensions."""
+        return waveform(
+            self.direction,
+            self.direction * self.frequency.unsqueeze(-1),
+            self.sigma,
+            getattr(self, "aspect_ratio", None),
+            self.amplitude * self.phase.cos(),
+            self.amplitude * self.phase.sin(),
+            self.center,
+        )
+
+    def __len__(self) -> int:
+        if not self.batch_shape:
+            raise TypeError(f"This {type(self).__name__} holds a single Gabor function.")
+        return self.batch_shape[0]
+
+    def __getitem__(self, index: Any) -> Self:
+        return self._map(lambda value: value[index], expand=True)
+
+    def _map(self, function: Any, *, expand: bool = False) -> Self:
+        source = self.expand() if expand else self
+        return type(self)(**{name: function(value) for name, value in source.as_dict().items()})
+
+    # -- changing one -----------------------------------------------------------------------
+
+    def replace(self, **fields: Tensor) -> Self:
+        """A copy with some fields replaced by tensors."""
+        return dataclasses.replace(self, **fields)
+
+    def expand(self) -> Self:
+        """A view in which every field has the full batch shape."""
+        shape = self.batch_shape
+        return type(self)(
+            **{
+                name: value.expand(*shape, self.n_dims) if name == "center" else value.expand(shape)
+                for name, value in self.as_dict().items()
+            }
+        )
+
+    def to(self, *args: Any, **kwargs: Any) -> Self:
+        """Move or cast every field, with the arguments of ``Tensor.to``."""
+        return self._map(lambda value: value.to(*args, **kwargs))
+
+    def detach(self) -> Self:
+        """The same values without their graph."""
+        return self._map(lambda value: value.detach())
+
+    def canonical(self) -> Self:
+        """The one representative of all records that give the same kernel.
+
+        Convention:
+            - ``(A, ψ) ~ (-A, ψ + π)``: the amplitude becomes non-negative
+            - ``(θ, ψ) ~ (θ + π, -ψ)``: the orientation comes to lie in [0, π); in 3-D it is the
+              elevation that becomes non-negative
+            - the phase lies in (-π, π]; a 1-D record needs only the first rule
+            - at zero frequency only ``A cos ψ`` matters: the phase becomes 0 or π
+
+        Example:
+            >>> one = Gabor2d.of(orientation=-0.5, wavelength=6.0, sigma=2.0, phase=1.0)
+            >>> other = one.canonical()
+            >>> round(other.orientation.item(), 4), round(other.phase.item(), 4)
+            (2.6416, -1.0)
+        """
+        whole = self.expand()
+        fields = whole.as_dict()
+        amplitude, phase = whole.amplitude, whole.phase
+        still = whole.wavelength.isinf()
+        amplitude = torch.where(still, amplitude * phase.cos(), amplitude)
+        phase = torch.where(still, 0.0, phase)
+        phase = torch.where(amplitude < 0, phase + math.pi, phase)
+        if self.n_dims == 2:
+            turns = torch.floor(fields["orientation"] / math.pi)
+            fields["orientation"] = fields["orientation"] - turns * math.pi
+            phase = torch.where(turns % 2 == 0, phase, -phase)
+        if self.n_dims == 3:
+            x, y, z = self.direction.expand(*whole.batch_shape, 3).unbind(-1)
+            sign = torch.where(z < 0, -1.0, 1.0).to(z)
+            fields["orientation"] = torch.atan2(sign * y, sign * x)
+            fields["elevation"] = torch.asin((sign * z).clamp(-1.0, 1.0))
+            phase = sign * phase
+        # Blobs keep phase 0 or π whichever way the wave is turned.
+        fields["phase"] = -wrap(-phase)
+        fields["amplitude"] = amplitude.abs()
+        return type(self)(**fields)
+
+    def difference(self, other: Self) -> dict[str, Tensor]:
+        """Signed error of each field against ``other``, on the circle and up to symmetry.
+
+        Of the representations of ``other`` that give the same kernel, the one nearest in
+        direction is compared: ``θ = 0.01`` and ``θ = π - 0.01`` differ by 0.02 rad.
+
+        Example:
+            >>> one = Gabor2d.of(orientation=0.01, wavelength=6.0, sigma=2.0)
+            >>> two = Gabor2d.of(orientation=3.13159, wavelength=6.0, sigma=2.0)
+            >>> round(one.difference(two)["orientation"].item(), 4)
+            0.02
+        """
+        mine, theirs = self.expand(), other.expand()
+        result = {
+            name: value - theirs.as_dict()[name]
+            for name, value in mine.as_dict().items()
+            if name not in (*self.angle_names, "phase", "amplitude")
+        }
+        flip = (mine.direction * theirs.direction).sum(-1) < 0
+        # In 3-D the opposite direction has the opposite elevation too.
+        for name in self.angle_names:
+            value = theirs.as_dict()[name]
+            opposite = value + math.pi if name == "orientation" else -value
+            result[name] = wrap(mine.as_dict()[name] - torch.where(flip, opposite, value))
+        phase = torch.where(mine.amplitude < 0, mine.phase + math.pi, mine.phase)
+        target = torch.where(theirs.amplitude < 0, theirs.phase + math.pi, theirs.phase)
+        result["phase"] = wrap(phase - torch.where(flip, -target, target))
+        result["amplitude"] = mine.amplitude.abs() - theirs.amplitude.abs()
+        return {name: result[name] for name in self.field_names()}
+
+    def isclose(self, other: Self, *, rtol: float = 1e-5, atol: float = 1e-8) -> Tensor:
+        """Whether two records mean the same Gabor functions, filter by filter: ``(*batch,)``."""
+        scale = {name: other.as_dict()[name].abs() for name in self.field_names()}
+        close = []
+        for name, error in self.difference(other).items():
+            # An angle near 2π is no less exact than one near 0: angles get no relative tolerance.
+            relative = 0.0 if name in (*self.angle_names, "phase") else rtol * scale[name]
+            error = torch.where(scale[name].isinf(), torch.where(error.isnan(), 0.0, error), error)
+            same = error.abs() <= atol + torch.nan_to_num(torch.as_tensor(relative), posinf=0.0)
+            if name in (*self.angle_names, "phase"):
+                same = error.abs() <= atol + rtol
+            close.append(same.all(-1) if name == "center" else same)
+        return torch.stack(torch.broadcast_tensors(*close)).all(0)
+
+    # -- JSON -------------------------------------------------------------------------------
+
+    def to_json(self, *, indent: int | None = None) -> str:
+        """The record as JSON text: type, version, dtype, units and the fields as nested lists.
+
+        Example:
+            >>> edge = Gabor1d.of(wavelength=6.0, sigma=2.0)
+            >>> Gabor1d.from_json(edge.to_json()).wavelength.item()
+            6.0
+        """
+        names = self.field_names()
+        document = {
+            "type": type(self).__name__,
+            "version": _JSON_VERSION,
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "units": {name: UNITS[name] for name in names},
+            "fields": {
+                name: _plain(value.detach().double().tolist())
+                for name, value in self.as_dict().items()
+            },
+        }
+        return json.dumps(document, indent=indent, allow_nan=False)
+
+    @classmethod
+    def from_json(cls, text: str) -> Self:
+        """Read what ``to_json`` wrote; floats come back bit for bit.
+
+        Raises:
+            ValueError: the text is not such a record, or of another dimension or version.
+        """
+        try:
+            document = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"Expected the JSON of a {cls.__name__}: {error}.") from None
+        kind = document.get("type") if isinstance(document, dict) else None
+        if kind != cls.__name__:
+            raise ValueError(f"Expected the JSON of a {cls.__name__}, got type {kind!r}.")
+        if document.get("version") != _JSON_VERSION:
+            raise ValueError(
+                f"{cls.__name__} JSON has version {document.get('version')!r}; this release reads "
+                f"version {_JSON_VERSION}."
+            )
+        dtype = getattr(torch, str(document.get("dtype")), None)
+        fields = document.get("fields")
+        if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+            raise ValueError(f"{cls.__name__} JSON has no floating dtype: {document.get('dtype')}.")
+        if not isinstance(fields, dict) or set(fields) != set(cls.field_names()):
+            raise ValueError(
+                f"{cls.__name__} JSON needs the fields {', '.join(cls.field_names())}."
+            )
+        try:
+            values = {
+                name: torch.tensor(_parsed(value), dtype=torch.float64).to(dtype)
+                for name, value in fields.items()
+            }
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{cls.__name__} JSON holds something not a number: {error}") from None
+        record = cls(**values)
+        record.check()
+        return record
+
+
+@dataclass(frozen=True, eq=False)
+class Gabor1d(Gabor):
+    """One-dimensional Gabor functions, as of sound: ``A exp(-x²/2σ²) cos(2πx/λ + ψ)``.
+
+    Args:
+        wavelength: λ, px, > 0; aliased below 2, infinite for a blob.
+        phase: ψ, rad at the envelope's centre, period 2π.
+        sigma: σ, px, > 0.
+        amplitude: A, the kernel's unit.
+        center: ``(*batch, 1)``, px from the kernel's middle.
+    """
+
+    n_dims: ClassVar[int] = 1
+    angle_names: ClassVar[tuple[str, ...]] = ()
+
+    wavelength: Tensor
+    phase: Tensor
+    sigma: Tensor
+    amplitude: Tensor
+    center: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Gabor2d(Gabor):
+    """Two-dimensional Gabor functions ``A exp(-(x'² + γ²y'²)/2σ²) cos(2πx'/λ + ψ)``.
+
+    Convention:
+        - x runs along the last axis, y along the one before it (rows, downwards)
+        - ``x' = x cos θ + y sin θ`` and ``y' = -x sin θ + y cos θ``
+        - nothing is normalised: A is the height of the envelope
+
+    Args:
+        orientation: θ, rad from +x towards +y, direction of the wave vector, period π.
+        wavelength: λ, px, > 0; aliased below 2, infinite for a blob.
+        phase: ψ, rad at the envelope's centre, period 2π.
+        sigma: σ, px, > 0: standard deviation along the wave vector.
+        aspect_ratio: γ, > 0: the standard deviation along the stripes is σ/γ.
+        amplitude: A, the kernel's unit.
+        center: ``(*batch, 2)``, (x₀, y₀) in px from the kernel's middle.
+    """
+
+    n_dims: ClassVar[int] = 2
+    angle_names: ClassVar[tuple[str, ...]] = ("orientation",)
+
+    orientation: Tensor
+    wavelength: Tensor
+    phase: Tensor
+    sigma: Tensor
+    aspect_ratio: Tensor
+    amplitude: Tensor
+    center: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Gabor3d(Gabor):
+    """Three-dimensional Gabor functions, of volumes or of films (z is depth or time).
+
+    The wave vector is ``(cos ε cos θ, cos ε sin θ, sin ε) / λ`` in (x, y, z) order, for kernels of
+    axes (z, y, x). The envelope is round across the wave: σ along it, σ/γ in both other directions.
+    In a film, tan ε is the speed of the stripes in px per frame, with the sign turned: they move
+    towards -θ for positive ε.
+
+    Args:
+        orientation: θ, rad from +x towards +y of the wave vector's shadow on the image plane.
+        elevation: ε, rad from the image plane towards +z, in [-π/2, π/2].
+        wavelength: λ, px along the wave vector, > 0; infinite for a blob.
+        phase: ψ, rad at the envelope's centre, period 2π.
+        sigma: σ, px, > 0: standard deviation along the wave vector.
+        aspect_ratio: γ, > 0: the standard deviation across the wave vector is σ/γ.
+        amplitude: A, the kernel's unit.
+        center: ``(*batch, 3)``, (x₀, y₀, z₀) in px from the kernel's middle.
+    """
+
+    n_dims: ClassVar[int] = 3
+    angle_names: ClassVar[tuple[str, ...]] = ("orientation", "elevation")
+
+    orientation: Tensor
+    elevation: Tensor
+    wavelength: Tensor
+    phase: Tensor
+    sigma: Tensor
+    aspect_ratio: Tensor
+    amplitude: Tensor
+    center: Tensor
+
+
+RECORDS: dict[int, type[Gabor]] = {1: Gabor1d, 2: Gabor2d, 3: Gabor3d}
+
+
+def wrap(angle: Tensor) -> Tensor:
+    """The same angle in [-π, π)."""
+    return torch.remainder(angle + math.pi, 2 * math.pi) - math.pi
+
+
+def _plain(value: Any) -> Any:
+    """Nested lists with infinities as the text "inf": JSON has no word for them."""
+    if isinstance(value, list):
+        return [_plain(item) for item in value]
+    return value if math.isfinite(value) else str(value)
+
+
+def _parsed(value: Any) -> Any:
+    """The inverse of ``_plain``."""
+    if isinstance(value, list):
+        return [_parsed(item) for item in value]
+    if isinstance(value, bool) or value is None:
+        raise TypeError(f"{value!r}")
+    return float(value)

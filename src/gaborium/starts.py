@@ -1,0 +1,185 @@
+"""Starts: the Gabor functions with which a layer begins."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gaborium.kernels import quadrature_pair
+from gaborium.params import RECORDS, Gabor
+from gaborium.spectrum import sigma_from_bandwidth
+
+STARTS = ("bank", "random", "v1")
+
+# Shortest wavelength of any start, px: a little above the aliasing limit of 2.
+_SHORTEST = 2.5
+
+
+def start(
+    name: str,
+    *,
+    n_filters: int,
+    n_channels: int,
+    kernel_size: tuple[int, ...],
+    generator: torch.Generator | None = None,
+) -> Gabor:
+    """Draw the parameters that a layer begins with.
+
+    - ``"bank"``: the classical filter bank. Directions evenly over the half circle (over the half
+      sphere in 3-D), wavelengths evenly in octaves from 3 px to the kernel's size, one octave of
+      bandwidth where the kernel has room for it, an even and an odd filter of each. The same for
+      every input channel. Nothing is drawn.
+    - ``"random"``: directions and phases uniform, wavelengths and widths uniform in octaves,
+      aspect ratios 0.5 to 1, and for every input channel an amplitude of its own.
+    - ``"v1"``: as measured in simple cells of macaque primary visual cortex, see ``_v1_widths``.
+
+    Args:
+        name: one of the above.
+        n_filters: Gabor functions to draw.
+        n_channels: input channels that each filter sees.
+        kernel_size: pixels along each axis.
+        generator: source of randomness; by default torch's own.
+
+    Returns:
+        A float64 record on the CPU: geometry ``(n_filters, 1)``, phase and amplitude
+        ``(n_filters, n_channels)``. Amplitudes are relative; the layer scales them.
+
+    Raises:
+        ValueError: the name is none of the above.
+
+    Example:
+        >>> bank = start("bank", n_filters=8, n_channels=1, kernel_size=(9, 9))
+        >>> [round(angle, 2) for angle in bank.orientation[::2, 0].tolist()]
+        [0.0, 0.79, 1.57, 2.36]
+    """
+    if name not in STARTS:
+        raise ValueError(f"start must be a record or one of {', '.join(STARTS)}, got {name!r}.")
+    sizes = [size for size in kernel_size if size > 1] or [1]
+    draw = {"bank": _bank, "random": _random, "v1": _v1}[name]
+    fields = draw(n_filters, n_channels, len(kernel_size), float(min(sizes)), generator)
+    record = RECORDS[len(kernel_size)]
+    known: dict[str, Any] = {n: v for n, v in fields.items() if n in record.field_names()}
+    params = record.of(**known)
+    geometry = {
+        name: value[:, :1]
+        for name, value in params.as_dict().items()
+        if name not in ("phase", "amplitude")
+    }
+    return _without_silence(params.replace(**geometry), kernel_size)
+
+
+def _bank(
+    n_filters: int, n_channels: int, n_dims: int, size: float, _: torch.Generator | None
+) -> dict[str, Tensor]:
+    n_pairs = math.ceil(n_filters / 2)
+    # About twice as many directions as wavelengths, as in most published banks.
+    n_wavelengths = n_pairs if n_dims == 1 else max(1, round(math.sqrt(n_pairs / 2)))
+    n_directions = math.ceil(n_pairs / n_wavelengths)
+    index = torch.arange(n_filters)
+    pair = index // 2
+    octave = (pair // n_directions).double() / max(n_wavelengths - 1, 1)
+    longest = max(size, 3.0)
+    wavelength = 3.0 * (longest / 3.0) ** octave if n_wavelengths > 1 else _middle(longest, index)
+    orientation, elevation = _even_directions(pair % n_directions, n_directions, n_dims)
+    room = _room(size)
+    return {
+        "orientation": _column(orientation),
+        "elevation": _column(elevation),
+        "wavelength": _column(wavelength),
+        "sigma": _column(sigma_from_bandwidth(1.0, wavelength).clamp_max(room)),
+        "aspect_ratio": torch.ones(n_filters, 1, dtype=torch.float64),
+        "phase": _column((index % 2).double() * (math.pi / 2)).expand(-1, n_channels),
+        "amplitude": torch.ones(n_filters, n_channels, dtype=torch.float64),
+    }
+
+
+def _random(
+    n_filters: int, n_channels: int, _: int, size: float, generator: torch.Generator | None
+) -> dict[str, Tensor]:
+    def uniform(low: float, high: float, columns: int = 1) -> Tensor:
+        sample = torch.rand(n_filters, columns, dtype=torch.float64, generator=generator)
+        return low + (high - low) * sample
+
+    wavelength = 2 ** uniform(math.log2(_SHORTEST), math.log2(max(size, _SHORTEST)))
+    sigma = sigma_from_bandwidth(2 ** uniform(-0.5, 1.0), wavelength).clamp_max(_room(size))
+    aspect_ratio = torch.maximum(2 ** uniform(-1.0, 0.0), sigma / _room(size))
+    amplitude = torch.randn(n_filters, n_channels, dtype=torch.float64, generator=generator)
+    return {
+        "orientation": uniform(0.0, math.pi),
+        # The sine of the elevation is uniform where directions are uniform on the sphere.
+        "elevation": uniform(-1.0, 1.0).asin(),
+        "wavelength": wavelength,
+        "sigma": sigma,
+        "aspect_ratio": aspect_ratio,
+        "phase": uniform(-math.pi, math.pi, n_channels),
+        "amplitude": amplitude,
+    }
+
+
+def _v1(
+    n_filters: int, n_channels: int, n_dims: int, size: float, generator: torch.Generator | None
+) -> dict[str, Tensor]:
+    fields = _random(n_filters, n_channels, n_dims, size, generator)
+    across, along = _v1_widths(n_filters, generator)
+    # In cortex the size of a receptive field varies with eccentricity; here the kernel's size sets
+    # the scale: the drawn shape is kept and its wavelength is made to fit.
+    fit = _room(size) / torch.maximum(across, along)
+    wavelength = torch.minimum(fields["wavelength"], fit).clamp_min(_SHORTEST)
+    fields["wavelength"] = wavelength
+    fields["sigma"] = across * wavelength
+    fields["aspect_ratio"] = across / along
+    fields["phase"] = fields["phase"][:, :1].expand(-1, n_channels)
+    fields["amplitude"] = torch.ones_like(fields["amplitude"])
+    return fields
+
+
+def _v1_widths(n: int, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
+    """Envelope widths in wavelengths, ``n_x = σ/λ`` and ``n_y = σ/(γλ)``, of ``n`` simple cells.
+
+    Drawn from the log-normal distribution that has the moments of 79 macaque V1 simple cells:
+    log10 n_x is -0.45 ± 0.18 and log10 n_y is -0.38 ± 0.28, with a correlation of 0.71.
+
+    Reference:
+        Ringach (2002), J. Neurophysiol. 88(1), doi:10.1152/jn.2002.88.1.455. The moments are
+        those of the binned (n_x, n_y) counts of its population figure.
+    """
+    sample = torch.randn(2, n, 1, dtype=torch.float64, generator=generator)
+    mean, std, correlation = (-0.45, -0.38), (0.18, 0.28), 0.71
+    first = sample[0]
+    second = correlation * sample[0] + math.sqrt(1 - correlation**2) * sample[1]
+    # Tails beyond what was ever measured would give a filter without envelope or without end.
+    across = 10 ** (mean[0] + std[0] * first.clamp(-2, 2))
+    along = 10 ** (mean[1] + std[1] * second.clamp(-2, 2))
+    return across, along
+
+
+def _room(size: float) -> float:
+    """Largest standard deviation that a kernel of this size holds: 1.5 of them to each side."""
+    return max(size / 3.0, 0.3)
+
+
+def _middle(longest: float, like: Tensor) -> Tensor:
+    return torch.full(like.shape, math.sqrt(3.0 * longest), dtype=torch.float64)
+
+
+def _column(value: Tensor) -> Tensor:
+    return value.double().unsqueeze(-1)
+
+
+def _even_directions(index: Tensor, n: int, n_dims: int) -> tuple[Tensor, Tensor]:
+    """Directions number ``index`` of ``n``, evenly over the half circle or the half sphere."""
+    if n_dims < 3:
+        return index * (math.pi / n), torch.zeros(len(index))
+    # A spiral of golden angles: even, and as good for 5 directions as for 500.
+    golden = math.pi * (3 - math.sqrt(5))
+    return index * golden, ((index + 0.5) / n).asin()
+
+
+def _without_silence(params: Gabor, kernel_size: tuple[int, ...]) -> Gabor:
+    """Turn the phase by π/2 where the kernel would be zero, as a sine on a single pixel is."""
+    real, partner = (k.flatten(-params.n_dims) for k in quadrature_pair(params, kernel_size))
+    silent = real.norm(dim=-1) < 0.01 * partner.norm(dim=-1)
+    return params.replace(phase=torch.where(silent, params.phase - math.pi / 2, params.phase))
