@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Iterable
 from types import ModuleType
+from typing import Any
 
 
 def require(package: str, *, extra: str, purpose: str) -> ModuleType:
@@ -50,7 +51,7 @@ def one_of(what: str, value: str, choices: Iterable[str]) -> str:
     return value
 
 
-def as_sizes(what: str, value: int | Iterable[int], n_dims: int) -> tuple[int, ...]:
+def as_sizes(what: str, value: int | Iterable[Any], n_dims: int) -> tuple[int, ...]:
     """Return ``value`` as ``n_dims`` positive whole numbers; one number serves every axis.
 
     Example:

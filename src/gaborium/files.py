@@ -112,8 +112,10 @@ def new_folder(
         except OSError as error:
             # The work is done and may have taken hours: a name is no reason to lose it.
             keep = True
-            reason = _reason(error).rstrip(".")
-            raise _same_kind(error, f"{reason}. The finished work is in '{temporary}'.") from None
+            clear = error if error.strerror is None else _cannot_write(path, error)
+            raise _same_kind(
+                clear, f"{clear} The finished work is in {str(temporary)!r}."
+            ) from None
     except BaseException:
         if not keep:
             shutil.rmtree(temporary, ignore_errors=True)

@@ -5,7 +5,10 @@ from __future__ import annotations
 import os
 import stat
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import ModuleType
 from typing import Any, BinaryIO
 
 import torch
@@ -246,28 +249,132 @@ def _cannot_read(shown: str, error: OSError) -> OSError:
 def _read_picture(file: BinaryIO, shown: str, max_pixels: int) -> tuple[Any, float]:
     """Decode with Pillow: an array ``(height, width[, channels])`` and its value for white."""
     pillow = require("PIL.Image", extra="cli", purpose="Photographs")
-    # Pillow warns of odd metadata and of sizes that max_pixels judges: no news to the user.
+    start = file.read(8)
+    try:
+        with _decoding(shown, pillow.UnidentifiedImageError, pillow.DecompressionBombError):
+            image = pillow.open(file, formats=_FORMATS)
+    except pillow.UnidentifiedImageError:
+        raise ValueError(
+            f"{shown} is not an image that can be read: it starts with {start!r}, expected "
+            f"{', '.join(_FORMATS)} or a .npy file; if a viewer opens it, save it as PNG there."
+        ) from None
+    except pillow.DecompressionBombError:
+        limit = min(max_pixels, 2 * pillow.MAX_IMAGE_PIXELS)
+        raise ValueError(
+            f"{shown} has more than the {limit:,} pixels allowed; scale it down, or raise "
+            "max_pixels and PIL.Image.MAX_IMAGE_PIXELS if you trust the file."
+        ) from None
+    _check_size(image.height, image.width, max_pixels, shown)
+    with _decoding(shown):
+        n_pages = getattr(image, "n_frames", 1)
+    if n_pages > 1 and image.format != "MPO":  # a phone's JPEG with previews behind it
+        raise ValueError(
+            f"{shown} holds {n_pages} pictures (an animation or several pages), expected one; "
+            "save the one you want to a file of its own."
+        )
+    with _decoding(shown):
+        image.load()
+        image = _upright(image, pillow)
+    return _pixels(image, shown)
+
+
+@contextmanager
+def _decoding(shown: str, *passing: type[Exception]) -> Iterator[None]:
+    """Whatever a decoder stumbles over becomes one line; of its warnings nothing is heard."""
     with warnings.catch_warnings():
+        # They tell of odd metadata, and of sizes that max_pixels judges.
         warnings.simplefilter("ignore")
         try:
-            image = pillow.open(file, formats=_FORMATS)
-            _check_header(image, shown, max_pixels)
-            image.load()
-            return _pixels(image, pillow, shown)
-        except (MemoryError, _RefusedError):
+            yield
+        except (MemoryError, *passing):
             raise
-        except pillow.UnidentifiedImageError:
-            file.seek(0)
-            raise ValueError(
-                f"{shown} is not an image that can be read: it starts with {file.read(8)!r}, "
-                f"expected {', '.join(_FORMATS)} or a .npy file; if a viewer opens it, save it "
-                "as PNG, otherwise copy it again."
-            ) from None
-        except pillow.DecompressionBombError:
-            limit = min(max_pixels, 2 * pillow.MAX_IMAGE_PIXELS)
-            raise ValueError(
-                f"{shown} has more than the {limit:,} pixels allowed; scale it down, or raise "
-                "max_pixels and PIL.Image.MAX_IMAGE_PIXELS if you trust the file."
-            ) from None
         except Exception as error:  # damaged files make decoders fail in every way there is
-            raise _damaged(shown, error) from None
+            detail = " ".join(str(error).split())[:120].rstrip(".") or type(error).__name__
+            raise ValueError(
+                f"{shown} is damaged or cut short: {detail}; copy or save it again."
+            ) from None
+
+
+def _upright(image: Any, pillow: ModuleType) -> Any:
+    """Turn the image as its EXIF orientation says."""
+    try:
+        orientation = image.getexif().get(_ORIENTATION)
+    except Exception:  # broken EXIF says nothing against the pixels
+        return image
+    turn = _UPRIGHT.get(orientation)
+    return image if turn is None else image.transpose(pillow.Transpose[turn])
+
+
+def _pixels(image: Any, shown: str) -> tuple[Any, float]:
+    """The decoded values as an array whose channels are grey or colour, perhaps with alpha."""
+    numpy = require("numpy", extra="cli", purpose="Photographs")
+    tags = getattr(image, "tag_v2", {})
+    wide = image.mode == "I" and image.format not in ("PNG", "PPM")
+    if wide or _SIGNED in tags.get(_SAMPLE_FORMAT, ()):
+        raise ValueError(
+            f"{shown} holds signed or 32-bit integers, which have no agreed white; save it with "
+            "8 or 16 bits, or as floating values in [0, 1]."
+        )
+    if image.mode == "F" or image.mode.startswith("I"):
+        array = numpy.array(image)
+        white = 1.0 if image.mode == "F" else 2.0 ** tags.get(_BITS, (16,))[0] - 1
+        if tags.get(_PHOTOMETRIC) == _WHITE_IS_ZERO:  # Pillow turns only 8-bit values round
+            array = white - array
+        clear = image.info.get("transparency")
+        if clear is not None:  # a grey value that stands for "nothing here"
+            array = numpy.stack([array, numpy.where(array == clear, 0, white)], -1)
+        return array, white
+    mode = "L" if image.mode in ("1", "L", "LA", "La") else "RGB"
+    if image.has_transparency_data:
+        mode += "A"
+    with _decoding(shown):
+        return numpy.asarray(image.convert(mode)), 255.0
+
+
+def _read_npy(path: str | os.PathLike[str], shown: str, max_pixels: int) -> tuple[Any, float]:
+    """Map a NumPy array of numbers; object arrays, which would unpickle code, are refused."""
+    npy = require("numpy.lib.format", extra="cli", purpose="Photographs")
+    with _decoding(shown):
+        array = npy.open_memmap(path, mode="r")
+    kind, n_bytes = array.dtype.kind, array.dtype.itemsize
+    shaped = array.ndim == 2 or (array.ndim == 3 and array.shape[2] in (1, 3))
+    if not shaped or array.size == 0 or not (kind in "bf" or (kind == "u" and n_bytes <= 2)):
+        raise ValueError(
+            f"{shown} holds {array.dtype} of shape {array.shape}, expected uint8, uint16 or "
+            "floating values of shape (height, width) or (height, width, 3); convert it."
+        )
+    _check_size(array.shape[0], array.shape[1], max_pixels, shown)
+    return array, 2.0 ** (8 * n_bytes) - 1 if kind == "u" else 1.0
+
+
+# -- values ---------------------------------------------------------------------------------
+
+
+def _to_unit_range(values: Tensor, white: float, shown: str) -> Tensor:
+    values /= white
+    n_bad = int((~values.isfinite()).sum())
+    if n_bad:
+        raise ValueError(
+            f"{shown} holds NaN or infinity at {n_bad:,} of {values.numel():,} values; replace "
+            "them before saving."
+        )
+    low, high = values.aminmax()
+    if low < 0 or high > 1:
+        raise ValueError(
+            f"{shown} holds values from {low.item():.4g} to {high.item():.4g}, expected 0 (black) "
+            "to 1 (white); divide by the value of white before saving."
+        )
+    return values
+
+
+def _over_white(values: Tensor) -> Tensor:
+    """Lay an image with alpha, its last of 2 or 4 channels, over white."""
+    if len(values) in (1, 3):
+        return values
+    alpha = values[-1:]
+    return values[:-1] * alpha + (1 - alpha)
+
+
+def _listing(names: list[str]) -> str:
+    more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
+    return ", ".join(map(repr, names[:_LISTED])) + more

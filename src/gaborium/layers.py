@@ -512,6 +512,7 @@ def suggest_kernel_size(params: Gabor, n_stds: float = 3.0) -> tuple[int, ...]:
     """Odd sizes, one per axis, that hold every envelope to ``n_stds`` standard deviations.
 
     Example:
+        >>> from gaborium import Gabor2d
         >>> suggest_kernel_size(Gabor2d.of(wavelength=6.0, sigma=2.0, aspect_ratio=0.5))
         (25, 13)
     """
