@@ -13,6 +13,10 @@ _HOMES = {
     "Gabor1d": "params",
     "Gabor2d": "params",
     "Gabor3d": "params",
+    "fit": "fitting",
+    "recover": "fitting",
+    "FitResult": "fitting",
+    "Outcome": "fitting",
     "GaborConv1d": "layers",
     "GaborConv2d": "layers",
     "GaborConv3d": "layers",
@@ -29,6 +33,10 @@ _NAMESPACES: tuple[str, ...] = ()
 
 if TYPE_CHECKING:
     from gaborium import interop as interop
+    from gaborium.fitting import FitResult as FitResult
+    from gaborium.fitting import Outcome as Outcome
+    from gaborium.fitting import fit as fit
+    from gaborium.fitting import recover as recover
     from gaborium.kernels import gabor as gabor
     from gaborium.kernels import gabor_jacobian as gabor_jacobian
     from gaborium.kernels import quadrature_pair as quadrature_pair

@@ -11,9 +11,10 @@ from torch import Tensor
 
 from gaborium.params import RECORDS, Gabor, Waveform, unit_vector, waveform
 
-# Logs are held within these bounds when they are read, so that a runaway step gives a useless
+# Fields are held within these bounds when they are read, so that a runaway step gives a useless
 # kernel and not a NaN. Outside them a parameter has no gradient; inside, float32 does not overflow.
 _BOUNDS = {"wavelength": (1e-4, 1e10), "sigma": (1e-8, 1e8), "aspect_ratio": (1e-6, 1e6)}
+_LARGEST = {"amplitude": 1e15, "center": 1e4}
 _TINY = 1e-24  # squared length, below which a wave vector or coefficient pair has no direction
 
 
@@ -35,6 +36,7 @@ class Coordinates:
         joint_wave: direction and wavelength are stored as ``angular_wave_vector``.
         joint_phase: amplitude and phase are stored as ``even`` and ``odd``.
         min_wavelength: px; wavelengths stay above it: ``λ² = raw² + min²``. ``None``: no bound.
+            The nearer a wavelength is to it, the smaller is its gradient.
 
     Example:
         >>> from gaborium import Gabor2d
@@ -120,6 +122,7 @@ class Coordinates:
         fields = {name: value for name, value in raw.items() if name in record.field_names()}
         for name in ("sigma", "aspect_ratio")[: 1 if self.n_dims == 1 else 2]:
             fields[name] = _exp(name, raw)
+        fields["center"] = _held("center", raw["center"])
         if self.joint_wave:
             k = self._wave_vector(raw)
             length = k.square().sum(-1)
@@ -133,12 +136,14 @@ class Coordinates:
         else:
             fields["wavelength"] = self._frequency(raw).reciprocal()
         if self.joint_phase:
-            even, odd = raw["even"], raw["odd"]
+            even, odd = _held("amplitude", raw["even"]), _held("amplitude", raw["odd"])
             silent = even.square() + odd.square() < _TINY
             even = torch.where(silent, torch.ones_like(even), even)
             odd = torch.where(silent, torch.zeros_like(odd), odd)
             fields["phase"] = torch.atan2(odd, even)
             fields["amplitude"] = torch.where(silent, 0.0, torch.hypot(even, odd))
+        else:
+            fields["amplitude"] = _held("amplitude", raw["amplitude"])
         return record(**{name: fields[name] for name in record.field_names()})
 
     def waveform(self, raw: Mapping[str, Tensor]) -> Waveform:
@@ -156,12 +161,13 @@ class Coordinates:
             direction = self._direction(raw)
             k = direction * self._frequency(raw).unsqueeze(-1)
         if self.joint_phase:
-            even, odd = raw["even"], raw["odd"]
+            even, odd = _held("amplitude", raw["even"]), _held("amplitude", raw["odd"])
         else:
-            even = raw["amplitude"] * raw["phase"].cos()
-            odd = raw["amplitude"] * raw["phase"].sin()
+            amplitude = _held("amplitude", raw["amplitude"])
+            even, odd = amplitude * raw["phase"].cos(), amplitude * raw["phase"].sin()
+        center = _held("center", raw["center"])
         ratio = _exp("aspect_ratio", raw) if self.n_dims > 1 else None
-        return waveform(direction, k, _exp("sigma", raw), ratio, even, odd, raw["center"])
+        return waveform(direction, k, _exp("sigma", raw), ratio, even, odd, center)
 
     def _direction(self, raw: Mapping[str, Tensor]) -> Tensor:
         if self.n_dims == 1:
@@ -176,20 +182,24 @@ class Coordinates:
         k = (raw["angular_wave_vector"] / (2 * math.pi)).clamp(-limit, limit)
         if self.min_wavelength is None:
             return k
-        return k * (1 + k.square().sum(-1, keepdim=True) * self.min_wavelength**2).rsqrt()
+        return k * (1 + k.square().sum(-1, keepdim=True) * self._shortest(k) ** 2).rsqrt()
 
     def _bound(self, frequency: Tensor) -> Tensor:
         """``1/f² = 1/raw² + min_wavelength²``: smooth, and never reaches the limit."""
         if self.min_wavelength is None:
             return frequency
-        return frequency * (1 + (frequency * self.min_wavelength).square()).rsqrt()
+        return frequency * (1 + (frequency * self._shortest(frequency)).square()).rsqrt()
 
     def _unbound(self, frequency: Tensor) -> Tensor:
         """The inverse of ``_bound``; the limit itself is stored as a point just short of it."""
         if self.min_wavelength is None:
             return frequency
         room = 1 - (frequency * self.min_wavelength).square()
-        return frequency * room.clamp_min(8 * torch.finfo(frequency.dtype).eps).rsqrt()
+        return frequency * room.clamp_min(1e-6).rsqrt()
+
+    def _shortest(self, like: Tensor) -> float:
+        """``min_wavelength``, and room for what rounding takes away."""
+        return (self.min_wavelength or 0.0) * (1 + 8 * torch.finfo(like.dtype).eps)
 
 
 def _log(name: str, value: Tensor) -> Tensor:
@@ -200,6 +210,10 @@ def _log(name: str, value: Tensor) -> Tensor:
 def _exp(name: str, raw: Mapping[str, Tensor]) -> Tensor:
     low, high = _BOUNDS[name]
     return raw[f"log_{name}"].clamp(math.log(low), math.log(high)).exp()
+
+
+def _held(name: str, value: Tensor) -> Tensor:
+    return value.clamp(-_LARGEST[name], _LARGEST[name])
 
 
 def _first_axis(like: Tensor) -> Tensor:

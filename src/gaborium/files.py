@@ -124,7 +124,7 @@ def new_folder(
 
 def _is_stream(path: str | os.PathLike[str]) -> bool:
     try:
-        mode = os.stat(path).st_mode
+        mode = Path(path).stat().st_mode
     except OSError:
         return False
     return not (stat.S_ISREG(mode) or stat.S_ISDIR(mode))
@@ -136,14 +136,14 @@ def _replace_file(target: Path, data: bytes) -> None:
     temporary = _temporary_name(target.parent)
     try:
         # Not tempfile: its files are for their owner only, and the result would be so too.
-        with open(temporary, "xb") as file:
+        with temporary.open("xb") as file:
             file.write(data)
             file.flush()
             # Without it a power cut may keep the new name and lose the new content.
             os.fsync(file.fileno())
         with suppress(FileNotFoundError):
             shutil.copymode(target, temporary)
-        os.replace(temporary, target)
+        temporary.replace(target)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
@@ -198,7 +198,7 @@ def _temporary_name(folder: Path) -> Path:
 
 def _cannot_write(path: str | os.PathLike[str], error: OSError) -> OSError:
     """One line that says what is in the way, as the same kind of error."""
-    parent = Path(os.path.abspath(path)).parent
+    parent = Path(path).absolute().parent
     existing = next((p for p in (parent, *parent.parents) if os.path.lexists(p)), parent)
     shown = repr(os.fspath(path))
     if not existing.is_dir():

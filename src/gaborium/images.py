@@ -8,7 +8,6 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import ModuleType
 from typing import Any, BinaryIO
 
 import torch
@@ -25,15 +24,15 @@ _SUFFIXES = (
 _MAX_PIXELS = 50_000_000
 _LISTED = 5  # names in a message before "and more"
 
-# What undoes each EXIF orientation, as a name of Image.Transpose.
+# What undoes each EXIF orientation: exchange the axes, then step down and right by 1 or -1.
 _UPRIGHT = {
-    2: "FLIP_LEFT_RIGHT",
-    3: "ROTATE_180",
-    4: "FLIP_TOP_BOTTOM",
-    5: "TRANSPOSE",
-    6: "ROTATE_270",
-    7: "TRANSVERSE",
-    8: "ROTATE_90",
+    2: (False, 1, -1),
+    3: (False, -1, -1),
+    4: (False, -1, 1),
+    5: (True, 1, 1),
+    6: (True, 1, -1),
+    7: (True, -1, -1),
+    8: (True, -1, 1),
 }
 _ORIENTATION, _BITS, _PHOTOMETRIC, _SAMPLE_FORMAT = 274, 258, 262, 339  # TIFF and EXIF tags
 _WHITE_IS_ZERO, _SIGNED = 0, 2
@@ -87,7 +86,7 @@ def read_image(path: str | os.PathLike[str], *, max_pixels: int = _MAX_PIXELS) -
     numpy = require("numpy", extra="cli", purpose="Photographs")
     try:
         _check_file(path, shown)
-        with open(path, "rb") as file:
+        with Path(path).open("rb") as file:
             if Path(path).suffix.lower() == ".npy":
                 array, white = _read_npy(path, shown, max_pixels)
             else:
@@ -212,7 +211,7 @@ def center_crop(image: Tensor, size: int | tuple[int, int]) -> Tensor:
 
 
 def _check_file(path: str | os.PathLike[str], shown: str) -> None:
-    found = os.stat(path)
+    found = Path(path).stat()
     if stat.S_ISDIR(found.st_mode):
         raise IsADirectoryError(f"{shown} is a folder, not an image; read_images reads folders.")
     if not stat.S_ISREG(found.st_mode):
@@ -233,7 +232,7 @@ def _check_size(height: int, width: int, max_pixels: int, shown: str) -> None:
 def _cannot_read(shown: str, error: OSError) -> OSError:
     """One line that says what is in the way, as the same kind of error."""
     if isinstance(error, FileNotFoundError):
-        message = f"No image at {shown}; check the path (this runs in {os.getcwd()!r})."
+        message = f"No image at {shown}; check the path (this runs in {str(Path.cwd())!r})."
     elif isinstance(error, PermissionError):
         message = f"Cannot read {shown}: permission denied; make it readable or copy it elsewhere."
     else:
@@ -251,12 +250,15 @@ def _read_picture(file: BinaryIO, shown: str, max_pixels: int) -> tuple[Any, flo
     pillow = require("PIL.Image", extra="cli", purpose="Photographs")
     start = file.read(8)
     try:
-        with _decoding(shown, pillow.UnidentifiedImageError, pillow.DecompressionBombError):
+        with _decoding(
+            shown, passing=(pillow.UnidentifiedImageError, pillow.DecompressionBombError)
+        ):
             image = pillow.open(file, formats=_FORMATS)
     except pillow.UnidentifiedImageError:
         raise ValueError(
             f"{shown} is not an image that can be read: it starts with {start!r}, expected "
-            f"{', '.join(_FORMATS)} or a .npy file; if a viewer opens it, save it as PNG there."
+            f"{', '.join(_FORMATS)} or a .npy file; copy it again or, if a viewer opens it, "
+            "save it as PNG there."
         ) from None
     except pillow.DecompressionBombError:
         limit = min(max_pixels, 2 * pillow.MAX_IMAGE_PIXELS)
@@ -274,19 +276,21 @@ def _read_picture(file: BinaryIO, shown: str, max_pixels: int) -> tuple[Any, flo
         )
     with _decoding(shown):
         image.load()
-        image = _upright(image, pillow)
-    return _pixels(image, shown)
+    array, white = _pixels(image, shown)
+    return _upright(array, image), white
 
 
 @contextmanager
-def _decoding(shown: str, *passing: type[Exception]) -> Iterator[None]:
+def _decoding(shown: str, passing: tuple[type[Exception], ...] = ()) -> Iterator[None]:
     """Whatever a decoder stumbles over becomes one line; of its warnings nothing is heard."""
     with warnings.catch_warnings():
         # They tell of odd metadata, and of sizes that max_pixels judges.
         warnings.simplefilter("ignore")
         try:
             yield
-        except (MemoryError, *passing):
+        except MemoryError:
+            raise
+        except passing:
             raise
         except Exception as error:  # damaged files make decoders fail in every way there is
             detail = " ".join(str(error).split())[:120].rstrip(".") or type(error).__name__
@@ -295,14 +299,16 @@ def _decoding(shown: str, *passing: type[Exception]) -> Iterator[None]:
             ) from None
 
 
-def _upright(image: Any, pillow: ModuleType) -> Any:
-    """Turn the image as its EXIF orientation says."""
+def _upright(array: Any, image: Any) -> Any:
+    """Turn the array ``(height, width, ...)`` as the EXIF orientation of its image says."""
+    if image.format == "TIFF":  # Pillow has done it; its older releases leave the tag in place
+        return array
     try:
         orientation = image.getexif().get(_ORIENTATION)
     except Exception:  # broken EXIF says nothing against the pixels
-        return image
-    turn = _UPRIGHT.get(orientation)
-    return image if turn is None else image.transpose(pillow.Transpose[turn])
+        return array
+    on_its_side, down, right = _UPRIGHT.get(orientation, (False, 1, 1))
+    return (array.swapaxes(0, 1) if on_its_side else array)[::down, ::right]
 
 
 def _pixels(image: Any, shown: str) -> tuple[Any, float]:
@@ -325,7 +331,7 @@ def _pixels(image: Any, shown: str) -> tuple[Any, float]:
             array = numpy.stack([array, numpy.where(array == clear, 0, white)], -1)
         return array, white
     mode = "L" if image.mode in ("1", "L", "LA", "La") else "RGB"
-    if image.has_transparency_data:
+    if image.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info:
         mode += "A"
     with _decoding(shown):
         return numpy.asarray(image.convert(mode)), 255.0

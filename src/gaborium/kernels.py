@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from gaborium.errors import as_sizes
-from gaborium.params import Gabor, Waveform
+from gaborium.params import Gabor, Waveform, unit_vector
 
 
 def gabor(params: Gabor, kernel_size: int | tuple[int, ...]) -> Tensor:
@@ -97,37 +97,28 @@ def gabor_jacobian(params: Gabor, kernel_size: int | tuple[int, ...]) -> dict[st
     """
     sizes = as_sizes("kernel_size", kernel_size, params.n_dims)
     params = params.expand()
+    fields = params.as_dict()
     wave = params.waveform()
-    even, odd = even_odd(wave, sizes)
-    g = combine(even, odd, wave).flatten(-params.n_dims)
-    # dg/dφ: the carrier's slope turns the cosine into minus the sine.
-    slope = -combine(even, odd, turned(wave)).flatten(-params.n_dims)
-
-    def column(value: Tensor) -> Tensor:
-        return value.unsqueeze(-1)
-
-    r = offsets(sizes, params.dtype, params.device) - column(params.center)  # (*batch, d, N)
-    n = params.direction
-    along = (column(n) * r).sum(-2)  # x'
-    across = (r - column(n) * along.unsqueeze(-2)).square().sum(-2)  # |y'|²
-    inverse = column(params.sigma).reciprocal()
-    gamma = column(params.as_dict().get("aspect_ratio", torch.ones_like(params.sigma)))
-    rate = 2 * math.pi * column(params.frequency)  # of φ along the wave
-
-    result: dict[str, Tensor] = {}
-    for name, turn in _direction_slopes(params).items():
-        moved = (column(turn) * r).sum(-2)  # d x'/d angle; |y'|² changes by -2 x' of it
-        result[name] = slope * rate * moved - g * (1 - gamma**2) * along * moved * inverse**2
-    result["wavelength"] = -slope * rate * along * column(params.frequency)
+    even, odd = (part.flatten(-params.n_dims) for part in even_odd(wave, sizes))
+    a, b = wave.even.unsqueeze(-1), wave.odd.unsqueeze(-1)
+    kernel, slope = a * even - b * odd, -a * odd - b * even  # g, and dg/dφ
+    slopes = log_slopes(
+        {name: fields[name] for name in params.angle_names},
+        params.frequency,
+        params.sigma,
+        fields.get("aspect_ratio", torch.ones_like(params.sigma)),
+        params.center,
+        sizes,
+    )
+    result = {
+        name: (kernel if name != "center" else kernel.unsqueeze(-2)) * of_envelope
+        + (slope if name != "center" else slope.unsqueeze(-2)) * of_phase
+        for name, (of_envelope, of_phase) in slopes.items()
+    }
+    result["wavelength"] = -result["frequency"] * params.frequency.unsqueeze(-1).square()
     result["phase"] = slope
-    result["sigma"] = g * (along**2 + gamma**2 * across) * inverse**3
-    result["aspect_ratio"] = -g * gamma * across * inverse**2
-    unit = params.replace(amplitude=torch.ones_like(params.amplitude)).waveform()
-    result["amplitude"] = combine(even, odd, unit).flatten(-params.n_dims)
-    pull = column(gamma**2) * r + (1 - column(gamma**2)) * column(n) * along.unsqueeze(-2)
-    result["center"] = g.unsqueeze(-2) * pull * column(inverse) ** 2 - slope.unsqueeze(
-        -2
-    ) * rate.unsqueeze(-2) * column(n)
+    result["amplitude"] = params.phase.cos().unsqueeze(-1) * even
+    result["amplitude"] = result["amplitude"] - params.phase.sin().unsqueeze(-1) * odd
     return {name: result[name].unflatten(-1, sizes) for name in params.field_names()}
 
 
@@ -166,16 +157,55 @@ def offsets(sizes: tuple[int, ...], dtype: torch.dtype, device: torch.device) ->
     return torch.stack([axis.flatten() for axis in reversed(torch.meshgrid(*axes, indexing="ij"))])
 
 
-def _direction_slopes(params: Gabor) -> dict[str, Tensor]:
-    """Derivative of the unit wave vector with respect to each angle, ``(*batch, d)``."""
-    fields = params.as_dict()
-    if params.n_dims == 1:
-        return {}
-    cos, sin = fields["orientation"].cos(), fields["orientation"].sin()
-    if params.n_dims == 2:
-        return {"orientation": torch.stack([-sin, cos], -1)}
-    flat, steep = fields["elevation"].cos(), fields["elevation"].sin()
-    return {
+def log_slopes(
+    angles: dict[str, Tensor],
+    frequency: Tensor,
+    sigma: Tensor,
+    aspect_ratio: Tensor,
+    center: Tensor,
+    sizes: tuple[int, ...],
+) -> dict[str, tuple[Tensor | float, Tensor | float]]:
+    """How envelope and carrier turn with the geometry, in closed form.
+
+    For every parameter s, the pair (d log E / ds, dφ/ds) with shapes ``(*batch, N)`` or 0; for the
+    centre ``(*batch, d, N)``. The kernel ``g = A E cos(φ + ψ)`` then has the derivative
+    ``g · d log E / ds + dg/dφ · dφ/ds``. The frequency may be zero or negative.
+    """
+    d = center.shape[-1]
+    n, turns = _direction_and_slopes(angles, frequency)
+    r = offsets(sizes, center.dtype, center.device) - center.unsqueeze(-1)  # (*batch, d, N)
+    along = (n.unsqueeze(-1) * r).sum(-2)  # x'
+    beside = r - n.unsqueeze(-1) * along.unsqueeze(-2)
+    across = beside.square().sum(-2) if d > 1 else torch.zeros_like(along)  # |y'|²
+    precision = sigma.unsqueeze(-1).square().reciprocal()
+    squeeze = aspect_ratio.unsqueeze(-1).square() if d > 1 else torch.ones_like(precision)
+    rate = 2 * math.pi * frequency.unsqueeze(-1)
+
+    slopes: dict[str, tuple[Tensor | float, Tensor | float]] = {}
+    for name, turn in turns.items():
+        moved = (turn.unsqueeze(-1) * r).sum(-2)  # dx'/ds; |y'|² changes by -2 x' of it
+        slopes[name] = ((squeeze - 1) * along * moved * precision, rate * moved)
+    slopes["frequency"] = (0.0, 2 * math.pi * along)
+    stretched = (along.square() + squeeze * across) * precision
+    slopes["sigma"] = (stretched / sigma.unsqueeze(-1), 0.0)
+    slopes["aspect_ratio"] = (-aspect_ratio.unsqueeze(-1) * across * precision, 0.0)
+    pull = n.unsqueeze(-1) * along.unsqueeze(-2) + squeeze.unsqueeze(-2) * beside
+    slopes["center"] = (pull * precision.unsqueeze(-2), -rate.unsqueeze(-2) * n.unsqueeze(-1))
+    return slopes
+
+
+def _direction_and_slopes(
+    angles: dict[str, Tensor], like: Tensor
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The unit wave vector ``(*batch, d)`` and its derivative by each angle."""
+    if not angles:
+        return torch.ones_like(like).unsqueeze(-1), {}
+    n = unit_vector(list(angles.values()))
+    cos, sin = angles["orientation"].cos(), angles["orientation"].sin()
+    if len(angles) == 1:
+        return n, {"orientation": torch.stack([-sin, cos], -1)}
+    flat, steep = angles["elevation"].cos(), angles["elevation"].sin()
+    return n, {
         "orientation": torch.stack([-flat * sin, flat * cos, torch.zeros_like(flat)], -1),
         "elevation": torch.stack([-steep * cos, -steep * sin, flat], -1),
     }

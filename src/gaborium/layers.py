@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gaborium.coordinates import Coordinates
-from gaborium.errors import one_of
+from gaborium.errors import as_sizes, one_of
 from gaborium.kernels import combine, even_odd, turned
 from gaborium.params import RECORDS, Gabor, Waveform
 from gaborium.starts import STARTS
@@ -79,17 +79,14 @@ class _GaborConv(nn.Module):
             kernel_size = self._automatic_size(kernel_size, start)
 
         self.in_channels, self.out_channels, self.groups = in_channels, out_channels, groups
-        self.kernel_size: Any = kernel_size
+        self.kernel_size: Any = as_sizes("kernel_size", kernel_size, self.n_dims)
         self.stride: Any = stride
         self.padding: Any = padding
         self.dilation: Any = dilation
         self.padding_mode = padding_mode
         # nn.ConvNd checks its arguments and brings them to their normal form.
         plain = self._empty_conv(bias=bias)
-        self.kernel_size, self.stride = plain.kernel_size, plain.stride
-        self.padding, self.dilation = plain.padding, plain.dilation
-        if any(size < 1 for size in self.kernel_size):
-            raise ValueError(f"kernel_size must be positive, got {self.kernel_size}.")
+        self.stride, self.padding, self.dilation = plain.stride, plain.padding, plain.dilation
         if output == "quadrature" and (out_channels % 2 or (out_channels // 2) % groups):
             raise ValueError(
                 "output='quadrature' gives two channels per filter: out_channels must be a "
@@ -104,7 +101,8 @@ class _GaborConv(nn.Module):
         self._coordinates = Coordinates.named(
             coordinates, n_dims=self.n_dims, learn=self.learn, min_wavelength=min_wavelength
         )
-        raw = self._coordinates.to_raw(self._starting_params())
+        params = self._starting_params()
+        raw = self._coordinates.to_raw(params)
         for name, fields in self._coordinates.raw_fields().items():
             value = raw[name].to(device=device, dtype=dtype).clone()
             if self.learn >= set(fields):
@@ -116,10 +114,11 @@ class _GaborConv(nn.Module):
         else:
             self.register_parameter("bias", None)
         self.reset_parameters()
+        self._warn(params, stacklevel=3)
 
     # -- image → responses --------------------------------------------------------------------
 
-    def forward(self, input: Tensor) -> Tensor:  # noqa: A002  (nn.Conv2d's name)
+    def forward(self, input: Tensor) -> Tensor:
         """Convolve ``(batch, in_channels, *size)``, or the same without batch."""
         bias = None if self.output == "energy" else self.bias
         responses = self._convolve(input, self.weight, bias)
@@ -171,13 +170,19 @@ class _GaborConv(nn.Module):
         even, odd = even_odd(wave, self.kernel_size)
         if self.dc == "remove":
             even, odd = self._without_dc(even, wave), self._without_dc(odd, wave)
-        members = [combine(even, odd, wave)]
-        if self.output != "real":
-            members.append(combine(even, odd, turned(wave)))
-        kernels = torch.stack(members, dim=1)  # (filters, 1 or 2, channels, *size)
+        kernels = self._members(even, odd, wave)
         if self.unit_norm:
-            kernels = kernels * self._unit_scale(kernels, torch.stack([wave.even, wave.odd]))
+            unit = self._members(even, odd, _with_unit_amplitude(wave))
+            axes = (1, *range(3, unit.ndim))
+            norm = torch.linalg.vector_norm(unit, dim=axes, keepdim=True) / math.sqrt(unit.shape[1])
+            # What is fainter than this is rounding error, or an envelope lost between pixels.
+            kernels = kernels / norm.clamp_min(1e-6)
         return kernels.flatten(0, 1)
+
+    def _members(self, even: Tensor, odd: Tensor, wave: Waveform) -> Tensor:
+        """Each filter's kernel, or its quadrature pair: ``(filters, 1 or 2, channels, *size)``."""
+        waves = [wave] if self.output == "real" else [wave, turned(wave)]
+        return torch.stack([combine(even, odd, member) for member in waves], dim=1)
 
     def _without_dc(self, part: Tensor, wave: Waveform) -> Tensor:
         """Subtract the envelope that brings the sum to zero, as in a Morlet wavelet."""
@@ -186,16 +191,6 @@ class _GaborConv(nn.Module):
         axes = tuple(range(-self.n_dims, 0))
         share = part.sum(axes, keepdim=True) / envelope.sum(axes, keepdim=True).clamp_min(1e-30)
         return part - share * envelope
-
-    def _unit_scale(self, kernels: Tensor, coefficients: Tensor) -> Tensor:
-        """Factor that makes each (output, input) kernel's L2 norm its amplitude."""
-        axes = (1, *range(3, 3 + self.n_dims))
-        norm = torch.linalg.vector_norm(kernels, dim=axes, keepdim=True)
-        norm = norm / math.sqrt(kernels.shape[1])
-        size = torch.linalg.vector_norm(coefficients, dim=0)
-        size = size.reshape(size.shape[0], 1, size.shape[1], *[1] * self.n_dims)
-        zero = norm == 0
-        return torch.where(zero, 1.0, size / torch.where(zero, torch.ones_like(norm), norm))
 
     def _raw(self) -> dict[str, Tensor]:
         """Raw tensors by name, at least in single precision: half precision has no 1/σ²."""
@@ -227,7 +222,7 @@ class _GaborConv(nn.Module):
         with torch.no_grad():
             for name, value in raw.items():
                 getattr(self, name).copy_(value)
-        self._warn(params)
+        self._warn(params, stacklevel=4)  # nn.Module's __setattr__ lies between
 
     def _fitting(self, params: Gabor) -> Gabor:
         """``params`` in float64 in the layer's shapes, or one clear line why it cannot be."""
@@ -288,9 +283,9 @@ class _GaborConv(nn.Module):
             if self.bias is not None:
                 fan_in = self.in_channels // self.groups * math.prod(self.kernel_size)
                 bound = 1 / math.sqrt(fan_in)
-                nn.init.uniform_(self.bias, -bound, bound, generator=self._generator())
-        if not self.log_sigma.is_meta:
-            self._warn(params)
+                # Drawn on the CPU, so that a seed gives the same layer on every device.
+                bias = torch.empty_like(self.bias, device="cpu")
+                self.bias.copy_(bias.uniform_(-bound, bound, generator=self._generator()))
 
     def _starting_params(self) -> Gabor:
         if isinstance(self.start, Gabor):
@@ -303,7 +298,8 @@ class _GaborConv(nn.Module):
             generator=self._generator(),
         )
         if self._coordinates.min_wavelength is not None:
-            shortest = self._coordinates.min_wavelength
+            # At the limit itself a wavelength has no gradient.
+            shortest = 1.1 * self._coordinates.min_wavelength
             params = params.replace(wavelength=params.wavelength.clamp_min(shortest))
         params = self._fitting(params)
         kernels = self._kernels(self._coordinates.to_raw(params))
@@ -311,7 +307,9 @@ class _GaborConv(nn.Module):
         # nn.ConvNd draws weights of variance 1 / (3 fan_in). The norm of a pair of independent
         # normal responses has 2 - π/2 of the variance of one of them.
         wanted = 1 / 3 if self.output != "energy" else 1 / 3 / (2 - math.pi / 2)
-        scale = (wanted / power.clamp_min(1e-30)).sqrt().unsqueeze(-1)
+        # A single pixel less its mean is zero at any amplitude.
+        power = torch.where(power > 1e-12, power, wanted)
+        scale = (wanted / power).sqrt().unsqueeze(-1)
         return params.replace(amplitude=params.amplitude * scale)
 
     def _generator(self) -> torch.Generator | None:
@@ -326,27 +324,28 @@ class _GaborConv(nn.Module):
             )
         return suggest_kernel_size(start)
 
-    def _warn(self, params: Gabor) -> None:
+    def _warn(self, params: Gabor, stacklevel: int) -> None:
         """Say it once when kernels cut their envelopes or alias their waves."""
-        fields = params.expand().as_dict()
-        widest = fields["sigma"] / fields.get("aspect_ratio", torch.ones(1)).clamp_max(1.0)
-        room = min((size for size in self.kernel_size if size > 1), default=math.inf) / 2
-        cut = int((widest * (_ENOUGH_STDS - 1e-6) > room).sum())
-        aliased = int((fields["wavelength"] < 2).sum())
-        if cut:
-            size = tuple(suggest_kernel_size(params))
-            warnings.warn(
-                f"{cut} of {widest.numel()} Gabor functions do not fit kernel_size "
+        # A kernel of one pixel along an axis is a slice, not a cut.
+        room = [size / 2 if size > 1 else math.inf for size in reversed(self.kernel_size)]
+        width = _widths(params)
+        cut = (width * (_ENOUGH_STDS - 1e-6) > width.new_tensor(room)).any(-1)
+        aliased = params.wavelength < 2
+        advice = []
+        if cut.any():
+            advice.append(
+                f"{int(cut.sum())} of {cut.numel()} Gabor functions do not fit kernel_size="
                 f"{self.kernel_size}: their envelopes are cut above a third of their height. "
-                f"Use kernel_size={size} or smaller sigma, or expect biased parameters.",
-                stacklevel=3,
+                f"Use kernel_size={suggest_kernel_size(params)} or smaller sigma, or expect "
+                "biased parameters."
             )
-        if aliased:
-            warnings.warn(
-                f"{aliased} of {widest.numel()} wavelengths are below 2 px, where a wave looks "
-                "like a longer one; use min_wavelength=2.0 to keep them above.",
-                stacklevel=3,
+        if aliased.any():
+            advice.append(
+                f"{int(aliased.sum())} of {aliased.numel()} wavelengths are below 2 px, where a "
+                "wave looks like a longer one; use min_wavelength=2.0 to keep them above."
             )
+        if advice:
+            warnings.warn(" ".join(advice), stacklevel=stacklevel)
 
     # -- leaving ------------------------------------------------------------------------------
 
@@ -406,8 +405,10 @@ class _GaborConv(nn.Module):
         names = stored.raw_fields()
         if stored != self._coordinates and all(prefix + name in state_dict for name in names):
             raw = {name: state_dict.pop(prefix + name) for name in names}
-            converted = self._coordinates.to_raw(stored.from_raw(raw))
-            state_dict.update({prefix + name: value for name, value in converted.items()})
+            dtype = raw["log_sigma"].dtype
+            wide = {name: value.double() for name, value in raw.items()}
+            for name, value in self._coordinates.to_raw(stored.from_raw(wide)).items():
+                state_dict[prefix + name] = value.to(dtype)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def extra_repr(self) -> str:
@@ -516,12 +517,29 @@ def suggest_kernel_size(params: Gabor, n_stds: float = 3.0) -> tuple[int, ...]:
         >>> suggest_kernel_size(Gabor2d.of(wavelength=6.0, sigma=2.0, aspect_ratio=0.5))
         (25, 13)
     """
-    whitening = params.expand().detach().waveform().whitening
-    covariance = torch.linalg.inv(whitening @ whitening)
-    std = covariance.diagonal(dim1=-2, dim2=-1).sqrt().reshape(-1, params.n_dims).amax(0)
-    middle = params.center.detach().abs().reshape(-1, params.n_dims).amax(0)
-    halves = (n_stds * std + middle - 1e-6).ceil().int().tolist()
-    return tuple(2 * half + 1 for half in reversed(halves))
+    middle = params.center.detach().abs()
+    halves = (n_stds * _widths(params) + middle - 1e-6).reshape(-1, params.n_dims).amax(0)
+    return tuple(2 * half + 1 for half in reversed(halves.ceil().long().tolist()))
+
+
+def _widths(params: Gabor) -> Tensor:
+    """Standard deviation of each envelope along each axis: ``(*batch, d)``, px, x first."""
+    params = params.detach().to(torch.float64).expand()
+    along = params.sigma.unsqueeze(-1)
+    across = along / params.as_dict().get("aspect_ratio", torch.ones_like(params.sigma))[..., None]
+    share = params.direction.square()
+    return (share * along.square() + (1 - share) * across.square()).sqrt()
+
+
+def _with_unit_amplitude(wave: Waveform) -> Waveform:
+    """The same waves with amplitude 1; a silent one has no phase, and gets 0."""
+    squared = wave.even.square() + wave.odd.square()
+    silent = squared < 1e-24
+    scale = torch.where(silent, torch.ones_like(squared), squared).rsqrt()
+    return wave._replace(
+        even=torch.where(silent, 1.0, wave.even * scale),
+        odd=torch.where(silent, 0.0, wave.odd * scale),
+    )
 
 
 def _learned_fields(record: type[Gabor], learn: Collection[str] | str | None) -> frozenset[str]:

@@ -142,7 +142,7 @@ class Gabor:
             A record whose fields all have the batch shape of the broadcast input.
 
         Raises:
-            TypeError: a field is missing or unknown.
+            TypeError: a field is missing, unknown or not made of numbers.
             ValueError: a value is not finite, or a wavelength, sigma or aspect ratio not
                 positive. An infinite wavelength is a blob, a wave of zero frequency, and legal.
 
@@ -168,10 +168,15 @@ class Gabor:
             "amplitude": 1.0,
             "center": [0.0] * cls.n_dims,
         }
-        values = {
-            name: torch.as_tensor(fields.get(name, defaults.get(name)), dtype=dtype, device=device)
-            for name in names
-        }
+        values = {}
+        for name in names:
+            value = fields[name] if name in fields else defaults[name]
+            try:
+                values[name] = torch.as_tensor(value, dtype=dtype, device=device)
+            except (TypeError, ValueError, RuntimeError):
+                raise TypeError(
+                    f"{name} must be numbers or a tensor ({UNITS[name]}), got {value!r:.60}."
+                ) from None
         record = cls(**values)
         record.check()
         return record.expand()
@@ -183,7 +188,8 @@ class Gabor:
             if name in POSITIVE_FIELDS:
                 bad = bad | (value <= 0)
             if bad.any():
-                wanted = "positive" if name in POSITIVE_FIELDS else "finite"
+                wanted = "positive and finite" if name in POSITIVE_FIELDS else "finite"
+                wanted = "positive" if name == "wavelength" else wanted
                 raise ValueError(
                     f"{name} must be {wanted} ({UNITS[name]}), got {value[bad][0].item():g}."
                 )
@@ -255,11 +261,14 @@ class Gabor:
         return self.batch_shape[0]
 
     def __getitem__(self, index: Any) -> Self:
-        return self._map(lambda value: value[index], expand=True)
+        whole = self.expand()
+        fields = {name: value[index] for name, value in whole.as_dict().items() if name != "center"}
+        # Component by component: an index such as [..., 0] must not reach center's last axis.
+        center = torch.stack([part[index] for part in whole.center.unbind(-1)], -1)
+        return type(self)(**fields, center=center)
 
-    def _map(self, function: Any, *, expand: bool = False) -> Self:
-        source = self.expand() if expand else self
-        return type(self)(**{name: function(value) for name, value in source.as_dict().items()})
+    def _map(self, function: Any) -> Self:
+        return type(self)(**{name: function(value) for name, value in self.as_dict().items()})
 
     # -- changing one -----------------------------------------------------------------------
 
@@ -291,7 +300,7 @@ class Gabor:
         Convention:
             - ``(A, ψ) ~ (-A, ψ + π)``: the amplitude becomes non-negative
             - ``(θ, ψ) ~ (θ + π, -ψ)``: the orientation comes to lie in [0, π); in 3-D it is the
-              elevation that becomes non-negative
+              elevation that becomes non-negative, and the orientation only where that is 0
             - the phase lies in (-π, π]; a 1-D record needs only the first rule
             - at zero frequency only ``A cos ψ`` matters: the phase becomes 0 or π
 
@@ -309,14 +318,18 @@ class Gabor:
         phase = torch.where(still, 0.0, phase)
         phase = torch.where(amplitude < 0, phase + math.pi, phase)
         if self.n_dims == 2:
-            turns = torch.floor(fields["orientation"] / math.pi)
-            fields["orientation"] = fields["orientation"] - turns * math.pi
-            phase = torch.where(turns % 2 == 0, phase, -phase)
+            fields["orientation"], opposite = _half_turn(fields["orientation"])
+            phase = torch.where(opposite, -phase, phase)
         if self.n_dims == 3:
             x, y, z = self.direction.expand(*whole.batch_shape, 3).unbind(-1)
-            sign = torch.where(z < 0, -1.0, 1.0).to(z)
-            fields["orientation"] = torch.atan2(sign * y, sign * x)
-            fields["elevation"] = torch.asin((sign * z).clamp(-1.0, 1.0))
+            line, turned = _half_turn(torch.atan2(y, x))
+            # A level wave rises in neither direction: it is turned like one in the plane.
+            level = z == 0
+            opposite = torch.where(level, turned, z < 0)
+            sign = torch.where(opposite, -1.0, 1.0).to(z)
+            fields["orientation"] = torch.where(level, line, torch.atan2(sign * y, sign * x))
+            # An arc sine would lose half of the digits of a steep elevation.
+            fields["elevation"] = torch.atan2(z.abs(), torch.hypot(x, y))
             phase = sign * phase
         # Blobs keep phase 0 or π whichever way the wave is turned.
         fields["phase"] = -wrap(-phase)
@@ -341,6 +354,10 @@ class Gabor:
             for name, value in mine.as_dict().items()
             if name not in (*self.angle_names, "phase", "amplitude")
         }
+        # Two blobs agree, though their infinities have no difference.
+        result["wavelength"] = torch.where(
+            mine.wavelength == theirs.wavelength, 0.0, result["wavelength"]
+        )
         flip = (mine.direction * theirs.direction).sum(-1) < 0
         # In 3-D the opposite direction has the opposite elevation too.
         for name in self.angle_names:
@@ -355,15 +372,14 @@ class Gabor:
 
     def isclose(self, other: Self, *, rtol: float = 1e-5, atol: float = 1e-8) -> Tensor:
         """Whether two records mean the same Gabor functions, filter by filter: ``(*batch,)``."""
-        scale = {name: other.as_dict()[name].abs() for name in self.field_names()}
+        # Blobs of different phase may be the same, which only the canonical record shows.
+        mine, theirs = self.canonical(), other.canonical()
         close = []
-        for name, error in self.difference(other).items():
+        for name, error in mine.difference(theirs).items():
             # An angle near 2π is no less exact than one near 0: angles get no relative tolerance.
-            relative = 0.0 if name in (*self.angle_names, "phase") else rtol * scale[name]
-            error = torch.where(scale[name].isinf(), torch.where(error.isnan(), 0.0, error), error)
-            same = error.abs() <= atol + torch.nan_to_num(torch.as_tensor(relative), posinf=0.0)
-            if name in (*self.angle_names, "phase"):
-                same = error.abs() <= atol + rtol
+            angle = name in (*self.angle_names, "phase")
+            scale = torch.ones_like(error) if angle else theirs.as_dict()[name].abs()
+            same = error.abs() <= atol + rtol * torch.nan_to_num(scale, posinf=0.0)
             close.append(same.all(-1) if name == "center" else same)
         return torch.stack(torch.broadcast_tensors(*close)).all(0)
 
@@ -399,7 +415,7 @@ class Gabor:
         """
         try:
             document = json.loads(text)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"Expected the JSON of a {cls.__name__}: {error}.") from None
         kind = document.get("type") if isinstance(document, dict) else None
         if kind != cls.__name__:
@@ -412,7 +428,9 @@ class Gabor:
         dtype = getattr(torch, str(document.get("dtype")), None)
         fields = document.get("fields")
         if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-            raise ValueError(f"{cls.__name__} JSON has no floating dtype: {document.get('dtype')}.")
+            raise ValueError(
+                f"{cls.__name__} JSON has no floating dtype: {document.get('dtype')!r}."
+            )
         if not isinstance(fields, dict) or set(fields) != set(cls.field_names()):
             raise ValueError(
                 f"{cls.__name__} JSON needs the fields {', '.join(cls.field_names())}."
@@ -422,8 +440,10 @@ class Gabor:
                 name: torch.tensor(_parsed(value), dtype=torch.float64).to(dtype)
                 for name, value in fields.items()
             }
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, OverflowError, RecursionError) as error:
             raise ValueError(f"{cls.__name__} JSON holds something not a number: {error}") from None
+        if values["center"].shape == (0,):  # an empty list does not show its second axis
+            values["center"] = values["center"].reshape(0, cls.n_dims)
         record = cls(**values)
         record.check()
         return record
@@ -519,8 +539,19 @@ RECORDS: dict[int, type[Gabor]] = {1: Gabor1d, 2: Gabor2d, 3: Gabor3d}
 
 
 def wrap(angle: Tensor) -> Tensor:
-    """The same angle in [-π, π)."""
-    return torch.remainder(angle + math.pi, 2 * math.pi) - math.pi
+    """The same angle in [-π, π); one that lies there already comes back bit for bit."""
+    turned = torch.remainder(angle + math.pi, 2 * math.pi) - math.pi
+    turned = torch.where(turned < math.pi, turned, -math.pi)  # the remainder may round up
+    return torch.where((angle >= -math.pi) & (angle < math.pi), angle, turned)
+
+
+def _half_turn(angle: Tensor) -> tuple[Tensor, Tensor]:
+    """The angle in [0, π) of the same line, and whether it points the other way."""
+    turns = torch.floor(angle / math.pi)
+    rest = angle - turns * math.pi
+    # Rounding can raise an angle just below 0 to π, and lower one just below π under 0.
+    over = rest >= math.pi
+    return torch.where(over, 0.0, rest).clamp_min(0.0), (turns + over) % 2 != 0
 
 
 def _plain(value: Any) -> Any:
@@ -534,6 +565,6 @@ def _parsed(value: Any) -> Any:
     """The inverse of ``_plain``."""
     if isinstance(value, list):
         return [_parsed(item) for item in value]
-    if isinstance(value, bool) or value is None:
-        raise TypeError(f"{value!r}")
+    if value != "inf" and (isinstance(value, bool) or not isinstance(value, int | float)):
+        raise TypeError(f"{value!r:.60}")
     return float(value)

@@ -59,16 +59,18 @@ def start(
         raise ValueError(f"start must be a record or one of {', '.join(STARTS)}, got {name!r}.")
     sizes = [size for size in kernel_size if size > 1] or [1]
     draw = {"bank": _bank, "random": _random, "v1": _v1}[name]
-    fields = draw(n_filters, n_channels, len(kernel_size), float(min(sizes)), generator)
     record = RECORDS[len(kernel_size)]
-    known: dict[str, Any] = {n: v for n, v in fields.items() if n in record.field_names()}
-    params = record.of(**known)
-    geometry = {
-        name: value[:, :1]
-        for name, value in params.as_dict().items()
-        if name not in ("phase", "amplitude")
-    }
-    return _without_silence(params.replace(**geometry), kernel_size)
+    # The default device may be one without numbers ("meta"), or with other random ones.
+    with torch.device("cpu"):
+        fields = draw(n_filters, n_channels, len(kernel_size), float(min(sizes)), generator)
+        known: dict[str, Any] = {n: v for n, v in fields.items() if n in record.field_names()}
+        params = record.of(**known)
+        geometry = {
+            name: value[:, :1]
+            for name, value in params.as_dict().items()
+            if name not in ("phase", "amplitude")
+        }
+        return _without_silence(params.replace(**geometry), kernel_size)
 
 
 def _bank(
@@ -125,11 +127,12 @@ def _v1(
     fields = _random(n_filters, n_channels, n_dims, size, generator)
     across, along = _v1_widths(n_filters, generator)
     # In cortex the size of a receptive field varies with eccentricity; here the kernel's size sets
-    # the scale: the drawn shape is kept and its wavelength is made to fit.
+    # the scale: the drawn shape is kept and its wavelength is made to fit. Below 12 px the widest
+    # would need wavelengths that alias; there the envelope shrinks, and keeps its aspect ratio.
     fit = _room(size) / torch.maximum(across, along)
     wavelength = torch.minimum(fields["wavelength"], fit).clamp_min(_SHORTEST)
     fields["wavelength"] = wavelength
-    fields["sigma"] = across * wavelength
+    fields["sigma"] = across * torch.minimum(wavelength, fit)
     fields["aspect_ratio"] = across / along
     fields["phase"] = fields["phase"][:, :1].expand(-1, n_channels)
     fields["amplitude"] = torch.ones_like(fields["amplitude"])

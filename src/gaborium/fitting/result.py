@@ -1,0 +1,148 @@
+"""What a fit returns: parameters, an outcome per filter, and how far to trust them."""
+
+from __future__ import annotations
+
+import enum
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from gaborium.params import UNITS, Gabor
+
+
+class Outcome(enum.Enum):
+    """How a fit ended. The value is a sentence, with advice where something can be done."""
+
+    CONVERGED = "Converged."
+    STALLED = "Stopped improving before the tolerance; try more starts."
+    OFF_MODEL = "Converged, but a Gabor explains little of this kernel; see explained_variance."
+    NOT_IDENTIFIABLE = (
+        "Converged, but the data do not determine every parameter: those of infinite "
+        "standard_error can take any value."
+    )
+    BAD_INPUT = "The target is zero or not finite; there is nothing to fit."
+
+
+@dataclass(frozen=True, eq=False)
+class FitResult:
+    """Gabor parameters found for a batch of filters, with an outcome for each.
+
+    Args:
+        params: the record; geometry ``(filters, 1)`` and phase and amplitude ``(filters,
+            channels)`` where channels share a geometry, otherwise every field ``(filters,)``.
+        outcome: one per filter.
+        explained_variance: ``(filters,)``; 1 is a perfect fit. Of kernels the share of their
+            power, of responses the share of their variance.
+        standard_error: for every field a tensor in the field's shape and unit: the standard
+            deviation that noise like the residual gives it; infinite where the data do not
+            determine the field.
+        correlation: ``(filters, p, p)`` of the parameters' errors, in the order of ``names``.
+        names: the p parameters, such as ``"orientation"`` or ``"amplitude[0]"``.
+        n_iterations: ``(filters,)`` steps of the solver.
+    """
+
+    params: Gabor
+    outcome: tuple[Outcome, ...]
+    explained_variance: Tensor
+    standard_error: dict[str, Tensor]
+    correlation: Tensor
+    names: tuple[str, ...]
+    n_iterations: Tensor
+
+    def __len__(self) -> int:
+        return len(self.outcome)
+
+    def __getitem__(self, index: slice | Sequence[int]) -> FitResult:
+        """The filters at ``index``: a slice or a list of numbers."""
+        where = list(range(len(self)))[index] if isinstance(index, slice) else list(index)
+        return FitResult(
+            params=type(self.params)(**{n: v[where] for n, v in self.params.as_dict().items()}),
+            outcome=tuple(self.outcome[i] for i in where),
+            explained_variance=self.explained_variance[where],
+            standard_error={name: value[where] for name, value in self.standard_error.items()},
+            correlation=self.correlation[where],
+            names=self.names,
+            n_iterations=self.n_iterations[where],
+        )
+
+    @property
+    def converged(self) -> Tensor:
+        """Whether each filter is a Gabor function that was found: ``(filters,)``, bool."""
+        return torch.tensor([outcome is Outcome.CONVERGED for outcome in self.outcome])
+
+    def not_identifiable(self, index: int) -> tuple[str, ...]:
+        """The fields of filter ``index`` that the data do not determine."""
+        return tuple(
+            name
+            for name, error in self.standard_error.items()
+            if error[index].isinf().any() and not self.params.as_dict()[name][index].isnan().any()
+        )
+
+    @classmethod
+    def cat(cls, results: Sequence[FitResult]) -> FitResult:
+        """One result of several, in their order."""
+        first = results[0]
+        fields = [result.params.as_dict() for result in results]
+        return cls(
+            params=type(first.params)(**{n: torch.cat([f[n] for f in fields]) for n in fields[0]}),
+            outcome=tuple(outcome for result in results for outcome in result.outcome),
+            explained_variance=torch.cat([result.explained_variance for result in results]),
+            standard_error={
+                name: torch.cat([result.standard_error[name] for result in results])
+                for name in first.standard_error
+            },
+            correlation=torch.cat([result.correlation for result in results]),
+            names=first.names,
+            n_iterations=torch.cat([result.n_iterations for result in results]),
+        )
+
+    def to_json(self, *, indent: int | None = None) -> str:
+        """The result as JSON text; infinities and missing numbers are the texts inf and nan."""
+        return json.dumps(
+            {
+                "params": json.loads(self.params.to_json()),
+                "outcome": [outcome.name for outcome in self.outcome],
+                "explained_variance": _plain(self.explained_variance.tolist()),
+                "standard_error": {
+                    name: _plain(value.tolist()) for name, value in self.standard_error.items()
+                },
+                "names": self.names,
+                "correlation": _plain(self.correlation.tolist()),
+                "n_iterations": self.n_iterations.tolist(),
+            },
+            indent=indent,
+            allow_nan=False,
+        )
+
+    def to_table(self) -> list[dict[str, object]]:
+        """One row per filter and field: filter, parameter, unit, value, standard_error, outcome.
+
+        Fields with an entry per channel or axis give one row for each, as ``center[0]``.
+        """
+        rows: list[dict[str, object]] = []
+        for index, outcome in enumerate(self.outcome):
+            for name, value in self.params.as_dict().items():
+                entries = value[index].flatten().tolist()
+                errors = self.standard_error[name][index].flatten().tolist()
+                for i, (entry, error) in enumerate(zip(entries, errors, strict=True)):
+                    rows.append(
+                        {
+                            "filter": index,
+                            "parameter": name if len(entries) == 1 else f"{name}[{i}]",
+                            "unit": UNITS[name],
+                            "value": entry,
+                            "standard_error": error,
+                            "outcome": outcome.name,
+                        }
+                    )
+        return rows
+
+
+def _plain(value: object) -> object:
+    if isinstance(value, list):
+        return [_plain(item) for item in value]
+    return value if not isinstance(value, float) or math.isfinite(value) else str(value)

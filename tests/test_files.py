@@ -1,0 +1,301 @@
+"""A reader finds the old content or the new, whole, however the writing ended."""
+
+import errno
+import os
+import shutil
+import stat
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from gaborium.files import new_folder, write_bytes, write_text
+
+
+def refused(kind: type[OSError], call: Callable[[], object], *words: str) -> None:
+    """Assert that the call raises exactly ``kind``, in one line that holds the words."""
+    with pytest.raises(kind) as caught:
+        call()
+    message = str(caught.value)
+    assert type(caught.value) is kind
+    assert "\n" not in message
+    assert message.endswith(".")
+    assert "[Errno" not in message
+    for word in words:
+        assert word in message
+
+
+def make(path: Path, *, overwrite: bool = False, text: str = "new") -> None:
+    with new_folder(path, overwrite=overwrite) as folder:
+        write_text(folder / "result.json", text)
+
+
+def content(folder: Path) -> dict[str, str]:
+    """Every file below, hidden ones too, and the folders as empty text."""
+    return {
+        str(path.relative_to(folder)): path.read_text() if path.is_file() else ""
+        for path in folder.rglob("*")
+    }
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """Return a finished run."""
+    path = tmp_path / "runs" / "first"
+    make(path, text="old")
+    return path
+
+
+def test_text_is_utf_8_with_its_own_line_ends(tmp_path: Path) -> None:
+    write_text(tmp_path / "a", "θ\r\nγ\n")
+    assert (tmp_path / "a").read_bytes() == b"\xce\xb8\r\n\xce\xb3\n"
+
+
+def test_writing_replaces_and_leaves_nothing_else(tmp_path: Path) -> None:
+    for data in (b"old and longer", b"new"):
+        write_bytes(tmp_path / "a", data)
+    assert content(tmp_path) == {"a": "new"}
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), None])
+def test_a_file_interrupted_in_the_middle_keeps_the_old_content(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: OSError | None
+) -> None:
+    write_text(tmp_path / "a", "old")
+
+    def fsync(descriptor: int) -> None:
+        raise error or KeyboardInterrupt
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    if error is None:
+        with pytest.raises(KeyboardInterrupt):
+            write_text(tmp_path / "a", "new")
+    else:
+        refused(OSError, lambda: write_text(tmp_path / "a", "new"), "/a'", "No space left")
+    assert content(tmp_path) == {"a": "old"}
+
+
+def test_the_content_is_on_the_disk_before_it_gets_the_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes = []
+    monkeypatch.setattr(os, "fsync", lambda fd: sizes.append(os.fstat(fd).st_size))
+    write_bytes(tmp_path / "a", b"four")
+    assert sizes == [4]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="POSIX permissions")
+def test_a_new_file_follows_the_umask_and_a_replaced_one_keeps_its_mode(tmp_path: Path) -> None:
+    old = os.umask(0o027)
+    try:
+        write_text(tmp_path / "new", "")
+        (tmp_path / "kept").touch()
+        (tmp_path / "kept").chmod(0o604)
+        write_text(tmp_path / "kept", "x")
+        make(tmp_path / "folder")
+    finally:
+        os.umask(old)
+    modes = [stat.S_IMODE((tmp_path / name).stat().st_mode) for name in ("new", "kept", "folder")]
+    assert modes == [0o640, 0o604, 0o750]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="links need privileges there")
+def test_a_link_is_followed(tmp_path: Path, run: Path) -> None:
+    (tmp_path / "file").write_text("old")
+    (tmp_path / "link").symlink_to("file")
+    write_text(tmp_path / "link", "new")
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "file").read_text() == "new"
+    (tmp_path / "latest").symlink_to(run)
+    make(tmp_path / "latest", overwrite=True)
+    assert (tmp_path / "latest").is_symlink()
+    assert content(run) == {"result.json": "new"}
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
+def test_a_pipe_or_device_is_written_to_and_not_replaced(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        write_text(tmp_path / "pipe", "hello")
+        assert os.read(reader, 10) == b"hello"
+    finally:
+        os.close(reader)
+    assert stat.S_ISFIFO((tmp_path / "pipe").stat().st_mode)
+
+
+@pytest.mark.parametrize("write", [lambda path: write_text(path, ""), make])
+def test_a_file_in_the_path_is_named(tmp_path: Path, write: Callable[[Path], None]) -> None:
+    (tmp_path / "file").write_text("old")
+    for path in (tmp_path / "file" / "a", tmp_path / "file" / "b" / "a"):
+        refused(NotADirectoryError, lambda: write(path), str(path), "/file' is not a folder")  # noqa: B023
+    assert content(tmp_path) == {"file": "old"}
+
+
+def test_a_file_does_not_make_folders_or_replace_one(tmp_path: Path) -> None:
+    refused(
+        FileNotFoundError, lambda: write_text(tmp_path / "no" / "a", ""), "no folder", "make it"
+    )
+    (tmp_path / "folder").mkdir()
+    refused(IsADirectoryError, lambda: write_text(tmp_path / "folder", ""), "it is a folder")
+    assert content(tmp_path) == {"folder": ""}
+
+
+@pytest.mark.parametrize("write", [lambda path: write_text(path, ""), make])
+def test_a_read_only_parent_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, write: Callable[[Path], None]
+) -> None:
+    # Patched, because the superuser may write anywhere.
+    def denied(*args: object, **kwargs: object) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", "temporary name")
+
+    monkeypatch.setattr(Path, "open", denied)
+    monkeypatch.setattr(Path, "mkdir", denied)
+    refused(PermissionError, lambda: write(tmp_path / "a"), "/a'", "Permission denied", "choose")
+    assert content(tmp_path) == {}
+
+
+@pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="needs /proc")
+@pytest.mark.parametrize("write", [lambda path: write_text(path, ""), make])
+def test_a_file_system_that_takes_no_files_is_one_line(write: Callable[[Path], None]) -> None:
+    with pytest.raises(OSError, match=r"^Cannot write '/proc/gaborium-test': .*\.$"):
+        write(Path("/proc/gaborium-test"))
+
+
+def test_the_error_number_survives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left") as caught:
+        write_text(tmp_path / "a", "")
+    assert caught.value.errno == errno.ENOSPC
+
+
+def test_a_folder_appears_only_when_the_block_ends(tmp_path: Path) -> None:
+    path = tmp_path / "runs" / "first"
+    with new_folder(path, overwrite=False) as folder:
+        assert folder.parent == path.parent
+        assert folder.name.startswith(".")
+        assert not path.exists()
+        (folder / "part").write_text("1")
+        assert not path.exists()
+    assert content(tmp_path) == {"runs": "", "runs/first": "", "runs/first/part": "1"}
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, SystemExit, PermissionError])
+@pytest.mark.parametrize("exists", [True, False])
+def test_an_interrupted_block_changes_nothing(
+    run: Path, error: type[BaseException], exists: bool
+) -> None:
+    before = content(run.parent)
+    path = run if exists else run.parent / "second"
+
+    def work() -> None:
+        with new_folder(path, overwrite=True) as folder:
+            (folder / "deep").mkdir()
+            (folder / "deep" / "result.json").write_text("half")
+            raise error("in the middle")
+
+    with pytest.raises(error) as caught:
+        work()
+    assert caught.value.args == ("in the middle",)  # the block's own error, not reworded
+    assert content(run.parent) == before
+
+
+def test_overwriting_replaces_the_whole_folder_at_the_end(run: Path) -> None:
+    (run / "extra").write_text("old")
+    with new_folder(run, overwrite=True) as folder:
+        assert content(run) == {"result.json": "old", "extra": "old"}
+        write_text(folder / "result.json", "new")
+    assert content(run.parent) == {"first": "", "first/result.json": "new"}
+
+
+@pytest.mark.parametrize(
+    ("found", "overwrite", "words"),
+    [
+        ("run", False, ["exists and holds result.json", "--name", "overwrite=True (--overwrite)"]),
+        ("home", False, ["exists and has no result.json", "--name"]),
+        ("home", True, ["exists and has no result.json", "never replaced", "--name"]),
+        ("empty", True, ["exists and has no result.json", "--name"]),
+        ("file", True, ["exists and is not a folder", "--name"]),
+    ],
+)
+def test_an_existing_target_is_refused_before_any_work(
+    tmp_path: Path, found: str, overwrite: bool, words: list[str]
+) -> None:
+    path = tmp_path / "it"
+    if found == "file":
+        path.write_text("old")
+    else:
+        path.mkdir()
+    if found in ("run", "home"):
+        (path / ("result.json" if found == "run" else "thesis.tex")).write_text("old")
+    before = content(tmp_path)
+    entered = []
+
+    def work() -> None:
+        with new_folder(path, overwrite=overwrite):
+            entered.append(True)
+
+    refused(FileExistsError, work, repr(str(path)), *words)
+    assert not entered
+    assert content(tmp_path) == before
+
+
+def test_the_marker_can_be_another_file(tmp_path: Path) -> None:
+    for text in ("old", "new"):
+        with new_folder(tmp_path / "it", overwrite=True, marker="page.html") as folder:
+            write_text(folder / "page.html", text)
+    assert content(tmp_path) == {"it": "", "it/page.html": "new"}
+
+
+@pytest.mark.parametrize("interrupt", [False, True])
+def test_if_the_second_rename_fails_the_old_folder_comes_back(
+    run: Path, monkeypatch: pytest.MonkeyPatch, interrupt: bool
+) -> None:
+    rename, calls = Path.rename, []
+
+    def fail_second(self: Path, target: Path) -> Path:
+        calls.append(self)
+        if len(calls) == 2:
+            raise KeyboardInterrupt if interrupt else OSError(errno.EBUSY, "Device busy")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", fail_second)
+    if interrupt:
+        with pytest.raises(KeyboardInterrupt):
+            make(run, overwrite=True)
+        assert content(run.parent) == {"first": "", "first/result.json": "old"}
+        return
+    refused(OSError, lambda: make(run, overwrite=True), "Device busy", "finished work is in")
+    (kept,) = (path for path in run.parent.iterdir() if path != run)
+    assert content(run) == {"result.json": "old"}
+    assert content(kept) == {"result.json": "new"}
+
+
+def test_finished_work_is_kept_when_another_run_took_the_name(tmp_path: Path) -> None:
+    path = tmp_path / "it"
+
+    def work() -> None:
+        with new_folder(path, overwrite=False) as folder:
+            write_text(folder / "result.json", "mine")
+            make(path, text="theirs")
+
+    refused(FileExistsError, work, "exists and holds result.json", "The finished work is in")
+    (kept,) = (folder for folder in tmp_path.iterdir() if folder != path)
+    assert content(path) == {"result.json": "theirs"}
+    assert content(kept) == {"result.json": "mine"}
+
+
+def test_old_content_that_cannot_be_removed_is_a_warning(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def denied(*args: object, **kwargs: object) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(shutil, "rmtree", denied)
+    with pytest.warns(UserWarning, match=r"is complete, but .* Permission denied"):
+        make(run, overwrite=True)
+    assert content(run) == {"result.json": "new"}
