@@ -174,14 +174,14 @@ def test_the_error_number_survives(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_a_folder_appears_only_when_the_block_ends(tmp_path: Path) -> None:
-    path = tmp_path / "runs" / "first"
+    path = tmp_path / "new" / "runs" / "first"
     with new_folder(path, overwrite=False) as folder:
         assert folder.parent == path.parent
         assert folder.name.startswith(".")
         assert not path.exists()
         (folder / "part").write_text("1")
         assert not path.exists()
-    assert content(tmp_path) == {"runs": "", "runs/first": "", "runs/first/part": "1"}
+    assert content(path.parent) == {"first": "", "first/part": "1"}
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, SystemExit, PermissionError])

@@ -244,12 +244,17 @@ def test_kymatio_arguments_give_its_kernel(**arguments: float) -> None:
     np.testing.assert_allclose(kernel(ours, (31, 31)), theirs.real, rtol=0, atol=EXACT)
 
 
+def test_kymatio_envelopes_are_round_by_default() -> None:
+    assert interop.from_kymatio(sigma=2.0, theta=0.0, xi=1.0).aspect_ratio.item() == 1.0
+
+
 def test_kymatio_itself_makes_the_same_kernel() -> None:
     filter_bank = pytest.importorskip(
         "kymatio.scattering2d.filter_bank",
         reason="kymatio is missing, or imports what SciPy has removed",
         exc_type=ImportError,
     )
+    assert inspect.signature(filter_bank.gabor_2d).parameters["slant"].default == 1.0
     height, width = 45, 41  # five standard deviations of the widest side, and not square
     rng = np.random.default_rng(0)
     for theta in rng.uniform(-3, 3, 5):

@@ -274,7 +274,9 @@ def test_jacobian_is_autograd_and_finite_differences(
         def moved(by: Tensor, i: int = i) -> Tensor:
             return kernel(*values[:i], values[i] + by, *values[i + 1 :])
 
-        steps = step * (torch.eye(kind.n_dims, dtype=F64) if name == "center" else torch.ones(1))
+        steps = step * (
+            torch.eye(kind.n_dims, dtype=F64) if name == "center" else torch.ones(1, dtype=F64)
+        )
         numeric = torch.stack([(moved(by) - moved(-by)) / (2 * step) for by in steps])
         numeric = numeric if name == "center" else numeric[0]
         torch.testing.assert_close(

@@ -308,6 +308,7 @@ def test_opposite_waves_in_three_dimensions(orientation: float, elevation: float
     two = Gabor3d.of(orientation=orientation + PI, elevation=-elevation, phase=-1.0, **fields)
     torch.testing.assert_close(gabor(one, 7), gabor(two, 7), rtol=0, atol=1e-14)
     assert one.isclose(two, rtol=0, atol=1e-12)
+    assert all((error.abs() < 1e-12).all() for error in one.difference(two).values())
     for name, value in one.canonical().as_dict().items():
         torch.testing.assert_close(two.canonical().as_dict()[name], value, rtol=0, atol=1e-11)
 

@@ -29,7 +29,7 @@ _HOMES = {
     "sigma_from_bandwidth": "spectrum",
     "dc_response": "spectrum",
 }
-_NAMESPACES: tuple[str, ...] = ()
+_NAMESPACES = ("interop",)
 
 if TYPE_CHECKING:
     from gaborium import interop as interop

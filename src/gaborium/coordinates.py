@@ -9,12 +9,20 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gaborium.params import RECORDS, Gabor, Waveform, unit_vector, waveform
+from gaborium.params import POSITIVE_FIELDS, RECORDS, Gabor, Waveform, unit_vector, waveform
 
-# Fields are held within these bounds when they are read, so that a runaway step gives a useless
+# Raw values are held within these bounds when they are read, so that a runaway step gives a useless
 # kernel and not a NaN. Outside them a parameter has no gradient; inside, float32 does not overflow.
-_BOUNDS = {"wavelength": (1e-4, 1e10), "sigma": (1e-8, 1e8), "aspect_ratio": (1e-6, 1e6)}
-_LARGEST = {"amplitude": 1e15, "center": 1e4}
+_SHORTEST, _LONGEST = 1e-4, 1e10  # px
+_BOUNDS = {
+    "angular_wave_vector": (-2 * math.pi / _SHORTEST, 2 * math.pi / _SHORTEST),
+    "log_wavelength": (math.log(_SHORTEST), math.log(_LONGEST)),
+    "log_sigma": (math.log(1e-8), math.log(1e8)),
+    "log_aspect_ratio": (math.log(1e-6), math.log(1e6)),
+    "center": (-1e4, 1e4),
+}
+_BOUNDS |= dict.fromkeys(("orientation", "elevation", "phase"), (-1e8, 1e8))
+_BOUNDS |= dict.fromkeys(("amplitude", "even", "odd"), (-1e15, 1e15))
 _TINY = 1e-24  # squared length, below which a wave vector or coefficient pair has no direction
 
 
@@ -96,7 +104,7 @@ class Coordinates:
     def contains(self, params: Gabor) -> Tensor:
         """Whether these coordinates can store each Gabor function: ``(*batch,)``."""
         fields = params.expand().as_dict()
-        legal = torch.stack([value > 0 for n, value in fields.items() if n in _BOUNDS]).all(0)
+        legal = torch.stack([v > 0 for n, v in fields.items() if n in POSITIVE_FIELDS]).all(0)
         if self.min_wavelength is not None:
             legal &= fields["wavelength"] >= self.min_wavelength
         return legal
@@ -105,24 +113,24 @@ class Coordinates:
         """Raw tensors that hold ``params``; geometry and coefficients keep their own shapes."""
         fields = params.as_dict()
         # A blob is stored as a wave of 1e10 px, which still has a direction.
-        frequency = self._unbound(fields["wavelength"].clamp(*_BOUNDS["wavelength"]).reciprocal())
+        frequency = self._unbound(fields["wavelength"].clamp(_SHORTEST, _LONGEST).reciprocal())
         raw = {name: fields[name] for name in (*params.angle_names, "amplitude", "phase", "center")}
-        raw |= {f"log_{name}": _log(name, fields[name]) for name in _BOUNDS if name in fields}
+        raw |= {f"log_{name}": fields[name].log() for name in POSITIVE_FIELDS if name in fields}
         raw["log_wavelength"] = -frequency.log()
         if self.joint_wave:
             raw["angular_wave_vector"] = 2 * math.pi * frequency.unsqueeze(-1) * params.direction
         if self.joint_phase:
             raw["even"] = fields["amplitude"] * fields["phase"].cos()
             raw["odd"] = fields["amplitude"] * fields["phase"].sin()
-        return {name: raw[name] for name in self.raw_fields()}
+        return _held({name: raw[name] for name in self.raw_fields()})
 
     def from_raw(self, raw: Mapping[str, Tensor]) -> Gabor:
         """The record that the raw tensors mean."""
+        raw = _held(raw)
         record = RECORDS[self.n_dims]
         fields = {name: value for name, value in raw.items() if name in record.field_names()}
         for name in ("sigma", "aspect_ratio")[: 1 if self.n_dims == 1 else 2]:
-            fields[name] = _exp(name, raw)
-        fields["center"] = _held("center", raw["center"])
+            fields[name] = raw[f"log_{name}"].exp()
         if self.joint_wave:
             k = self._wave_vector(raw)
             length = k.square().sum(-1)
@@ -136,14 +144,12 @@ class Coordinates:
         else:
             fields["wavelength"] = self._frequency(raw).reciprocal()
         if self.joint_phase:
-            even, odd = _held("amplitude", raw["even"]), _held("amplitude", raw["odd"])
+            even, odd = raw["even"], raw["odd"]
             silent = even.square() + odd.square() < _TINY
             even = torch.where(silent, torch.ones_like(even), even)
             odd = torch.where(silent, torch.zeros_like(odd), odd)
             fields["phase"] = torch.atan2(odd, even)
             fields["amplitude"] = torch.where(silent, 0.0, torch.hypot(even, odd))
-        else:
-            fields["amplitude"] = _held("amplitude", raw["amplitude"])
         return record(**{name: fields[name] for name in record.field_names()})
 
     def waveform(self, raw: Mapping[str, Tensor]) -> Waveform:
@@ -151,6 +157,7 @@ class Coordinates:
 
         Going through the record would divide by the wave vector's length and the amplitude.
         """
+        raw = _held(raw)
         if self.joint_wave:
             k = self._wave_vector(raw)
             squared = k.square().sum(-1, keepdim=True)
@@ -161,13 +168,12 @@ class Coordinates:
             direction = self._direction(raw)
             k = direction * self._frequency(raw).unsqueeze(-1)
         if self.joint_phase:
-            even, odd = _held("amplitude", raw["even"]), _held("amplitude", raw["odd"])
+            even, odd = raw["even"], raw["odd"]
         else:
-            amplitude = _held("amplitude", raw["amplitude"])
-            even, odd = amplitude * raw["phase"].cos(), amplitude * raw["phase"].sin()
-        center = _held("center", raw["center"])
-        ratio = _exp("aspect_ratio", raw) if self.n_dims > 1 else None
-        return waveform(direction, k, _exp("sigma", raw), ratio, even, odd, center)
+            even = raw["amplitude"] * raw["phase"].cos()
+            odd = raw["amplitude"] * raw["phase"].sin()
+        ratio = raw["log_aspect_ratio"].exp() if self.n_dims > 1 else None
+        return waveform(direction, k, raw["log_sigma"].exp(), ratio, even, odd, raw["center"])
 
     def _direction(self, raw: Mapping[str, Tensor]) -> Tensor:
         if self.n_dims == 1:
@@ -175,11 +181,10 @@ class Coordinates:
         return unit_vector([raw[name] for name in RECORDS[self.n_dims].angle_names])
 
     def _frequency(self, raw: Mapping[str, Tensor]) -> Tensor:
-        return self._bound(_exp("wavelength", raw).reciprocal())
+        return self._bound((-raw["log_wavelength"]).exp())
 
     def _wave_vector(self, raw: Mapping[str, Tensor]) -> Tensor:
-        limit = 1 / _BOUNDS["wavelength"][0]
-        k = (raw["angular_wave_vector"] / (2 * math.pi)).clamp(-limit, limit)
+        k = raw["angular_wave_vector"] / (2 * math.pi)
         if self.min_wavelength is None:
             return k
         return k * (1 + k.square().sum(-1, keepdim=True) * self._shortest(k) ** 2).rsqrt()
@@ -202,18 +207,8 @@ class Coordinates:
         return (self.min_wavelength or 0.0) * (1 + 8 * torch.finfo(like.dtype).eps)
 
 
-def _log(name: str, value: Tensor) -> Tensor:
-    low, high = _BOUNDS[name]
-    return value.clamp(low, high).log()
-
-
-def _exp(name: str, raw: Mapping[str, Tensor]) -> Tensor:
-    low, high = _BOUNDS[name]
-    return raw[f"log_{name}"].clamp(math.log(low), math.log(high)).exp()
-
-
-def _held(name: str, value: Tensor) -> Tensor:
-    return value.clamp(-_LARGEST[name], _LARGEST[name])
+def _held(raw: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: value.clamp(*_BOUNDS[name]) for name, value in raw.items()}
 
 
 def _first_axis(like: Tensor) -> Tensor:

@@ -101,10 +101,9 @@ class _GaborConv(nn.Module):
         self._coordinates = Coordinates.named(
             coordinates, n_dims=self.n_dims, learn=self.learn, min_wavelength=min_wavelength
         )
-        params = self._starting_params()
-        raw = self._coordinates.to_raw(params)
+        raw = self._coordinates.to_raw(self._starting_params())
         for name, fields in self._coordinates.raw_fields().items():
-            value = raw[name].to(device=device, dtype=dtype).clone()
+            value = torch.empty(raw[name].shape, device=device, dtype=dtype)
             if self.learn >= set(fields):
                 self.register_parameter(name, nn.Parameter(value))
             else:
@@ -114,7 +113,8 @@ class _GaborConv(nn.Module):
         else:
             self.register_parameter("bias", None)
         self.reset_parameters()
-        self._warn(params, stacklevel=3)
+        if isinstance(start, Gabor):
+            self._warn(start, stacklevel=3)
 
     # -- image → responses --------------------------------------------------------------------
 
@@ -163,7 +163,11 @@ class _GaborConv(nn.Module):
         energy output the even and the odd kernel of a filter follow each other, and for energy
         there are ``2 * out_channels`` of them.
         """
-        return self._kernels(self._raw()).to(self.log_sigma.dtype)
+        kernels, dtype = self._kernels(self._raw()), self.log_sigma.dtype
+        if kernels.dtype == dtype:
+            return kernels
+        limit = torch.finfo(dtype).max
+        return kernels.clamp(-limit, limit).to(dtype)
 
     def _kernels(self, raw: Mapping[str, Tensor]) -> Tensor:
         wave = self._coordinates.waveform(raw)
@@ -196,7 +200,7 @@ class _GaborConv(nn.Module):
         """Raw tensors by name, at least in single precision: half precision has no 1/σ²."""
         raw = {name: getattr(self, name) for name in self._coordinates.raw_fields()}
         if self.log_sigma.dtype in (torch.float16, torch.bfloat16):
-            return {name: value.float() for name, value in raw.items()}
+            return {name: _widened(value) for name, value in raw.items()}
         return raw
 
     # -- the record ---------------------------------------------------------------------------
@@ -520,6 +524,15 @@ def suggest_kernel_size(params: Gabor, n_stds: float = 3.0) -> tuple[int, ...]:
     middle = params.center.detach().abs()
     halves = (n_stds * _widths(params) + middle - 1e-6).reshape(-1, params.n_dims).amax(0)
     return tuple(2 * half + 1 for half in reversed(halves.ceil().long().tolist()))
+
+
+def _widened(value: Tensor) -> Tensor:
+    """A half-precision tensor in single precision; its gradient saturates where half ends."""
+    wide = value.float()
+    if wide.requires_grad:
+        limit = torch.finfo(value.dtype).max
+        wide.register_hook(lambda gradient: gradient.clamp(-limit, limit))
+    return wide
 
 
 def _widths(params: Gabor) -> Tensor:

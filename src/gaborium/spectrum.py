@@ -78,7 +78,7 @@ def bandwidth_from_sigma(sigma: Tensor | float, wavelength: Tensor | float) -> T
         >>> round(bandwidth_from_sigma(5.622, 10.0).item(), 3)
         1.0
     """
-    sigma, wavelength = torch.as_tensor(sigma), torch.as_tensor(wavelength)
+    sigma, wavelength = _same_dtype(sigma, wavelength)
     ratio = math.pi / math.sqrt(math.log(2) / 2) * sigma / wavelength
     octaves = ((ratio + 1) / (ratio - 1)).log2()
     return torch.where(ratio > 1, octaves, torch.inf)
@@ -101,7 +101,7 @@ def sigma_from_bandwidth(bandwidth: Tensor | float, wavelength: Tensor | float) 
         >>> round(sigma_from_bandwidth(1.0, 10.0).item(), 3)
         5.622
     """
-    bandwidth, wavelength = torch.as_tensor(bandwidth), torch.as_tensor(wavelength)
+    bandwidth, wavelength = _same_dtype(bandwidth, wavelength)
     if not (bandwidth > 0).all():
         raise ValueError(f"bandwidth must be positive (octaves), got {bandwidth.min().item():g}.")
     # (2^b + 1) / (2^b - 1), written so that neither end overflows or cancels.
@@ -130,3 +130,9 @@ def dc_response(params: Gabor, kernel_size: int | tuple[int, ...]) -> Tensor:
     kernels = gabor(params, kernel_size).flatten(-params.n_dims)
     size = kernels.abs().sum(-1)
     return kernels.sum(-1) / size.clamp_min(torch.finfo(kernels.dtype).tiny)
+
+
+def _same_dtype(one: Tensor | float, other: Tensor | float) -> tuple[Tensor, Tensor]:
+    """Both as tensors; a number beside a float64 tensor must not be rounded to float32."""
+    dtype = torch.result_type(one, other)
+    return torch.as_tensor(one, dtype=dtype), torch.as_tensor(other, dtype=dtype)
