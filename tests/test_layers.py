@@ -44,18 +44,18 @@ def image_for(n_dims: int, *lead: int, size: int = 9, dtype: torch.dtype | None 
 
 
 def some_gabors(n_dims: int, *shape: int, **fields: float) -> Gabor:
-    """Ordinary Gabor functions that fit into 9 px."""
+    """Ordinary Gabor functions that fit into 3 px."""
 
     def uniform(low: float, high: float, *more: int) -> Tensor:
-        return low + (high - low) * torch.rand(*shape, *more, dtype=torch.float64)
+        return low + (high - low) * torch.rand((*shape, *more), dtype=torch.float64)
 
     values = {
         "orientation": uniform(0.0, 3.0),
         "elevation": uniform(-1.0, 1.0),
         "wavelength": uniform(3.0, 6.0),
         "phase": uniform(-3.0, 3.0),
-        "sigma": uniform(1.0, 1.6),
-        "aspect_ratio": uniform(0.6, 1.0),
+        "sigma": uniform(0.7, 0.9),
+        "aspect_ratio": uniform(0.9, 1.3),
         "amplitude": uniform(0.5, 2.0),
         "center": uniform(-0.5, 0.5, n_dims),
     }
@@ -172,7 +172,7 @@ def test_outputs_are_convolutions_with_the_sampled_record(coordinates, n_dims):
 def test_the_kernel_is_the_textbook_formula(coordinates):
     layer = GaborConv2d(2, 3, (5, 8), coordinates=coordinates, dtype=torch.float64)
     layer.params = some_gabors(2, 3, 1).replace(phase=torch.rand(3, 2), amplitude=torch.rand(3, 2))
-    p = layer.params
+    p = layer.params.detach()
     for i, j in itertools.product(range(3), range(2)):
         theta, lam, sigma = p.orientation[i, 0], p.wavelength[i, 0], p.sigma[i, 0]
         gamma, psi, a = p.aspect_ratio[i, 0], p.phase[i, j], p.amplitude[i, j]
@@ -539,14 +539,14 @@ def warned(action) -> list[warnings.WarningMessage]:
 
 @pytest.mark.parametrize("by", ["start", "assignment"])
 def test_one_warning_says_what_to_do_about_a_cut_envelope(by):
-    wide = Gabor2d.of(wavelength=6.0, sigma=[2.0, 4.0], aspect_ratio=0.5, dtype=torch.float16)
+    wide = Gabor2d.of(wavelength=6.0, sigma=[1.0, 4.0], aspect_ratio=0.5, dtype=torch.float16)
     layer = GaborConv2d(1, 2, 9)
     if by == "start":
         (warning,) = warned(lambda: GaborConv2d(1, 2, 9, start=wide))
     else:
         (warning,) = warned(lambda: setattr(layer, "params", wide))
     text = str(warning.message)
-    assert "1 of 2" in text or "2 of 2" in text
+    assert "1 of 2" in text
     assert "kernel_size=(9, 9)" in text
     assert f"Use kernel_size={suggest_kernel_size(wide)} or smaller sigma" in text
     assert "2 px" not in text
@@ -740,7 +740,7 @@ def test_every_option_learns(options, n_dims, coordinates):
 
 @pytest.mark.parametrize("coordinates", COORDINATES)
 def test_a_layer_learns_what_another_one_does(coordinates):
-    target = GaborConv2d(1, 2, 9, start=some_gabors(2, 2), bias=False)
+    target = GaborConv2d(1, 2, 9, start=some_gabors(2, 2, sigma=1.8), bias=False)
     near = target.params.detach()
     near = near.replace(
         orientation=near.orientation + 0.2,
@@ -1022,7 +1022,7 @@ def test_state_dicts_are_readable_and_stable():
 @pytest.mark.parametrize("n_dims", DIMENSIONS)
 @pytest.mark.parametrize("coordinates", COORDINATES)
 def test_copies_are_equal_and_independent(coordinates, n_dims):
-    layer = layer_of(n_dims, coordinates=coordinates, start=some_gabors(n_dims, 4), kernel_size=9)
+    layer = layer_of(n_dims, 2, 4, 9, coordinates=coordinates, start=some_gabors(n_dims, 4))
     file = io.BytesIO()
     torch.save(layer.state_dict(), file)
     file.seek(0)
@@ -1041,19 +1041,16 @@ def test_copies_are_equal_and_independent(coordinates, n_dims):
         assert not torch.equal(other.weight, before)
 
 
-@pytest.mark.parametrize("n_dims", DIMENSIONS)
-def test_checkpoints_in_other_coordinates_load(n_dims):
-    learns = (None, ("wavelength",), ("phase",), ("sigma", "center"))
-    ways = list(itertools.product(COORDINATES, learns, (None, 2.0)))
+@pytest.mark.parametrize(("n_dims", "shortest"), [(1, 2.0), (2, None), (2, 2.0), (3, None)])
+def test_checkpoints_in_other_coordinates_load(n_dims, shortest):
+    ways = list(itertools.product(COORDINATES, (None, ("wavelength",), ("phase", "center"))))
     for one, other in itertools.product(ways, ways):
-        if one[2] != other[2]:
-            continue
         source, target = (
             nn.Sequential(
                 nn.Identity(),
                 layer_of(n_dims, coordinates=c, learn=learn, min_wavelength=shortest, seed=seed),
             )
-            for seed, (c, learn, shortest) in enumerate((one, other))
+            for seed, (c, learn) in enumerate((one, other))
         )
         stored = source.state_dict()
         copied = {name: value.clone() for name, value in stored.items()}
@@ -1187,7 +1184,7 @@ def test_the_frozen_layer_is_a_plain_one_of_its_own(n_dims):
         conv.weight.zero_()
         conv.bias.zero_()
     assert torch.equal(layer(image), expected)
-    with pytest.raises(ValueError, match="energy .*quadrature"):
+    with pytest.raises(ValueError, match=r"energy .*quadrature"):
         layer_of(n_dims, output="energy").to_conv()
 
 
@@ -1195,5 +1192,5 @@ def test_repr_shows_what_is_not_default():
     assert repr(GaborConv2d(3, 4, 5, learn="sigma")) == (
         "GaborConv2d(3, 4, kernel_size=(5, 5), stride=(1, 1), learn=['sigma'])"
     )
-    text = repr(GaborConv1d(2, 4, 5, 2, "same" if False else 1, bias=False, output="energy"))
+    text = repr(GaborConv1d(2, 4, 5, 2, 1, bias=False, output="energy"))
     assert "padding=(1,), bias=False, output='energy'" in text

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Collection, Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Generic, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from gaborium.coordinates import Coordinates
 from gaborium.errors import as_sizes, one_of
 from gaborium.kernels import combine, even_odd, turned
-from gaborium.params import RECORDS, Gabor, Waveform
+from gaborium.params import RECORDS, Gabor, Gabor1d, Gabor2d, Gabor3d, Waveform
 from gaborium.starts import STARTS
 from gaborium.starts import start as draw_start
 
@@ -29,8 +29,10 @@ _PLAIN_LAYERS: dict[int, Any] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 # border cuts the envelope at more than a third of its height, and it is no Gabor any more.
 _ENOUGH_STDS = 1.5
 
+Record = TypeVar("Record", bound=Gabor)
 
-class _GaborConv(nn.Module):
+
+class _GaborConv(nn.Module, Generic[Record]):
     """What the three layers share; their docstrings say what the arguments mean."""
 
     n_dims: ClassVar[int]
@@ -211,14 +213,14 @@ class _GaborConv(nn.Module):
         return self.out_channels // 2 if self.output == "quadrature" else self.out_channels
 
     @property
-    def params(self) -> Gabor:
+    def params(self) -> Record:
         """The parameters as a record, with their graph; assign a record to set them.
 
         Geometry has shape ``(filters, 1)``, or ``(filters, in_channels / groups)`` with
         ``geometry="pair"``; phase and amplitude ``(filters, in_channels / groups)``. A single
         Gabor function, or one per filter, may be assigned too.
         """
-        return self._coordinates.from_raw(self._raw())
+        return cast(Record, self._coordinates.from_raw(self._raw()))
 
     @params.setter
     def params(self, params: Gabor) -> None:
@@ -241,9 +243,8 @@ class _GaborConv(nn.Module):
         if given == shape[:1]:
             whole = whole[:, None]
         try:
-            ones = torch.ones(shape, dtype=torch.float64, device=whole.device)
             fields = {
-                name: value * (ones[..., None] if name == "center" else ones)
+                name: value.expand(*shape, *[self.n_dims] * (name == "center"))
                 for name, value in whole.as_dict().items()
             }
         except RuntimeError:
@@ -440,13 +441,13 @@ class _GaborConv(nn.Module):
         return f"{text}, learn={[name for name in order if name in self.learn]}"
 
 
-class GaborConv1d(_GaborConv):
+class GaborConv1d(_GaborConv[Gabor1d]):
     """A 1-D convolution of Gabor kernels; see ``GaborConv2d`` for the arguments."""
 
     n_dims: ClassVar[int] = 1
 
 
-class GaborConv2d(_GaborConv):
+class GaborConv2d(_GaborConv[Gabor2d]):
     """A 2-D convolution whose kernels are Gabor functions with learned parameters.
 
     The arguments up to ``dtype`` are those of ``nn.Conv2d``, in its order and with its meaning;
@@ -507,7 +508,7 @@ class GaborConv2d(_GaborConv):
     n_dims: ClassVar[int] = 2
 
 
-class GaborConv3d(_GaborConv):
+class GaborConv3d(_GaborConv[Gabor3d]):
     """A 3-D convolution of Gabor kernels; see ``GaborConv2d`` for the arguments."""
 
     n_dims: ClassVar[int] = 3

@@ -1,0 +1,483 @@
+"""The experiment that the project comes from: a planted Gabor kernel, and three ways to find it.
+
+A photograph is convolved with a known kernel. Then the kernel's parameters are looked for from the
+responses alone: by gradient descent on the orientation under the root of the mean squared error,
+as one would first try; by ``recover``, which needs no start; and by training a Gabor layer with
+gradients in a way that arrives.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from gaborium.errors import as_sizes
+from gaborium.fitting import FitResult, fit, recover
+from gaborium.fitting.statistics import PatchStatistics
+from gaborium.kernels import gabor
+from gaborium.layers import GaborConv2d
+from gaborium.params import UNITS, Gabor, Gabor2d
+
+Progress = Callable[[str, int, int], None]  # stage, steps done, steps in all
+
+_LANDSCAPE_POINTS = 360
+_NEAR = 0.05  # rad; a descent closer than this has been at the minimum
+_SETTLED = 0.01  # rad; a descent that stays closer than this has settled
+_WHITENING_SIZE = 9  # px
+_WHITENING_FLOOR = 1e-3  # of the largest variance: weaker frequencies are noise
+_REFIT_EVERY = 25  # steps of training between two global steps
+
+
+@dataclass(frozen=True)
+class Descent:
+    """One run of gradient descent on the orientation.
+
+    Args:
+        learning_rate: step size.
+        momentum: of the descent.
+        orientation: θ before every step and after the last, rad.
+        loss: the root of the mean squared error at each of them.
+        error: distance of θ from the truth at each of them, rad, in [0, π/2].
+        first_arrival: the first step at which θ was within 0.05 rad of the truth, or ``None``.
+        n_ejections: how often θ, after having been that near, left the basin again.
+        final_error: largest error in the last tenth of the run, rad.
+    """
+
+    learning_rate: float
+    momentum: float
+    orientation: list[float]
+    loss: list[float]
+    error: list[float]
+    first_arrival: int | None
+    n_ejections: int
+    final_error: float
+
+    @property
+    def settled(self) -> bool:
+        """Whether θ stays within 0.01 rad of the truth at the end."""
+        return self.final_error < _SETTLED
+
+    @property
+    def verdict(self) -> str:
+        """What happened, in a few words."""
+        if math.isnan(self.final_error):
+            return "lost: not a number"
+        if self.settled:
+            return "settles"
+        if self.n_ejections:
+            times = "once" if self.n_ejections == 1 else f"{self.n_ejections} times"
+            return f"arrives, is thrown out {times}"
+        if self.first_arrival is None:
+            return "never arrives"
+        return f"cycles around the minimum, ±{math.degrees(self.final_error):.1f}°"
+
+
+@dataclass(frozen=True)
+class Training:
+    """A Gabor layer trained by gradients on all its parameters.
+
+    Args:
+        params: where it ended, geometry ``(1, 1)``.
+        orientation: θ before every step and after the last, rad.
+        loss: share of the whitened responses' power that is left, at each of them.
+        jumps: the steps at which a global step was taken.
+        kernel_error: of the final kernel, relative to the planted one in L2 norm.
+    """
+
+    params: Gabor2d
+    orientation: list[float]
+    loss: list[float]
+    jumps: list[int]
+    kernel_error: float
+
+
+@dataclass(frozen=True)
+class Recovery:
+    """All that the experiment found.
+
+    Args:
+        images: ``(batch, channels, height, width)``, as they were used.
+        target: the planted parameters, geometry ``(1, 1)``.
+        start: where the descents and the training began.
+        kernel_size: (height, width).
+        noise: standard deviation of the noise as a share of the responses' own.
+        responses: ``(batch, 1, height, width)``, with noise.
+        landscape: θ over the whole circle (``orientation``, rad) with ``mse`` and ``rmse``.
+        basin: convex half-width of the squared error in θ that theory gives, rad.
+        descents: the runs of the first way.
+        found: the result of ``recover``.
+        training: the third way.
+    """
+
+    images: Tensor
+    target: Gabor2d
+    start: Gabor2d
+    kernel_size: tuple[int, int]
+    noise: float
+    responses: Tensor
+    landscape: dict[str, list[float]]
+    basin: float
+    descents: tuple[Descent, ...]
+    found: FitResult
+    training: Training
+
+    def table(self) -> list[dict[str, Any]]:
+        """Rows of parameter, unit, truth, start, found, error, standard error, trained."""
+        target = self.target.canonical()
+        start = self.start.expand()
+        found, trained = self.found.params, self.training.params
+        errors, trained_errors = found.difference(target), trained.difference(target)
+        rows = []
+        for name in target.field_names():
+            if name == "center":
+                continue
+            truths = target.as_dict()[name].flatten().tolist()
+            for i, truth in enumerate(truths):
+                # The error is on the circle and up to symmetry; truth + error is the found value
+                # on the truth's side of it.
+                error = errors[name].flatten()[i].item()
+                trained_error = trained_errors[name].flatten()[i].item()
+                rows.append(
+                    {
+                        "parameter": name if len(truths) == 1 else f"{name}[{i}]",
+                        "unit": UNITS[name],
+                        "truth": truth,
+                        "start": start.as_dict()[name].flatten()[i].item(),
+                        "found": truth + error,
+                        "error": error,
+                        "standard_error": self.found.standard_error[name].flatten()[i].item(),
+                        "trained": truth + trained_error,
+                        "trained_error": trained_error,
+                    }
+                )
+        return rows
+
+    def kernel_errors(self) -> dict[str, float]:
+        """L2 distance of the found and the trained kernel from the planted one, as a share."""
+        return {
+            "found": _kernel_error(self.found.params, self.target, self.kernel_size),
+            "trained": self.training.kernel_error,
+        }
+
+
+def recover_planted(
+    images: Sequence[Tensor],
+    target: Gabor2d,
+    *,
+    start: Gabor2d,
+    kernel_size: int | tuple[int, int] = 15,
+    noise: float = 0.0,
+    learning_rates: Sequence[float] = (0.001, 0.01, 0.1, 1.0),
+    momenta: Sequence[float] = (0.0, 0.9),
+    n_steps: int = 300,
+    seed: int = 0,
+    on_progress: Progress | None = None,
+) -> Recovery:
+    """Plant a kernel, convolve photographs with it, and look for it in three ways.
+
+    Args:
+        images: photographs ``(channels, height, width)`` of equal shape, values in [0, 1].
+        target: the planted Gabor function: geometry of batch shape ``()``, phase and amplitude
+            ``()`` or ``(channels,)``.
+        start: where the descents and the training begin, in the same shapes. Descents move the
+            orientation only, so give them the truth in the rest.
+        kernel_size: of all layers, px.
+        noise: standard deviation of white noise on the responses, as a share of their own.
+        learning_rates: step sizes of the descents.
+        momenta: momenta of the descents.
+        n_steps: steps of each descent and of the training.
+        seed: of the noise.
+        on_progress: called with stage, steps done and steps in all.
+
+    Returns:
+        Everything found.
+
+    Raises:
+        ValueError: images differ in shape, are constant, not finite or smaller than the kernel.
+
+    Example:
+        >>> image = torch.rand(1, 48, 48, generator=torch.Generator().manual_seed(0))
+        >>> planted = Gabor2d.of(orientation=0.8, wavelength=5.0, sigma=2.0)
+        >>> start = Gabor2d.of(orientation=-0.8, wavelength=5.0, sigma=2.0)
+        >>> result = recover_planted(
+        ...     [image], planted, start=start, kernel_size=11, n_steps=2, learning_rates=[0.1]
+        ... )
+        >>> result.found.outcome[0].name, len(result.descents)
+        ('CONVERGED', 2)
+    """
+    height, width = as_sizes("kernel_size", kernel_size, 2)
+    batch = _batch(images, (height, width))
+    channels = batch.shape[1]
+    target, start = _per_channel(target, channels), _per_channel(start, channels)
+    report = on_progress or (lambda *_: None)
+
+    clean = F.conv2d(batch, gabor(target, (height, width)).to(batch))
+    if not clean.std() > 1e-6 * batch.abs().max():
+        raise ValueError(
+            "The photograph is constant as far as this kernel sees, so nothing can be recovered; "
+            "use an image with structure."
+        )
+    generator = torch.Generator().manual_seed(seed)
+    white = torch.randn(clean.shape, generator=generator, dtype=torch.float64)
+    responses = clean + noise * clean.std() * white
+
+    settings = [(rate, momentum) for momentum in momenta for rate in learning_rates]
+    landscape = _landscape(batch, responses, target, (height, width))
+    descents: list[Descent] = []
+    for rate, momentum in settings:
+
+        def step_done(step: int) -> None:
+            done = len(descents) * n_steps + step
+            report("gradient descent on θ", done, len(settings) * n_steps)
+
+        descents.append(
+            _descend(
+                batch.float(),
+                responses.float(),
+                target,
+                start,
+                (height, width),
+                rate,
+                momentum,
+                n_steps,
+                step_done,
+            )
+        )
+    report("recover", 0, 1)
+    found = recover(batch, responses, (height, width))
+    report("recover", 1, 1)
+    training = _train(
+        batch,
+        responses,
+        target,
+        start,
+        (height, width),
+        n_steps,
+        lambda step: report("training all parameters", step, n_steps),
+    )
+    return Recovery(
+        images=batch,
+        target=target,
+        start=start,
+        kernel_size=(height, width),
+        noise=noise,
+        responses=responses,
+        landscape=landscape,
+        basin=_basin(target),
+        descents=tuple(descents),
+        found=found,
+        training=training,
+    )
+
+
+def _batch(images: Sequence[Tensor], kernel_size: tuple[int, int]) -> Tensor:
+    shapes = sorted({tuple(image.shape) for image in images})
+    if len(shapes) != 1:
+        raise ValueError(f"images must be one or more of equal shape, got shapes {shapes}.")
+    batch = torch.stack(list(images)).double()
+    if batch.ndim != 4:
+        raise ValueError(f"images must be (channels, height, width), got shape {shapes[0]}.")
+    if not batch.isfinite().all():
+        raise ValueError("images must be finite, got NaN or infinity.")
+    if any(size > axis for size, axis in zip(kernel_size, batch.shape[2:], strict=True)):
+        raise ValueError(
+            f"kernel_size {kernel_size} must not be larger than the image, "
+            f"{tuple(batch.shape[2:])} px (height, width)."
+        )
+    if (batch == batch[:, :, :1, :1]).all():
+        raise ValueError(
+            "The photograph is constant: every kernel of the same sum gives the same responses, "
+            "so nothing can be recovered; use an image with structure."
+        )
+    return batch
+
+
+def _per_channel(params: Gabor2d, channels: int) -> Gabor2d:
+    """Geometry ``(1, 1)``, phase and amplitude ``(1, channels)``, float64."""
+    fields = {}
+    for name, value in params.detach().to(torch.float64).as_dict().items():
+        if name in ("phase", "amplitude"):
+            if value.numel() not in (1, channels):
+                raise ValueError(
+                    f"{name} must be 1 number or one per channel ({channels}), got {value.numel()}."
+                )
+            fields[name] = value.flatten().expand(channels).unsqueeze(0)
+        else:
+            one = value.reshape(-1, 2)[:1] if name == "center" else value.reshape(-1)[:1]
+            fields[name] = one.unsqueeze(1)
+    return Gabor2d(**fields)
+
+
+def _basin(target: Gabor2d) -> float:
+    """Convex half-width of the squared error in θ on white input: λ / (√2 π σ/γ), rad."""
+    along = target.sigma / target.aspect_ratio
+    return min((target.wavelength / (math.sqrt(2) * math.pi * along)).item(), math.pi / 2)
+
+
+def _landscape(
+    batch: Tensor, responses: Tensor, target: Gabor2d, kernel_size: tuple[int, int]
+) -> dict[str, list[float]]:
+    """The loss over the whole circle of orientations, the other parameters being right."""
+    around = torch.linspace(-math.pi, math.pi, _LANDSCAPE_POINTS + 1, dtype=torch.float64)
+    turned = target.replace(orientation=around.unsqueeze(1))
+    kernels = gabor(turned, kernel_size)
+    mse = torch.cat(
+        [
+            (F.conv2d(batch, piece) - responses).square().mean((0, 2, 3))
+            for piece in kernels.split(32)
+        ]
+    )
+    return {
+        "orientation": around.tolist(),
+        "mse": mse.tolist(),
+        "rmse": mse.sqrt().tolist(),
+    }
+
+
+def _descend(
+    batch: Tensor,
+    responses: Tensor,
+    target: Gabor2d,
+    start: Gabor2d,
+    kernel_size: tuple[int, int],
+    learning_rate: float,
+    momentum: float,
+    n_steps: int,
+    report: Callable[[int], None],
+) -> Descent:
+    """The first thing one tries: θ alone, the root of the mean squared error, plain descent."""
+    layer = GaborConv2d(
+        batch.shape[1], 1, kernel_size, bias=False, learn="orientation",
+        coordinates="textbook", start=start,
+    )  # fmt: skip
+    optimizer = torch.optim.SGD(layer.parameters(), lr=learning_rate, momentum=momentum)
+    orientation, losses = [], []
+    for step in range(n_steps + 1):
+        loss = (layer(batch) - responses).square().mean().sqrt()
+        orientation.append(layer.params.orientation.item())
+        losses.append(loss.item())
+        if step < n_steps:
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        report(step)
+
+    truth = target.orientation.item()
+    # Equal kernels repeat after half a turn only when turned back in phase; the experiment's
+    # loss does so for even phases. Distances are those of the stripes, which have period π.
+    error = [abs(math.remainder(theta - truth, math.pi)) for theta in orientation]
+    basin = max(_basin(target), 2 * _NEAR)
+    first, ejections, inside = None, 0, False
+    for step, distance in enumerate(error):
+        if distance < _NEAR:
+            first = step if first is None else first
+            inside = True
+        elif inside and not distance <= basin:
+            ejections, inside = ejections + 1, False
+    return Descent(
+        learning_rate=learning_rate,
+        momentum=momentum,
+        orientation=orientation,
+        loss=losses,
+        error=error,
+        first_arrival=first,
+        n_ejections=ejections,
+        final_error=math.nan if math.isnan(error[-1]) else max(error[-max(2, n_steps // 10) :]),
+    )
+
+
+def _train(
+    batch: Tensor,
+    responses: Tensor,
+    target: Gabor2d,
+    start: Gabor2d,
+    kernel_size: tuple[int, int],
+    n_steps: int,
+    report: Callable[[int], None],
+) -> Training:
+    """Train all parameters by gradients, in a way that arrives.
+
+    Four things differ from the descent above. The error is squared, so that its slope vanishes at
+    the minimum. Images and responses are filtered by the same whitening kernel, which leaves the
+    wanted kernel the same and takes away the spectrum of the photograph. Wave vector and even and
+    odd coefficients are learned, not θ, λ and ψ: there is no circle to cross. And every 25 steps
+    the gradient of the *kernel* is followed instead, where the loss has no other minimum, and the
+    Gabor function nearest to where it leads is taken if the loss is lower there.
+    """
+    channels = batch.shape[1]
+    whitening = _whitening_kernel(batch)
+    x = _filtered(batch, whitening).float()
+    y = _filtered(responses, whitening).float()
+    x, y = x / x.std(), y / x.std()
+    power = y.square().mean()
+
+    layer = GaborConv2d(channels, 1, kernel_size, bias=False, start=start)
+    optimizer = torch.optim.Adam(layer.parameters(), lr=0.03, betas=(0.9, 0.99))
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, n_steps)
+    orientation, losses, jumps = [], [], []
+    for step in range(n_steps + 1):
+        if step % _REFIT_EVERY == 0 and 0 < step < n_steps and _global_step(layer, x, y):
+            jumps.append(step)
+            optimizer.state.clear()  # the running averages belong to another place
+        loss = (layer(x) - y).square().mean() / power
+        orientation.append(layer.params.orientation.item())
+        losses.append(loss.item())
+        if step < n_steps:
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+        report(step)
+    params = layer.params.detach().to(torch.float64).canonical()
+    return Training(params, orientation, losses, jumps, _kernel_error(params, target, kernel_size))
+
+
+def _global_step(layer: GaborConv2d, x: Tensor, y: Tensor) -> bool:
+    """Follow the kernel's gradient, fit the Gabor function nearest to its end, keep the better."""
+    weight = layer.weight.detach().requires_grad_()
+    loss = (F.conv2d(x, weight) - y).square().mean()
+    (gradient,) = torch.autograd.grad(loss, weight)
+    # A step is global only where it changes much; the small ones are the optimiser's.
+    before, best, jumped = layer.params.detach(), 0.5 * loss.item(), False
+    # On white images of unit variance half the gradient is the whole way to the minimum.
+    for reach in (0.25, 0.5, 1.0):
+        here = layer.params.detach()
+        layer.params = fit(weight.detach() - reach * gradient, geometry="filter").params
+        with torch.no_grad():
+            loss_there = (layer(x) - y).square().mean().item()
+        if loss_there < best:
+            best, jumped, before = loss_there, True, layer.params.detach()
+        else:
+            layer.params = here
+    layer.params = before
+    return jumped
+
+
+def _whitening_kernel(batch: Tensor) -> Tensor:
+    """The filter that flattens the photographs' mean spectrum: the middle row of C^(-1/2)."""
+    size = min(_WHITENING_SIZE, *(axis // 4 for axis in batch.shape[2:]))
+    size += size % 2 - 1  # odd
+    statistics = PatchStatistics((size, size), n_channels=1, n_outputs=0)
+    grey = batch.mean(1, keepdim=True)
+    room = [axis - size + 1 for axis in grey.shape[2:]]
+    statistics.add(grey, grey.new_zeros(len(grey), 0, *room))
+    values, vectors = torch.linalg.eigh(statistics.covariance())
+    root = (values.clamp_min(0) + _WHITENING_FLOOR * values[-1]).rsqrt()
+    return ((vectors * root) @ vectors.T)[size**2 // 2].reshape(size, size)
+
+
+def _filtered(images: Tensor, kernel: Tensor) -> Tensor:
+    """Every channel convolved with one kernel."""
+    channels = images.shape[1]
+    return F.conv2d(images, kernel.expand(channels, 1, *kernel.shape), groups=channels)
+
+
+def _kernel_error(params: Gabor, target: Gabor, kernel_size: tuple[int, int]) -> float:
+    wanted = gabor(target, kernel_size)
+    return ((gabor(params, kernel_size) - wanted).norm() / wanted.norm()).item()
