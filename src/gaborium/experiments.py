@@ -32,6 +32,7 @@ _SETTLED = 0.01  # rad; a descent that stays closer than this has settled
 _WHITENING_SIZE = 9  # px
 _WHITENING_FLOOR = 1e-3  # of the largest variance: weaker frequencies are noise
 _REFIT_EVERY = 25  # steps of training between two global steps
+_FAR = 0.1  # share of its norm by which a global step must change the kernel
 
 
 @dataclass(frozen=True)
@@ -439,24 +440,23 @@ def _train(
 
 
 def _global_step(layer: GaborConv2d, x: Tensor, y: Tensor) -> bool:
-    """Follow the kernel's gradient, fit the Gabor function nearest to its end, keep the better."""
+    """Follow the kernel's gradient, fit the Gabor functions nearest to its way, take the best."""
     weight = layer.weight.detach().requires_grad_()
     loss = (F.conv2d(x, weight) - y).square().mean()
     (gradient,) = torch.autograd.grad(loss, weight)
-    # A step is global only where it changes much; the small ones are the optimiser's.
-    before, best, jumped = layer.params.detach(), 0.5 * loss.item(), False
+    weight, best = weight.detach(), loss.item()
+    before, chosen = layer.params.detach(), None
     # On white images of unit variance half the gradient is the whole way to the minimum.
     for reach in (0.25, 0.5, 1.0):
-        here = layer.params.detach()
-        layer.params = fit(weight.detach() - reach * gradient, geometry="filter").params
+        layer.params = there = fit(weight - reach * gradient, geometry="filter").params
         with torch.no_grad():
             loss_there = (layer(x) - y).square().mean().item()
-        if loss_there < best:
-            best, jumped, before = loss_there, True, layer.params.detach()
-        else:
-            layer.params = here
-    layer.params = before
-    return jumped
+            far = (layer.weight - weight).norm() > _FAR * weight.norm()
+        # Small steps are the optimiser's, which would lose its averages by one of these.
+        if far and loss_there < best:
+            best, chosen = loss_there, there
+    layer.params = before if chosen is None else chosen
+    return chosen is not None
 
 
 def _whitening_kernel(batch: Tensor) -> Tensor:
