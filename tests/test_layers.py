@@ -109,7 +109,7 @@ ARGUMENTS = [
     {"padding": "valid", "stride": 3},
     {"dilation": 2, "padding": 3},
     {"dilation": 3, "padding": "same", "kernel_size": 4},
-    {"dilation": 2, "padding": "same", "kernel_size": 4, "padding_mode": "replicate"},
+    {"dilation": 3, "padding": "same", "kernel_size": 4, "padding_mode": "replicate"},
     {"groups": 2},
     {"groups": 2, "in_channels": 6, "geometry": "pair"},
     {"bias": False},

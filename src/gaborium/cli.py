@@ -1,0 +1,277 @@
+"""The command line: parse, call one public function, write files."""
+
+from __future__ import annotations
+
+import math
+import shlex
+import signal
+import sys
+import time
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from gaborium import __version__
+from gaborium.errors import require
+
+_BAD_INPUT = 2
+_INTERRUPTED = 130
+
+
+def main(tokens: Sequence[str] | None = None) -> NoReturn:
+    """Run the command line and exit: 0 done, 2 bad input, 130 interrupted.
+
+    Args:
+        tokens: the arguments; by default those of the process.
+    """
+    # A terminated run must clean up after itself as an interrupted one does.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    warnings.showwarning = _show_warning
+    try:
+        cyclopts = require("cyclopts", extra="cli", purpose="Commands")
+    except ImportError as error:
+        _fail(error)
+    try:
+        _app(cyclopts)(sys.argv[1:] if tokens is None else list(tokens))
+    except cyclopts.CycloptsError as error:
+        _fail(f"{error} See gaborium --help.")
+    except KeyboardInterrupt:
+        _say("Interrupted; nothing was written.")
+        sys.exit(_INTERRUPTED)
+    except (ValueError, TypeError, OSError, ImportError) as error:
+        _fail(error)
+    sys.exit(0)
+
+
+def recover(
+    *,
+    image: Path | None = None,
+    orientation: float = math.pi / 4,
+    wavelength: float = 6.0,
+    phase: tuple[float, ...] = (0.0,),
+    sigma: float = 3.0,
+    aspect_ratio: float = 1.0,
+    amplitude: tuple[float, ...] = (1.0,),
+    start_orientation: float = -math.pi / 4,
+    kernel_size: int = 15,
+    noise: float = 0.0,
+    crop: int = 96,
+    max_images: int = 8,
+    learning_rate: tuple[float, ...] = (0.001, 0.01, 0.1, 1.0),
+    momentum: tuple[float, ...] = (0.0, 0.9),
+    steps: int = 300,
+    seed: int = 0,
+    name: str = "recover",
+    out: Path = Path("runs"),
+    overwrite: bool = False,
+) -> None:
+    """Plant a Gabor kernel, convolve a photograph with it, and find it again in three ways.
+
+    First by gradient descent on the orientation under the root of the mean squared error, which
+    goes wrong; then by `recover`, from images and responses alone; then by training a Gabor
+    layer with gradients in a way that arrives. Writes result.json, report.html and figures.
+
+    Args:
+        image: A photograph, or a folder of them; by default scikit-image's "camera".
+        orientation: Planted direction of the wave, rad from +x towards +y (y runs down).
+        wavelength: Planted wavelength, px.
+        phase: Planted phase, rad; one number, or one per colour channel.
+        sigma: Planted standard deviation along the wave, px.
+        aspect_ratio: Planted aspect ratio; along the stripes the standard deviation is sigma
+            over it.
+        amplitude: Planted amplitude; one number, or one per colour channel.
+        start_orientation: Where the descents and the training begin, rad.
+        kernel_size: Height and width of the kernel, px.
+        noise: Standard deviation of noise on the responses, as a share of their own.
+        crop: Side of the square cut from the middle of each photograph, px; 0 takes all of it.
+        max_images: How many photographs of a folder to use.
+        learning_rate: Step sizes of the descents.
+        momentum: Momenta of the descents.
+        steps: Steps of each descent and of the training.
+        seed: Seed of the noise.
+        name: Name of the run.
+        out: Folder of all runs.
+        overwrite: Replace an earlier run of this name.
+    """
+    begun = time.monotonic()
+    console = require("rich.console", extra="cli", purpose="Commands").Console()
+    for what, value, least in (
+        ("--steps", steps, 1),
+        ("--kernel-size", kernel_size, 1),
+        ("--max-images", max_images, 1),
+        ("--crop", crop, 0),
+        ("--noise", noise, 0),
+    ):
+        if not least <= value < math.inf:
+            raise ValueError(f"{what} must be at least {least}, got {value}.")
+    for what, values in (("--learning-rate", learning_rate), ("--momentum", momentum)):
+        if not all(0 <= value < math.inf for value in values):
+            raise ValueError(f"{what} must not be negative, got {min(values)}.")
+    if not name or Path(name).name != name or name.startswith("."):
+        raise ValueError(f"--name must be a plain folder name, got {name!r}.")
+
+    with console.status("Loading PyTorch"):
+        from gaborium.experiments import recover_planted
+        from gaborium.files import new_folder
+        from gaborium.params import Gabor2d
+        from gaborium.reporting import write_recovery
+
+    given: dict[str, Any] = {
+        "wavelength": wavelength,
+        "sigma": sigma,
+        "aspect_ratio": aspect_ratio,
+        "phase": phase if len(phase) > 1 else phase[0],
+        "amplitude": amplitude if len(amplitude) > 1 else amplitude[0],
+    }
+    target = Gabor2d.of(orientation=orientation, **given)
+    start = Gabor2d.of(orientation=start_orientation, **given)
+    photographs = _photographs(image, crop, max_images)
+    names = [title for title, _ in photographs]
+    with new_folder(out / name, overwrite=overwrite) as folder:
+        with _progress(console) as on_progress:
+            result = recover_planted(
+                [pixels for _, pixels in photographs],
+                target,
+                start=start,
+                kernel_size=kernel_size,
+                noise=noise,
+                learning_rates=learning_rate,
+                momenta=momentum,
+                n_steps=steps,
+                seed=seed,
+                on_progress=on_progress,
+            )
+        with console.status("Writing the report"):
+            facts = {
+                "photograph": ", ".join(names),
+                "crop": f"{crop} px" if crop else "none",
+                "command": shlex.join(["gaborium", *sys.argv[1:]]),
+                "seed": str(seed),
+                "steps": str(steps),
+            }
+            write_recovery(result, folder, facts=facts)
+    _print_recovery(console, result, names)
+    console.print(f"Report: {out / name / 'report.html'}", soft_wrap=True, highlight=False)
+    console.print(f"Took {time.monotonic() - begun:.0f} s.", highlight=False)
+
+
+def _photographs(image: Path | None, crop: int, max_images: int) -> list[tuple[str, Any]]:
+    """Names and pixels, cut to one size so that they make a batch."""
+    from gaborium.images import camera, center_crop, read_images
+
+    if image is None:
+        photographs = [("camera (scikit-image)", camera())]
+    else:
+        photographs = read_images(image)
+        if len(photographs) > max_images:
+            _say(
+                f"Note: using the first {max_images} of {len(photographs)} photographs in "
+                f"{image}; --max-images takes more."
+            )
+            photographs = photographs[:max_images]
+        if len({pixels.shape[0] for _, pixels in photographs}) > 1:
+            # Grey photographs among coloured ones have three equal channels.
+            photographs = [(title, p.expand(3, -1, -1)) for title, p in photographs]
+    smallest = [min(pixels.shape[axis] for _, pixels in photographs) for axis in (1, 2)]
+    side = [min(crop or axis, axis) for axis in smallest]
+    return [(title, center_crop(pixels, (side[0], side[1]))) for title, pixels in photographs]
+
+
+class _progress:  # noqa: N801  (used like a function)
+    """A progress bar per stage on the terminal."""
+
+    def __init__(self, console: Any) -> None:
+        progress = require("rich.progress", extra="cli", purpose="Commands")
+        self._bars = progress.Progress(
+            progress.TextColumn("{task.description}"),
+            progress.BarColumn(),
+            progress.MofNCompleteColumn(),
+            progress.TimeElapsedColumn(),
+            console=console,
+        )
+        self._tasks: dict[str, Any] = {}
+
+    def __enter__(self) -> Any:
+        self._bars.__enter__()
+        return self._update
+
+    def __exit__(self, *error: object) -> None:
+        self._bars.__exit__(*error)
+
+    def _update(self, stage: str, done: int, total: int) -> None:
+        if stage not in self._tasks:
+            self._tasks[stage] = self._bars.add_task(stage, total=total)
+        self._bars.update(self._tasks[stage], completed=done)
+
+
+def _print_recovery(console: Any, result: Any, names: list[str]) -> None:
+    Table = require("rich.table", extra="cli", purpose="Commands").Table
+
+    shown = names[0] if len(names) == 1 else f"{len(names)} photographs"
+    descents = Table(title=f"Gradient descent on θ, RMSE, on {shown}", title_justify="left")
+    for column in (
+        "step size",
+        "momentum",
+        "first within 3°",
+        "thrown out",
+        "end error",
+        "verdict",
+    ):
+        descents.add_column(column, justify="left" if column == "verdict" else "right")
+    for descent in result.descents:
+        arrival = descent.first_arrival
+        descents.add_row(
+            f"{descent.learning_rate:g}",
+            f"{descent.momentum:g}",
+            "never" if arrival is None else f"step {arrival}",
+            str(descent.n_ejections),
+            f"{math.degrees(descent.final_error):.2f}°",
+            descent.verdict,
+        )
+    console.print(descents)
+
+    found = Table(
+        title=f"recover: {result.found.outcome[0].value} Trained layer: kernel error "
+        f"{result.kernel_errors()['trained']:.1e}",
+        title_justify="left",
+    )
+    titles = ("parameter", "unit", "truth", "found", "error", "standard error", "trained", "error")
+    for number, title in enumerate(titles):
+        found.add_column(title, justify="left" if number < 2 else "right")
+    for row in result.table():
+        found.add_row(
+            row["parameter"],
+            row["unit"],
+            *(f"{row[key]:.5g}" for key in ("truth", "found")),
+            *(f"{row[key]:.1e}" for key in ("error", "standard_error")),
+            f"{row['trained']:.5g}",
+            f"{row['trained_error']:.1e}",
+        )
+    console.print(found)
+
+
+def _app(cyclopts: Any) -> Any:
+    app = cyclopts.App(
+        name="gaborium",
+        help="Convolution layers whose kernels are Gabor functions with learned parameters.",
+        version=__version__,
+        default_parameter=cyclopts.Parameter(consume_multiple=True, negative=()),
+        print_error=False,
+        exit_on_error=False,
+    )
+    app.command(recover)
+    return app
+
+
+def _fail(error: object) -> NoReturn:
+    _say(f"gaborium: {' '.join(str(error).split())}")
+    sys.exit(_BAD_INPUT)
+
+
+def _say(line: str) -> None:
+    sys.stderr.write(line + "\n")
+
+
+def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
+    _say(f"Note: {message}")
