@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gaborium.params import POSITIVE_FIELDS, RECORDS, Gabor, Waveform, unit_vector, waveform
+from gaborium.params import POSITIVE_FIELDS, RECORDS, Gabor, Waveform, unit_vector
 
 # Raw values are held within these bounds when they are read, so that a runaway step gives a useless
 # kernel and not a NaN. Outside them a parameter has no gradient; inside, float32 does not overflow.
@@ -172,8 +172,9 @@ class Coordinates:
         else:
             even = raw["amplitude"] * raw["phase"].cos()
             odd = raw["amplitude"] * raw["phase"].sin()
-        ratio = raw["log_aspect_ratio"].exp() if self.n_dims > 1 else None
-        return waveform(direction, k, raw["log_sigma"].exp(), ratio, even, odd, raw["center"])
+        sigma = raw["log_sigma"].exp()
+        ratio = raw["log_aspect_ratio"].exp() if self.n_dims > 1 else torch.ones_like(sigma)
+        return Waveform(direction, k, sigma, ratio, even, odd, raw["center"])
 
     def _direction(self, raw: Mapping[str, Tensor]) -> Tensor:
         if self.n_dims == 1:

@@ -128,16 +128,13 @@ def even_odd(wave: Waveform, sizes: tuple[int, ...]) -> tuple[Tensor, Tensor]:
     The phase and the amplitude do not enter: every kernel of this geometry is a linear
     combination of the two, which ``combine`` makes.
     """
-    center = wave.center.unsqueeze(-1)
-    r = offsets(sizes, center.dtype, center.device) - center  # (*batch, d, N)
-    # Sums over two or three components, written out: a matrix product would fall to half
-    # precision under autocast.
-    stretched = (wave.whitening.unsqueeze(-1) * r.unsqueeze(-3)).sum(-2)
-    envelope = (-0.5 * stretched.square().sum(-2)).exp()
+    r, along, beside = _on_grid(wave.direction, wave.center, sizes)
+    inverse = wave.sigma.unsqueeze(-1).reciprocal()
+    across = (beside * (wave.aspect_ratio.unsqueeze(-1) * inverse).unsqueeze(-2)).square().sum(-2)
+    envelope = (-0.5 * ((along * inverse).square() + across)).exp()
     angle = (2 * math.pi) * (wave.wave_vector.unsqueeze(-1) * r).sum(-2)
-    return (envelope * angle.cos()).unflatten(-1, sizes), (envelope * angle.sin()).unflatten(
-        -1, sizes
-    )
+    even, odd = envelope * angle.cos(), envelope * angle.sin()
+    return even.unflatten(-1, sizes), odd.unflatten(-1, sizes)
 
 
 def combine(even: Tensor, odd: Tensor, wave: Waveform) -> Tensor:
@@ -171,14 +168,11 @@ def log_slopes(
     centre ``(*batch, d, N)``. The kernel ``g = A E cos(φ + ψ)`` then has the derivative
     ``g · d log E / ds + dg/dφ · dφ/ds``. The frequency may be zero or negative.
     """
-    d = center.shape[-1]
     n, turns = _direction_and_slopes(angles, frequency)
-    r = offsets(sizes, center.dtype, center.device) - center.unsqueeze(-1)  # (*batch, d, N)
-    along = (n.unsqueeze(-1) * r).sum(-2)  # x'
-    beside = r - n.unsqueeze(-1) * along.unsqueeze(-2)
-    across = beside.square().sum(-2) if d > 1 else torch.zeros_like(along)  # |y'|²
+    r, along, beside = _on_grid(n, center, sizes)
+    across = beside.square().sum(-2)  # |y'|²
     precision = sigma.unsqueeze(-1).square().reciprocal()
-    squeeze = aspect_ratio.unsqueeze(-1).square() if d > 1 else torch.ones_like(precision)
+    squeeze = aspect_ratio.unsqueeze(-1).square()
     rate = 2 * math.pi * frequency.unsqueeze(-1)
 
     slopes: dict[str, tuple[Tensor | float, Tensor | float]] = {}
@@ -192,6 +186,17 @@ def log_slopes(
     pull = n.unsqueeze(-1) * along.unsqueeze(-2) + squeeze.unsqueeze(-2) * beside
     slopes["center"] = (pull * precision.unsqueeze(-2), -rate.unsqueeze(-2) * n.unsqueeze(-1))
     return slopes
+
+
+def _on_grid(n: Tensor, center: Tensor, sizes: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor]:
+    """Pixels' offsets from the centre, their part along n (x'), and what is left (y').
+
+    Shapes ``(*batch, d, N)``, ``(*batch, N)`` and ``(*batch, d, N)``. Sums over two or three
+    components are written out: a matrix product would fall to half precision under autocast.
+    """
+    r = offsets(sizes, center.dtype, center.device) - center.unsqueeze(-1)
+    along = (n.unsqueeze(-1) * r).sum(-2)
+    return r, along, r - n.unsqueeze(-1) * along.unsqueeze(-2)
 
 
 def _direction_and_slopes(

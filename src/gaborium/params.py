@@ -34,40 +34,19 @@ _JSON_VERSION = 1
 class Waveform(NamedTuple):
     """A Gabor function in the form that is the same in every dimension.
 
-    The function is ``exp(-|W(u - c)|² / 2) (even·cos φ - odd·sin φ)`` with
-    ``φ = 2π k·(u - c)``. Components run x, y, z. The envelope's precision is ``P = W W``: its
-    root is kept, because ``|W u|²`` cannot turn negative by rounding as ``u·P u`` can.
+    The function is ``exp(-u·P u / 2) (even·cos φ - odd·sin φ)`` with ``φ = 2π k·u``, ``u`` the
+    offset from the centre and the precision ``P = (n nᵀ + γ² (1 - n nᵀ)) / σ²``. The envelope's
+    axis n is kept beside the wave vector k, which at zero frequency does not tell it any more.
+    Components run x, y, z.
     """
 
+    direction: Tensor  # n, (*batch, d), of length 1
     wave_vector: Tensor  # k, (*batch, d), cycles/px
-    whitening: Tensor  # W, (*batch, d, d), 1/px, symmetric
+    sigma: Tensor  # σ, (*batch,), px
+    aspect_ratio: Tensor  # γ, (*batch,)
     even: Tensor  # A cos ψ, (*batch,)
     odd: Tensor  # A sin ψ, (*batch,)
-    center: Tensor  # c, (*batch, d), px
-
-
-def waveform(
-    direction: Tensor,
-    wave_vector: Tensor,
-    sigma: Tensor,
-    aspect_ratio: Tensor | None,
-    even: Tensor,
-    odd: Tensor,
-    center: Tensor,
-) -> Waveform:
-    """Build the common form from vectors ``(*batch, d)`` and fields ``(*batch,)``.
-
-    The envelope's axis is the unit vector ``direction``: that of the wave, which at zero frequency
-    the wave vector no longer tells.
-    """
-    inverse = sigma.reciprocal()[..., None, None]
-    along = direction.unsqueeze(-1) * direction.unsqueeze(-2)
-    if aspect_ratio is None:
-        whitening = along * inverse
-    else:
-        eye = torch.eye(direction.shape[-1], dtype=direction.dtype, device=direction.device)
-        whitening = (along + aspect_ratio[..., None, None] * (eye - along)) * inverse
-    return Waveform(wave_vector, whitening, even, odd, center)
+    center: Tensor  # (*batch, d), px
 
 
 def unit_vector(angles: Sequence[Tensor]) -> Tensor:
@@ -245,11 +224,12 @@ class Gabor:
 
     def waveform(self) -> Waveform:
         """The record in the form shared by all dimensions."""
-        return waveform(
-            self.direction,
-            self.direction * self.frequency.unsqueeze(-1),
+        direction = self.direction
+        return Waveform(
+            direction,
+            direction * self.frequency.unsqueeze(-1),
             self.sigma,
-            getattr(self, "aspect_ratio", None),
+            self.as_dict().get("aspect_ratio", torch.ones_like(self.sigma)),
             self.amplitude * self.phase.cos(),
             self.amplitude * self.phase.sin(),
             self.center,

@@ -45,12 +45,16 @@ def gabor_spectrum(params: Gabor, frequencies: Tensor) -> Tensor:
     params = params.expand()
     points = frequencies.reshape(-1, d).to(params.sigma)
     wave = params.waveform()
-    spread = torch.linalg.inv(wave.whitening)  # the envelope's standard deviations, P^(-1/2)
-    volume = (2 * math.pi) ** (d / 2) * torch.linalg.det(spread)
+    n, sigma = wave.direction.unsqueeze(-2), wave.sigma.unsqueeze(-1)
+    across_sigma = sigma / wave.aspect_ratio.unsqueeze(-1)
+    volume = (2 * math.pi) ** (d / 2) * wave.sigma * across_sigma[..., 0] ** (d - 1)
 
     def bump(sign: float) -> Tensor:
         away = points - sign * wave.wave_vector.unsqueeze(-2)  # (*batch, F, d)
-        return (-2 * math.pi**2 * (away @ spread).square().sum(-1)).exp()
+        along = (away * n).sum(-1)
+        across = (away - along.unsqueeze(-1) * n).square().sum(-1)
+        spread = (along * sigma).square() + across * across_sigma.square()
+        return (-2 * math.pi**2 * spread).exp()
 
     plus, minus = bump(1.0), bump(-1.0)
     even, odd = wave.even.unsqueeze(-1), wave.odd.unsqueeze(-1)

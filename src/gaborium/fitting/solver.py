@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from gaborium.kernels import even_odd, log_slopes
-from gaborium.params import RECORDS, unit_vector, waveform
+from gaborium.params import RECORDS, Waveform, unit_vector
 
 
 @dataclass(frozen=True)
@@ -181,9 +181,8 @@ def _basis(family: Family, z: Tensor) -> Tensor:
     """Envelope times cosine and times minus sine: ``(*batch, 2, pixels)``."""
     angles, frequency, sigma, aspect_ratio, center = geometry(family, z)
     n = unit_vector(list(angles.values())) if angles else torch.ones_like(center)
-    ratio = aspect_ratio if family.n_dims > 1 else None
-    k = n * frequency.unsqueeze(-1)
-    even, odd = even_odd(waveform(n, k, sigma, ratio, sigma, sigma, center), family.sizes)
+    wave = Waveform(n, n * frequency.unsqueeze(-1), sigma, aspect_ratio, sigma, sigma, center)
+    even, odd = even_odd(wave, family.sizes)
     return torch.stack([even.flatten(-family.n_dims), -odd.flatten(-family.n_dims)], -2)
 
 

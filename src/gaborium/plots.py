@@ -1,0 +1,609 @@
+"""Figures for papers: kernels, and what an experiment with a planted kernel found.
+
+Every function returns a matplotlib ``Figure`` that belongs to no window: save it with
+``figure.savefig("kernels.pdf")``, or end a notebook cell with it.
+"""
+
+from __future__ import annotations
+
+import math
+import textwrap
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from gaborium.errors import require
+from gaborium.experiments import Descent, Recovery
+from gaborium.kernels import gabor
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+__all__ = ["plot_kernels", "plot_landscape", "plot_orientation", "plot_recovery"]
+
+# Okabe and Ito's colours, which differ for every kind of colour vision. Step sizes run from blue
+# (small) to vermilion (large); green is the layer that arrives.
+INK, MUTED, SHADE = "#222222", "#666666", "#d9d9d9"
+TRAINED = "#009E73"
+_RATES = ("#0072B2", "#56B4E9", "#E69F00", "#D55E00")
+DIVERGING = "RdBu_r"
+
+_WIDTH = 7.2  # inches: both columns of a paper
+_STYLE = {
+    "font.size": 8.0,
+    "axes.titlesize": 8.5,
+    "axes.titlelocation": "left",
+    "axes.labelsize": 8.0,
+    "axes.edgecolor": MUTED,
+    "axes.linewidth": 0.6,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.labelcolor": INK,
+    "text.color": INK,
+    "xtick.labelsize": 7.0,
+    "ytick.labelsize": 7.0,
+    "xtick.color": MUTED,
+    "ytick.color": MUTED,
+    "xtick.major.width": 0.6,
+    "ytick.major.width": 0.6,
+    "xtick.major.size": 2.5,
+    "ytick.major.size": 2.5,
+    "legend.fontsize": 7.5,
+    "legend.frameon": False,
+    "lines.linewidth": 1.0,
+}
+
+
+def plot_kernels(
+    kernels: Tensor,
+    *,
+    titles: Sequence[str] = (),
+    n_columns: int | None = None,
+    shared_scale: bool = True,
+) -> Figure:
+    """Draw kernels side by side.
+
+    Convention:
+        - blue is negative, red is positive, and white is 0
+        - a kernel of three channels is drawn in colour: red, green, blue, with mid-grey for 0
+        - rows run downwards, as in the tensor
+
+    Args:
+        kernels: ``(height, width)``, ``(n, height, width)`` or ``(n, channels, height, width)``
+            with 1 or 3 channels.
+        titles: one for each kernel, or none at all.
+        n_columns: kernels in a row; by default at most eight.
+        shared_scale: whether equal colours mean equal values in all kernels, and not only
+            equal shares of each kernel's largest value.
+
+    Returns:
+        The figure.
+
+    Raises:
+        ValueError: the shape is not one of those above, or titles do not match the kernels.
+        ImportError: matplotlib is not installed.
+
+    Example:
+        >>> from gaborium import Gabor2d, gabor
+        >>> bank = Gabor2d.of(orientation=[0.0, 0.8, 1.6], wavelength=6.0, sigma=2.0)
+        >>> figure = plot_kernels(gabor(bank, 15), titles=["0", "0.8", "1.6"])
+        >>> [axes.get_title(loc="left") for axes in figure.axes if axes.images]
+        ['0', '0.8', '1.6', '']
+    """
+    shape = tuple(kernels.shape)
+    kernels = kernels.detach().double().cpu()
+    if kernels.ndim in (2, 3):
+        kernels = kernels.reshape(-1, 1, *shape[-2:])
+    if kernels.ndim != 4 or kernels.shape[1] not in (1, 3) or not kernels.numel():
+        raise ValueError(
+            "kernels must be (height, width), (n, height, width) or (n, channels, height, width) "
+            f"with 1 or 3 channels, got shape {shape}; flatten(0, 1) draws every channel alone."
+        )
+    n, channels, height, width = kernels.shape
+    if titles and len(titles) != n:
+        raise ValueError(f"titles must be one for each of {n} kernels, got {len(titles)}.")
+    columns = min(n, n_columns or 8)
+    rows = math.ceil(n / columns)
+    scales = [largest(kernel) for kernel in kernels]
+    if shared_scale:
+        scales = [max(scales)] * n
+    bar = shared_scale and channels == 1
+    with _style():
+        cell = min(1.6, _WIDTH / columns)
+        title_height = 0.22 if titles else 0.0
+        figure = _figure(
+            max(columns * cell + (0.6 if bar else 0.0), 2.0),
+            max(rows * (cell * height / width + title_height), 1.0) + 0.1,
+        )
+        axes = figure.subplots(rows, columns, squeeze=False)
+        for index, place in enumerate(axes.flat):
+            _frame(place, visible=index < n)
+            if index >= n:
+                continue
+            if channels == 1:
+                image = _signed(place, kernels[index, 0], scales[index])
+            else:
+                grey = (0.5 + 0.5 * kernels[index] / scales[index]).clamp(0, 1)
+                place.imshow(grey.permute(1, 2, 0).numpy(), interpolation="nearest")
+            if titles:
+                place.set_title(titles[index])
+        if bar:
+            _color_bar(figure, image, list(axes.flat), scales[0], orientation="vertical")
+    return figure
+
+
+def plot_recovery(recovery: Recovery) -> Figure:
+    """Draw a photograph, its responses, what the found kernel leaves of them, and the kernels.
+
+    Convention:
+        - all kernels share one colour scale, symmetric about 0; so do all their channels
+        - the residual is the responses less the found kernel's, on a scale of its own
+        - of several photographs the first is drawn, and the title says how many there were
+
+    Args:
+        recovery: from ``gaborium.experiments.recover_planted``.
+
+    Returns:
+        The figure.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+
+    Example:
+        >>> import torch
+        >>> from gaborium import Gabor2d
+        >>> from gaborium.experiments import recover_planted
+        >>> image = torch.rand(1, 40, 40, generator=torch.Generator().manual_seed(0))
+        >>> planted = Gabor2d.of(orientation=0.8, wavelength=5.0, sigma=2.0)
+        >>> result = recover_planted(
+        ...     [image], planted, start=planted, n_steps=2, learning_rates=[0.1]
+        ... )
+        >>> plot_recovery(result).axes[0].get_title(loc="left")
+        'Photograph, 40 × 40 px'
+    """
+    images, responses = recovery.images, recovery.responses
+    kernels = {
+        "Planted": gabor(recovery.target, recovery.kernel_size),
+        "Start": gabor(recovery.start, recovery.kernel_size),
+        "Found by recover": gabor(recovery.found.params, recovery.kernel_size),
+        "Trained layer": gabor(recovery.training.params, recovery.kernel_size),
+    }
+    channels = images.shape[1]
+    rest = residual(recovery)[0, 0]
+    height, width = recovery.kernel_size
+    photograph_height = _WIDTH / 3 * images.shape[2] / images.shape[3] + 0.55
+    cell = 1.45
+    with _style():
+        kernels_height = channels * cell * height / width + 0.75
+        figure = _figure(_WIDTH, photograph_height + kernels_height)
+        top, bottom = figure.subfigures(
+            2, 1, height_ratios=[photograph_height, kernels_height], squeeze=False
+        ).flat
+        for place, (title, values) in zip(
+            top.subplots(1, 3),
+            {
+                _photograph_title(images): None,
+                "Response to the planted kernel": responses[0, 0],
+                "Residual of the found kernel": rest,
+            }.items(),
+            strict=True,
+        ):
+            _frame(place)
+            place.set_title(title)
+            if values is None:
+                image = place.imshow(
+                    viewable(images[0]).numpy(), cmap="gray", interpolation="nearest"
+                )
+                _hide_color_bar(_color_bar(top, image, place, 1.0))
+            else:
+                scale = largest(values)
+                image = _signed(place, values, scale)
+                _color_bar(top, image, place, scale)
+        grid = bottom.subplots(channels, len(kernels), squeeze=False)
+        scale = max(largest(kernel) for kernel in kernels.values())
+        names = channel_names(channels)
+        for column, (title, kernel) in enumerate(kernels.items()):
+            grid[0, column].set_title(title)
+            for channel in range(channels):
+                place = grid[channel, column]
+                _frame(place)
+                image = _signed(place, kernel.reshape(channels, height, width)[channel], scale)
+                if column == 0 and channels > 1:
+                    place.set_ylabel(names[channel], color=MUTED)
+        _color_bar(bottom, image, list(grid.flat), scale, orientation="vertical")
+    return figure
+
+
+def plot_landscape(recovery: Recovery) -> Figure:
+    """Draw both losses over all orientations, and each descent's path on the one it followed.
+
+    Convention:
+        - the axis is the whole circle of the orientation in degrees, with the rad value below
+        - shaded is the basin: where the squared error is convex in theory, λ / (√2 π σ/γ) to each
+          side; for an even kernel half a turn gives the same kernel, and is marked too
+        - a path's points are steps; lines join them except where they would cross the axis' ends
+
+    Args:
+        recovery: from ``gaborium.experiments.recover_planted``.
+
+    Returns:
+        The figure: RMSE, MSE, and a panel for each descent.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+
+    Example:
+        >>> import torch
+        >>> from gaborium import Gabor2d
+        >>> from gaborium.experiments import recover_planted
+        >>> image = torch.rand(1, 40, 40, generator=torch.Generator().manual_seed(0))
+        >>> planted = Gabor2d.of(orientation=0.8, wavelength=5.0, sigma=2.0)
+        >>> result = recover_planted(
+        ...     [image], planted, start=planted, n_steps=2, learning_rates=[0.1]
+        ... )
+        >>> len(plot_landscape(result).axes)  # RMSE, MSE, one step size with two momenta
+        4
+    """
+    around = [math.degrees(theta) for theta in recovery.landscape["orientation"]]
+    rates, momenta = _settings(recovery.descents)
+    rows, columns = len(momenta), max(len(rates), 1)
+    width = max(_WIDTH, 1.7 * columns)
+    with _style():
+        figure = _figure(width, 2.5 + 1.55 * rows)
+        top, *rest = figure.subfigures(
+            1 + bool(rows), 1, height_ratios=[2.5, 1.55 * rows][: 1 + bool(rows)], squeeze=False
+        ).flat
+        losses = {
+            "rmse": "Root of the mean squared error",
+            "mse": "Mean squared error",
+        }
+        for place, (name, title) in zip(top.subplots(1, 2), losses.items(), strict=True):
+            _mark_truths(place, recovery)
+            place.plot(around, recovery.landscape[name], color=INK, linewidth=1.2)
+            start = wrapped(recovery.start.orientation[0, 0].item())
+            _mark_start(place, math.degrees(start), loss_at(recovery, start, name))
+            place.set_title(title, fontweight="bold")
+            place.set_ylabel(name.upper())
+            place.set_ylim(bottom=0)
+            _circle_axis(place, wide=True)
+        _legend(top, place, "outside upper center")
+        if rest:
+            grid = rest[0].subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
+            for row, column, place, descent in _panels(recovery, grid, rates, momenta):
+                _mark_truths(place, recovery)
+                place.plot(around, recovery.landscape["rmse"], color="#aaaaaa", linewidth=0.8)
+                steps, path = folded(descent.orientation, 0.0, 2 * math.pi)
+                place.plot(
+                    [math.degrees(theta) for theta in path],
+                    [math.nan if step is None else descent.loss[step] for step in steps],
+                    ".-", color=rate_colors(rates)[descent.learning_rate],
+                    linewidth=0.5, markersize=2.5, alpha=0.8, zorder=3,
+                )  # fmt: skip
+                _mark_start(place, math.degrees(path[0]), descent.loss[0])
+                place.set_ylim(bottom=0)
+                _circle_axis(place, wide=False, label=row == rows - 1)
+                if column == 0:
+                    place.set_ylabel(f"momentum {descent.momentum:g}\nRMSE")
+    return figure
+
+
+def plot_orientation(recovery: Recovery) -> Figure:
+    r"""Draw the orientation against the step, for every descent and for the trained layer.
+
+    Convention:
+        - an orientation has period π: the axis shows one half turn with the truth in its middle,
+          and its upper and lower edge are the same orientation
+        - lines are broken where the shorter way leads out by one edge and in by the other
+        - shaded is the basin, as in ``plot_landscape``
+
+    Args:
+        recovery: from ``gaborium.experiments.recover_planted``.
+
+    Returns:
+        The figure: a panel for each descent, with the trained layer in all of them.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+
+    Example:
+        >>> import torch
+        >>> from gaborium import Gabor2d
+        >>> from gaborium.experiments import recover_planted
+        >>> image = torch.rand(1, 40, 40, generator=torch.Generator().manual_seed(0))
+        >>> planted = Gabor2d.of(orientation=0.8, wavelength=5.0, sigma=2.0)
+        >>> result = recover_planted(
+        ...     [image], planted, start=planted, n_steps=2, learning_rates=[0.1], momenta=[0.9]
+        ... )
+        >>> [axes.get_ylabel() for axes in plot_orientation(result).axes]
+        ['momentum 0.9\norientation θ']
+    """
+    rates, momenta = _settings(recovery.descents)
+    rows, columns = max(len(momenta), 1), max(len(rates), 1)
+    truth = recovery.target.orientation[0, 0].item() % math.pi
+    middle, basin = math.degrees(truth), math.degrees(recovery.basin)
+    trained_steps, trained = folded(recovery.training.orientation, truth, math.pi)
+    with _style():
+        figure = _figure(max(_WIDTH, 1.7 * columns), 0.75 + 1.6 * rows)
+        grid = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
+        panels = list(_panels(recovery, grid, rates, momenta))
+        for place in grid.flat:
+            place.axhspan(middle - basin, middle + basin, color=SHADE, linewidth=0, label="basin")
+            place.axhline(middle, color=INK, linewidth=0.8, linestyle=(0, (4, 3)), label="truth")
+            place.plot(
+                [math.nan if step is None else step for step in trained_steps],
+                [math.degrees(theta) for theta in trained],
+                color=TRAINED, linewidth=1.4, label="trained layer",
+            )  # fmt: skip
+            place.set_ylim(middle - 90, middle + 90)
+            ticks = [tick for tick in range(-90, 271, 45) if abs(tick - middle) <= 90]
+            place.set_yticks(ticks, [_degrees(tick) for tick in ticks])
+        for row, column, place, descent in panels:
+            steps, path = folded(descent.orientation, truth, math.pi)
+            place.plot(
+                [math.nan if step is None else step for step in steps],
+                [math.degrees(theta) for theta in path],
+                ".-", color=rate_colors(rates)[descent.learning_rate],
+                linewidth=0.6, markersize=1.6, label="descent on θ",
+            )  # fmt: skip
+            _mark_start(place, 0, math.degrees(path[0]))
+            if column == 0:
+                place.set_ylabel(f"momentum {descent.momentum:g}\norientation θ")
+            if row == rows - 1:
+                place.set_xlabel("step")
+        if not panels:
+            grid[0, 0].set(xlabel="step", ylabel="orientation θ")
+        _legend(figure, grid[0, 0], "outside upper center")
+    return figure
+
+
+# -- what the figures and the report share ----------------------------------------------------
+
+
+def residual(recovery: Recovery) -> Tensor:
+    """The responses less those of the kernel that ``recover`` found, in the responses' shape."""
+    kernel = gabor(recovery.found.params, recovery.kernel_size).to(recovery.images)
+    return recovery.responses - F.conv2d(recovery.images, kernel.reshape(1, -1, *kernel.shape[-2:]))
+
+
+def viewable(image: Tensor) -> Tensor:
+    """An image ``(channels, height, width)`` as one can look at it, values in [0, 1].
+
+    Three channels become ``(height, width, 3)``. Otherwise the mean over the channels, from its
+    smallest to its largest value, becomes ``(height, width)``.
+    """
+    image = image.detach().double().cpu()
+    if image.shape[0] == 3:
+        return image.permute(1, 2, 0).clamp(0, 1)
+    grey = image.mean(0)
+    return (grey - grey.min()) / (grey.max() - grey.min()).clamp_min(1e-300)
+
+
+def largest(values: Tensor) -> float:
+    """The end of a symmetric scale for ``values``: their largest magnitude, or 1 if that is 0."""
+    finite = values[values.isfinite()]
+    return (finite.abs().max().item() if finite.numel() else 0.0) or 1.0
+
+
+def channel_names(n_channels: int) -> list[str]:
+    """What the channels of an image are called."""
+    if n_channels == 3:
+        return ["red", "green", "blue"]
+    return [f"channel {index}" for index in range(n_channels)]
+
+
+def wrapped(angle: float) -> float:
+    """The angle in [-π, π] that is the same on the circle."""
+    return math.remainder(angle, 2 * math.pi)
+
+
+def folded(
+    angles: Sequence[float], middle: float, period: float
+) -> tuple[list[int | None], list[float]]:
+    """Bring a path of angles within half a period of ``middle``, broken where it goes around.
+
+    Returns:
+        The steps and the angles. Where the shorter way to the next angle leads out by one end and
+        in by the other there is an entry more, of step ``None`` and angle NaN, at which a line is
+        to break.
+
+    Example:
+        >>> folded([0.4, 0.6, 0.4], 0.0, 1.0)
+        ([0, None, 1, None, 2], [0.4, nan, -0.4, nan, 0.4])
+    """
+    steps: list[int | None] = []
+    path: list[float] = []
+    for step, angle in enumerate(angles):
+        here = math.nan
+        if math.isfinite(angle):
+            here = middle + math.remainder(angle - middle, period)
+        if step and abs(here - path[-1]) > period / 2:
+            steps.append(None)
+            path.append(math.nan)
+        steps.append(step)
+        path.append(here)
+    return steps, path
+
+
+def loss_at(recovery: Recovery, orientation: float, loss: str) -> float:
+    """The landscape's value at an orientation in [-π, π], between its points by interpolation."""
+    values = recovery.landscape[loss]
+    place = (orientation + math.pi) / (2 * math.pi) * (len(values) - 1)
+    left = min(int(place), len(values) - 2)
+    return values[left] + (place - left) * (values[left + 1] - values[left])
+
+
+def truths(recovery: Recovery) -> list[float]:
+    """Orientations in [-π, π] that give the planted kernel: two if it is even, otherwise one."""
+    truth = wrapped(recovery.target.orientation[0, 0].item())
+    even = recovery.target.phase.sin().abs().max().item() < 1e-6
+    return [truth, wrapped(truth + math.pi)] if even else [truth]
+
+
+def basins(recovery: Recovery) -> list[tuple[float, float]]:
+    """The basins of ``truths`` as intervals in [-π, π]; one across the end is two intervals."""
+    half = recovery.basin
+    turns = (-2 * math.pi, 0.0, 2 * math.pi)
+    ends = [
+        (max(truth + turn - half, -math.pi), min(truth + turn + half, math.pi))
+        for truth in truths(recovery)
+        for turn in turns
+    ]
+    return [(left, right) for left, right in ends if left < right]
+
+
+def rate_colors(rates: Sequence[float]) -> dict[float, str]:
+    """A colour for each step size, from blue for the smallest to vermilion for the largest.
+
+    Example:
+        >>> rate_colors([0.1, 0.01])
+        {0.01: '#0072B2', 0.1: '#D55E00'}
+    """
+    ordered = sorted(set(rates))
+    anchors = [[int(code[i : i + 2], 16) for i in (1, 3, 5)] for code in _RATES]
+    colors = {}
+    for index, rate in enumerate(ordered):
+        place = index / max(len(ordered) - 1, 1) * (len(anchors) - 1)
+        left = min(int(place), len(anchors) - 2)
+        mixed = [
+            round(a + (place - left) * (b - a))
+            for a, b in zip(anchors[left], anchors[left + 1], strict=True)
+        ]
+        colors[rate] = "#" + "".join(f"{part:02X}" for part in mixed)
+    return colors
+
+
+# -- drawing ----------------------------------------------------------------------------------
+
+
+@contextmanager
+def _style() -> Iterator[None]:
+    """The same look whatever the user's own settings are, which come back afterwards."""
+    matplotlib = require("matplotlib", extra="plot", purpose="Figures")
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()
+        matplotlib.rcParams.update(_STYLE)
+        yield
+
+
+def _figure(width: float, height: float) -> Figure:
+    module = require("matplotlib.figure", extra="plot", purpose="Figures")
+    figure = module.Figure(figsize=(width, height), dpi=200, layout="constrained")
+    figure.get_layout_engine().set(w_pad=0.06, h_pad=0.06)
+    return figure
+
+
+def _frame(place: Axes, *, visible: bool = True) -> None:
+    """An axis for an image: a thin frame and no ticks."""
+    place.set(xticks=[], yticks=[])
+    for spine in place.spines.values():
+        spine.set(visible=visible, color="#bbbbbb", linewidth=0.5)
+    if not visible:
+        place.set_axis_off()
+
+
+def _signed(place: Axes, values: Tensor, scale: float) -> Any:
+    return place.imshow(
+        values.detach().cpu().numpy(),
+        cmap=DIVERGING, vmin=-scale, vmax=scale, interpolation="nearest",
+    )  # fmt: skip
+
+
+def _color_bar(
+    figure: Any, image: Any, places: Any, scale: float, orientation: str = "horizontal"
+) -> Any:
+    flat = orientation == "horizontal"
+    bar = figure.colorbar(
+        image, ax=places, orientation=orientation, shrink=0.7 if flat else 0.8,
+        aspect=25, pad=0.02, ticks=[-scale, 0, scale],
+    )  # fmt: skip
+    bar.ax.set(**{"xticklabels" if flat else "yticklabels": [_short(-scale), "0", _short(scale)]})
+    bar.outline.set_visible(False)
+    bar.ax.tick_params(size=0, labelsize=6.5)
+    return bar
+
+
+def _hide_color_bar(bar: Any) -> None:
+    """Leave the room that it takes, so that images with and without one stand in line."""
+    bar.solids.set_visible(False)
+    bar.ax.tick_params(labelcolor="none")
+
+
+def _short(value: float) -> str:
+    return f"{value:.2g}".replace("-", "−").replace("e−0", "e−")
+
+
+def _degrees(value: float) -> str:
+    return f"{value:.4g}°".replace("-", "−")
+
+
+def _photograph_title(images: Tensor) -> str:
+    n, channels, height, width = images.shape
+    kind = "" if channels in (1, 3) else f", mean of {channels} channels"
+    count = "Photograph" if n == 1 else f"First of {n} photographs"
+    return f"{count}, {height} × {width} px{kind}"
+
+
+def _settings(descents: Sequence[Descent]) -> tuple[list[float], list[float]]:
+    """The step sizes and the momenta that there are, in order."""
+    rates = sorted({descent.learning_rate for descent in descents})
+    momenta = sorted({descent.momentum for descent in descents})
+    return rates, momenta
+
+
+def _panels(
+    recovery: Recovery, grid: Any, rates: list[float], momenta: list[float]
+) -> Iterator[tuple[int, int, Any, Descent]]:
+    """Row, column, axes and descent: a row for each momentum, a column for each step size."""
+    for descent in recovery.descents:
+        row = momenta.index(descent.momentum)
+        column = rates.index(descent.learning_rate)
+        place = grid[row, column]
+        verdict = "\n".join(textwrap.wrap(descent.verdict, 27))
+        place.set_title(verdict, fontsize=7, color=MUTED, loc="left")
+        if row == 0:
+            place.annotate(
+                f"step size {descent.learning_rate:g}", (0, 1), (0, 24), fontweight="bold",
+                xycoords="axes fraction", textcoords="offset points", va="bottom",
+            )  # fmt: skip
+        yield row, column, place, descent
+
+
+def _mark_truths(place: Axes, recovery: Recovery) -> None:
+    for index, (left, right) in enumerate(basins(recovery)):
+        place.axvspan(
+            math.degrees(left), math.degrees(right), color=SHADE, linewidth=0,
+            label=None if index else f"basin, ±{math.degrees(recovery.basin):.1f}°",
+        )  # fmt: skip
+    labels = ("truth", "the same kernel")
+    for truth, label, dash in zip(truths(recovery), labels, ((4, 3), (1, 2)), strict=False):
+        place.axvline(
+            math.degrees(truth), color=INK, linewidth=0.8, linestyle=(0, dash), label=label
+        )
+
+
+def _mark_start(place: Axes, x: float, y: float) -> None:
+    place.plot(
+        x, y, "o", color=INK, markerfacecolor="white", markersize=4, markeredgewidth=0.8,
+        label="start", zorder=4, clip_on=False, linestyle="none",
+    )  # fmt: skip
+
+
+def _circle_axis(place: Axes, *, wide: bool, label: bool = True) -> None:
+    """The whole circle in degrees, where there is room also its ends and the value in rad."""
+    names = {-180: "−π", -90: "−π/2", 0: "0", 90: "π/2", 180: "π"}
+    ticks = list(names) if wide else [-90, 0, 90]
+    place.set_xlim(-180, 180)
+    place.set_xticks(
+        ticks, [_degrees(tick) + (f"\n{names[tick]}" if wide else "") for tick in ticks]
+    )
+    if label:
+        place.set_xlabel("orientation θ" + (", degrees and rad" if wide else ""))
+
+
+def _legend(figure: Any, place: Axes, where: str) -> None:
+    handles, labels = place.get_legend_handles_labels()
+    figure.legend(handles, labels, loc=where, ncols=len(labels), handlelength=1.8)
