@@ -112,11 +112,16 @@ def recover(
         raise ValueError(f"--name must be a plain folder name, got {name!r}.")
 
     with console.status("Loading PyTorch"):
+        import torch
+
         from gaborium.experiments import recover_planted
         from gaborium.files import new_folder
         from gaborium.params import Gabor2d
         from gaborium.reporting import write_recovery
 
+    # On one crop of a photograph a second thread costs more than it gains, and on a busy machine
+    # very much more.
+    torch.set_num_threads(1)
     given: dict[str, Any] = {
         "wavelength": wavelength,
         "sigma": sigma,
