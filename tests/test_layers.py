@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gaborium import Gabor1d, Gabor2d, Gabor3d, GaborConv1d, GaborConv2d, GaborConv3d
-from gaborium.kernels import gabor, quadrature_pair
+from gaborium.kernels import gabor
 from gaborium.layers import suggest_kernel_size
 from gaborium.params import RECORDS, Gabor
 from gaborium.starts import STARTS
@@ -275,9 +275,10 @@ def test_memory_layouts_change_nothing():
 def test_quadrature_gives_each_filter_two_channels(n_dims):
     layer = layer_of(n_dims, 2, 6, 5, output="quadrature")
     assert layer.params.phase.shape == (3, 2)
-    first, partner = quadrature_pair(layer.params, layer.kernel_size)
-    torch.testing.assert_close(layer.weight[0::2], first)
-    torch.testing.assert_close(layer.weight[1::2], partner)
+    params = layer.params
+    partner = params.replace(phase=params.phase - math.pi / 2)
+    torch.testing.assert_close(layer.weight[0::2], gabor(params, layer.kernel_size))
+    torch.testing.assert_close(layer.weight[1::2], gabor(partner, layer.kernel_size))
 
 
 @pytest.mark.parametrize("n_dims", DIMENSIONS)
@@ -438,6 +439,9 @@ def test_reading_params_carries_the_graph():
     layer = layer_of(2)
     layer.params.orientation.sum().backward()
     assert (layer.angular_wave_vector.grad != 0).all()
+    # Which must not follow them into another layer: tensors with a graph cannot be copied.
+    other = layer_of(2, start=layer.params)
+    assert torch.equal(copy.deepcopy(other).weight, other.weight)
 
 
 def test_assigning_does_not_replace_parameters_or_touch_the_record():
@@ -631,6 +635,12 @@ def test_every_filter_begins_equally_loud(options, start):
     power = layer.weight.square().flatten(1).sum(1)
     torch.testing.assert_close(power, torch.full_like(power, 1 / 3))
     assert layer.bias.abs().max() <= 1 / math.sqrt(4 / layer.groups * 81)
+
+
+@pytest.mark.parametrize("start", STARTS)
+def test_a_start_stays_clear_of_the_shortest_wavelength(start):
+    # At the bound itself the wavelength has no gradient, and would stay there for ever.
+    assert (layer_of(2, start=start, min_wavelength=4.0).params.wavelength > 4.39).all()
 
 
 def test_a_pixel_without_its_mean_is_zero_and_stays_small():

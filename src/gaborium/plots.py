@@ -92,7 +92,7 @@ def plot_kernels(
         >>> bank = Gabor2d.of(orientation=[0.0, 0.8, 1.6], wavelength=6.0, sigma=2.0)
         >>> figure = plot_kernels(gabor(bank, 15), titles=["0", "0.8", "1.6"])
         >>> [axes.get_title(loc="left") for axes in figure.axes if axes.images]
-        ['0', '0.8', '1.6', '']
+        ['0', '0.8', '1.6']
     """
     shape = tuple(kernels.shape)
     kernels = kernels.detach().double().cpu()

@@ -81,11 +81,13 @@ def fit(
         scale = clean.square().mean((-2, -1), keepdim=True).sqrt()
         target = Target(clean / scale, None)
         solution = _best(target, clean / scale, None, family, n_starts, max_iterations, tolerance)
-        power = target.y.square().sum((-2, -1))
-        share = 1 - solution.cost / power
+        explained = 1 - solution.cost / target.y.square().sum((-2, -1))
         noise = solution.cost / max(1, piece[0].numel() - _n_parameters(family))
+        # Pixels have a mean square of 1. Noise in them would flatter the fit, too: a parameter
+        # explains as much of it as a pixel has.
+        share = 1 - noise
         pieces.append(
-            _result(family, solution, None, noise, scale[:, 0, 0], share, share, bad, shared)
+            _result(family, solution, None, noise, scale[:, 0, 0], explained, share, bad, shared)
         )
     return FitResult.cat(pieces)
 

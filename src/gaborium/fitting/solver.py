@@ -111,7 +111,11 @@ def solve(
         here = Target(target.y[active], target.root)
         residual, J, _ = linearise(here, family, z[active])
         gradient = (J * residual.unsqueeze(1)).sum((-2, -1))  # (batch, p)
-        flat = J.flatten(-2)
+        # A column that is pulled beyond its bound stands still; the others must not count on it.
+        at = z[active][:, free]
+        held = ((at <= low[free]) & (gradient < 0)) | ((at >= high[free]) & (gradient > 0))
+        gradient = gradient.masked_fill(held, 0.0)
+        flat = J.flatten(-2).masked_fill(held.unsqueeze(-1), 0.0)
         hessian = flat @ flat.mT
         diagonal = hessian.diagonal(dim1=-2, dim2=-1)
         # Marquardt's scaling, with a floor for directions that move nothing.
@@ -127,15 +131,19 @@ def solve(
 
         old_cost = cost[active]
         better = new_cost < old_cost
-        size = (diagonal * (moved - z[active])[:, free].square()).sum(-1)
+        made = (moved - z[active])[:, free]
+        size = (flat.mT @ made.unsqueeze(-1)).square().sum((-2, -1))  # of the kernel's change
+        promised = 2 * (gradient * made).sum(-1) - size
+        gain = torch.where(better, (old_cost - new_cost) / promised, 0.0)
         # The step changes the kernel by a share below the tolerance, or the fit is exact.
         arrived = size <= tolerance**2 * scale[active]
         arrived |= torch.where(better, new_cost, old_cost) <= rounding * scale[active]
         stuck = ~better & (damping[active] > 1e8)
         z[active] = torch.where(better.unsqueeze(-1), moved, z[active])
         cost[active] = torch.where(better, new_cost, old_cost)
-        damping[active] = torch.where(better, damping[active] / 5, damping[active] * 4)
-        damping[active] = damping[active].clamp_min(1e-12)
+        # Much less gained than promised: the path bends, and bolder steps would zigzag across it.
+        change = torch.where(gain > 0.75, 0.2, torch.where(gain > 0.25, 1.0, 4.0))
+        damping[active] = (damping[active] * change).clamp_min(1e-12)
         n_iterations[active] += 1
         converged[active] = arrived
         active = active[~arrived & ~stuck]

@@ -1,0 +1,63 @@
+"""How Sphinx builds these pages: Markdown through MyST, the reference from the docstrings."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "src"))
+
+import gaborium
+
+project = "Gaborium"
+author = "The Gaborium developers"
+copyright = author
+version = release = gaborium.__version__
+
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
+exclude_patterns = ["_build"]
+
+html_theme = "furo"
+html_title = f"Gaborium {release}"
+html_static_path = ["_static"]
+html_css_files = ["gaborium.css"]
+html_copy_source = False
+html_show_sphinx = False
+
+myst_enable_extensions = ["attrs_inline", "colon_fence"]
+myst_heading_anchors = 3
+
+autodoc_member_order = "bysource"
+autodoc_typehints = "description"
+autodoc_typehints_format = "short"
+autodoc_typehints_description_target = "documented"
+napoleon_google_docstring = True
+napoleon_numpy_docstring = False
+napoleon_use_rtype = False
+napoleon_custom_sections = ["Convention"]
+
+# A link to a name of ours must lead somewhere; those of torch and Python have no page here.
+nitpicky = True
+nitpick_ignore_regex = [("py:.*", r"(?!gaborium).*"), ("py:.*", r"gaborium\.layers\.Record")]
+
+
+def public(_: Any, __: Any, node: Any, text: Any) -> Any:
+    """Lead a link to where a name is defined to where it is documented: the package itself."""
+    target = node.get("reftarget", "")
+    name = target.rpartition(".")[2]
+    if node.get("refdomain") != "py" or name not in gaborium.__all__:
+        return None
+    from sphinx.util.nodes import make_refnode
+
+    app, environment = _, __
+    for full, entry in environment.get_domain("py").objects.items():
+        if full == f"gaborium.{name}":
+            return make_refnode(
+                app.builder, node["refdoc"], entry.docname, entry.node_id, text, full
+            )
+    return None
+
+
+def setup(app: Any) -> None:
+    app.connect("missing-reference", public)

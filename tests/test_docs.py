@@ -1,0 +1,150 @@
+"""Questions about the documentation: does its code run, does it build, does it name everything?"""
+
+import contextlib
+import importlib.util
+import inspect
+import io
+import math
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import gaborium
+from gaborium.cli import recover as recover_command
+
+ROOT = Path(__file__).resolve().parent.parent
+DOCS = ROOT / "docs"
+EXAMPLES = ROOT / "examples"
+# Packages that a page may use and a user may lack; the development environment has them.
+OPTIONAL = {"cv2", "matplotlib", "numpy", "skimage"}
+
+PAGES = [ROOT / "README.md", *sorted(DOCS.glob("*.md"))]
+# A block of Python and, where a block of text follows at once, what it prints.
+BLOCK = re.compile(r"^```python\n(.*?)^```\n(?:\s*^```text\n(.*?)^```\n)?", re.MULTILINE | re.DOTALL)
+NUMBER = re.compile(r"-?\d+(?:\.\d+)?(?:e[+-]?\d+)?")
+
+
+def blocks(text: str) -> list[tuple[int, str, str | None]]:
+    """Return line number, code and expected output of every block of Python."""
+    return [
+        (text[: match.start(1)].count("\n"), match[1], match[2]) for match in BLOCK.finditer(text)
+    ]
+
+
+def same_output(found: str, wanted: str) -> bool:
+    """Compare text; numbers may differ by 5 %, or 1.5 of the last digit shown.
+
+    A page shows what one machine printed, and the last digits of a training differ between two.
+    """
+    if NUMBER.sub("0", found).split() != NUMBER.sub("0", wanted).split():
+        return False
+    pairs = zip(NUMBER.findall(found), NUMBER.findall(wanted), strict=True)
+    return all(
+        math.isclose(float(a), float(b), rel_tol=0.05, abs_tol=1.5 * 10 ** -len(b.partition(".")[2]))
+        for a, b in pairs
+    )
+
+
+def test_outputs_are_compared_with_tolerance_for_numbers_and_none_for_words():
+    assert same_output("θ = 29.7 px\n", "θ =  30.1 px")
+    assert same_output("(1, 0.013)", "(1, 0.014)")
+    assert not same_output("θ = 29.7 px", "θ = 36.0 px")
+    assert not same_output("θ = 29.7 px", "θ = -29.7 px")
+    assert not same_output("Converged.", "Stalled.")
+    assert not same_output("1 2", "1 2 3")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_code_on_a_page_runs_and_prints_what_the_page_says(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MPLBACKEND", "agg")
+    namespace: dict = {"__name__": "page"}
+    for line, code, wanted in blocks(page.read_text(encoding="utf-8")):
+        # The empty lines make tracebacks name the page's own lines.
+        program = compile("\n" * line + code, str(page), "exec")
+        printed = io.StringIO()
+        try:
+            with contextlib.redirect_stdout(printed):
+                exec(program, namespace)
+        except ModuleNotFoundError as error:
+            if error.name is None or error.name.partition(".")[0] not in OPTIONAL:
+                raise
+            pytest.skip(f"needs {error.name}")
+        if wanted is not None:
+            found = printed.getvalue()
+            assert same_output(found, wanted), f"{page.name}, line {line}, printed:\n{found}"
+
+
+def test_every_page_of_the_guide_has_code_that_runs():
+    without = {page.stem for page in PAGES if not blocks(page.read_text(encoding="utf-8"))}
+    assert without == {"changelog", "reference"}
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    """Build the pages once; a warning is an error."""
+    for package in ("sphinx", "furo", "myst_parser"):
+        if importlib.util.find_spec(package) is None:
+            pytest.skip(f'needs {package}: pip install "gaborium[docs]"')
+    out = tmp_path_factory.mktemp("html")
+    done = subprocess.run(
+        [sys.executable, "-m", "sphinx", "-q", "-W", "--keep-going", DOCS, out],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return out
+
+
+def test_the_pages_build_without_a_warning(built):
+    pages = {page.stem for page in DOCS.glob("*.md")}
+    assert {page.stem for page in built.glob("*.html")} >= pages
+
+
+def test_the_pages_load_nothing_from_the_network(built):
+    sources = re.compile(r"""<(?:script|link|img)[^>]*(?:src|href)=["'](?:https?:)?//""")
+    for page in built.glob("*.html"):
+        assert sources.findall(page.read_text(encoding="utf-8")) == [], page.name
+
+
+def test_every_public_name_is_in_the_reference(built):
+    html = (built / "reference.html").read_text(encoding="utf-8")
+    names = {f"gaborium.{name}" for name in gaborium.__all__ if not name.startswith("_")}
+    for name in gaborium.interop.__dict__:
+        if name.startswith(("to_", "from_")) or name.endswith("_scale"):
+            names.add(f"gaborium.interop.{name}")
+    names.remove("gaborium.interop")  # a module, whose functions are there
+    assert {name for name in names if f'id="{name}"' not in html} == set()
+
+
+def test_options_on_the_experiment_page_exist():
+    text = (DOCS / "experiment.md").read_text(encoding="utf-8")
+    named = {name.replace("-", "_") for name in re.findall(r"--([a-z][a-z-]+)", text)}
+    assert named
+    assert named - {"help"} <= set(inspect.signature(recover_command).parameters)
+
+
+def test_figures_on_the_pages_exist_and_are_used():
+    text = "".join(page.read_text(encoding="utf-8") for page in DOCS.glob("*.md"))
+    used = set(re.findall(r"_static/([\w-]+\.svg)", text))
+    assert used == {path.name for path in (DOCS / "_static").glob("*.svg")}
+
+
+@pytest.mark.parametrize("example", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.stem)
+def test_an_example_runs(example, tmp_path):
+    pytest.importorskip("skimage")
+    environment = os.environ | {"PYTHONWARNINGS": "error::UserWarning"}
+    done = subprocess.run(
+        [sys.executable, example, "--quick"],
+        cwd=tmp_path, env=environment, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "accuracy" in done.stdout
+
+
+def test_every_example_is_listed():
+    listing = (EXAMPLES / "README.md").read_text(encoding="utf-8")
+    assert [path.name for path in EXAMPLES.glob("*.py") if f"`{path.name}`" not in listing] == []
