@@ -7,12 +7,13 @@ BIN    := .venv/bin
 READY  := .venv/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help env run test format clean
+.PHONY: help env run test docs format clean
 
 help:
 	@echo "make run      build the environment, then recover planted Gabor parameters (the main job)"
 	@echo "make test     build the environment, then run every check; ARGS='-k name' goes to pytest"
 	@echo "make env      build the environment in .venv, or finish a build that was interrupted"
+	@echo "make docs     build the environment, then the documentation in docs/_build/html"
 	@echo "make format   format the code and apply the linter's safe fixes"
 	@echo "make clean    remove .venv, caches and build products"
 	@echo
@@ -46,6 +47,10 @@ test: $(READY)
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
 	$(BIN)/pytest --numprocesses auto --maxprocesses 4 --dist worksteal $(ARGS)
+
+# A warning is an error: a link that leads nowhere should not wait for a reader to find it.
+docs: $(READY)
+	$(BIN)/python -m sphinx -W --keep-going docs docs/_build/html
 
 format: $(READY)
 	$(BIN)/ruff format

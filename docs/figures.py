@@ -5,17 +5,14 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
-import matplotlib as mpl
 import torch
+from matplotlib import pyplot as plt
+from matplotlib.patches import Arc, Ellipse
 
 from gaborium import Gabor2d, GaborConv2d, gabor
 
-mpl.use("svg")
 # Equal input must give an equal file, so that the committed figures can be compared.
-mpl.rcParams.update({"svg.hashsalt": "gaborium", "svg.fonttype": "path", "font.size": 11})
-
-from matplotlib import pyplot as plt
-from matplotlib.patches import Arc, Ellipse
+plt.rcParams.update({"svg.hashsalt": "gaborium", "svg.fonttype": "path", "font.size": 11})
 
 HERE = Path(__file__).resolve().parent / "_static"
 RED, BLUE, GREEN = "#c0392b", "#1f4e9c", "#1d7a46"

@@ -69,5 +69,5 @@ for i, (angle, turn, (was, now)) in enumerate(zip(angles, turns, wavelengths, st
 print("\nTest accuracy, learned from 10 patches per class, one number per seed:\n")
 for name, values in scores.items():
     print(f"{name:12} mean {sum(values) / len(values):.2f}  ", *(f"{v:.2f}" for v in values))
-print("\nBoth had the same steps and neither was tuned. So few photographs and seeds show how it is")
+print("\nBoth had the same steps and neither was tuned. A few photographs and seeds show how it is")
 print("done, and not which layer is better.")

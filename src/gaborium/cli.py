@@ -211,49 +211,58 @@ class _progress:  # noqa: N801  (used like a function)
 
 
 def _print_recovery(console: Any, result: Any, names: list[str]) -> None:
-    Table = require("rich.table", extra="cli", purpose="Commands").Table
-
     shown = names[0] if len(names) == 1 else f"{len(names)} photographs"
-    descents = Table(title=f"Gradient descent on θ, RMSE, on {shown}", title_justify="left")
-    for column in (
-        "step size",
-        "momentum",
-        "first within 3°",
-        "thrown out",
-        "end error",
-        "verdict",
-    ):
-        descents.add_column(column, justify="left" if column == "verdict" else "right")
+    descents = _table(
+        f"Gradient descent on θ under RMSE, {shown}",
+        ("step size", "momentum", "at the truth", "end error"),
+        ("verdict",),
+    )
     for descent in result.descents:
         arrival = descent.first_arrival
         descents.add_row(
             f"{descent.learning_rate:g}",
             f"{descent.momentum:g}",
             "never" if arrival is None else f"step {arrival}",
-            str(descent.n_ejections),
             f"{math.degrees(descent.final_error):.2f}°",
             descent.verdict,
         )
     console.print(descents)
 
-    found = Table(
-        title=f"recover: {result.found.outcome[0].value} Trained layer: kernel error "
-        f"{result.kernel_errors()['trained']:.1e}",
-        title_justify="left",
+    found = _table(
+        f"recover, no start given: {result.found.outcome[0].value}",
+        ("truth", "found", "error", "std. error", "by training"),
+        first=("parameter",),
     )
-    titles = ("parameter", "unit", "truth", "found", "error", "standard error", "trained", "error")
-    for number, title in enumerate(titles):
-        found.add_column(title, justify="left" if number < 2 else "right")
     for row in result.table():
+        unit = f" ({row['unit']})" if row["unit"] in ("rad", "px") else ""
         found.add_row(
-            row["parameter"],
-            row["unit"],
-            *(f"{row[key]:.5g}" for key in ("truth", "found")),
-            *(f"{row[key]:.1e}" for key in ("error", "standard_error")),
-            f"{row['trained']:.5g}",
-            f"{row['trained_error']:.1e}",
+            row["parameter"] + unit,
+            *(f"{row[key]:.4f}" for key in ("truth", "found")),
+            *(f"{row[key]:.1e}" for key in ("error", "standard_error", "trained_error")),
         )
     console.print(found)
+    errors = result.kernel_errors()
+    console.print(
+        f"Error of the kernel: {errors['found']:.1e} by recover, {errors['trained']:.1e} by "
+        "training a layer with gradients.",
+        highlight=False,
+    )
+
+
+def _table(
+    title: str, numbers: Sequence[str], last: Sequence[str] = (), *, first: Sequence[str] = ()
+) -> Any:
+    """A table of numbers between columns of words that fits 80 characters."""
+    box = require("rich.box", extra="cli", purpose="Commands")
+    rich_table = require("rich.table", extra="cli", purpose="Commands")
+    table = rich_table.Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
+    for name in first:
+        table.add_column(name, no_wrap=True)
+    for name in numbers:
+        table.add_column(name, justify="right", no_wrap=True)
+    for name in last:
+        table.add_column(name, no_wrap=True)
+    return table
 
 
 def _app(cyclopts: Any) -> Any:
@@ -264,6 +273,7 @@ def _app(cyclopts: Any) -> Any:
         default_parameter=cyclopts.Parameter(consume_multiple=True, negative=()),
         print_error=False,
         exit_on_error=False,
+        suppress_keyboard_interrupt=False,  # main tells what it means for the files
     )
     app.command(recover)
     return app

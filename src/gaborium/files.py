@@ -98,12 +98,14 @@ def new_folder(
     target = Path(os.path.realpath(path))
     _check_free(target, shown, overwrite=overwrite, marker=marker)
     temporary = _temporary_name(target.parent)
+    made = [parent for parent in target.parents if not parent.exists()]  # innermost first
+    keep = False
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         temporary.mkdir()
     except OSError as error:
+        _remove_empty(made)
         raise _cannot_write(path, error) from None
-    keep = False
     try:
         yield temporary
         try:
@@ -119,7 +121,15 @@ def new_folder(
     except BaseException:
         if not keep:
             shutil.rmtree(temporary, ignore_errors=True)
+            _remove_empty(made)
         raise
+
+
+def _remove_empty(folders: list[Path]) -> None:
+    """Remove folders, innermost first, up to one in which something else has come to lie."""
+    with suppress(OSError):
+        for folder in folders:
+            folder.rmdir()
 
 
 def _is_stream(path: str | os.PathLike[str]) -> bool:

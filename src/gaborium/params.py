@@ -290,10 +290,9 @@ class Gabor:
             >>> round(other.orientation.item(), 4), round(other.phase.item(), 4)
             (2.6416, -1.0)
         """
-        whole = self.expand()
-        fields = whole.as_dict()
-        amplitude, phase = whole.amplitude, whole.phase
-        still = whole.wavelength.isinf()
+        fields = self.as_dict()
+        amplitude, phase = torch.broadcast_tensors(self.amplitude, self.phase)
+        still = self.wavelength.isinf()
         amplitude = torch.where(still, amplitude * phase.cos(), amplitude)
         phase = torch.where(still, 0.0, phase)
         phase = torch.where(amplitude < 0, phase + math.pi, phase)
@@ -301,7 +300,7 @@ class Gabor:
             fields["orientation"], opposite = _half_turn(fields["orientation"])
             phase = torch.where(opposite, -phase, phase)
         if self.n_dims == 3:
-            x, y, z = self.direction.expand(*whole.batch_shape, 3).unbind(-1)
+            x, y, z = self.direction.unbind(-1)
             line, turned = _half_turn(torch.atan2(y, x))
             # A level wave rises in neither direction: it is turned like one in the plane.
             level = z == 0
@@ -312,8 +311,9 @@ class Gabor:
             fields["elevation"] = torch.atan2(z.abs(), torch.hypot(x, y))
             phase = sign * phase
         # Blobs keep phase 0 or π whichever way the wave is turned.
-        fields["phase"] = -wrap(-phase)
-        fields["amplitude"] = amplitude.abs()
+        fields["phase"], fields["amplitude"] = torch.broadcast_tensors(
+            -wrap(-phase), amplitude.abs()
+        )
         return type(self)(**fields)
 
     def difference(self, other: Self) -> dict[str, Tensor]:
