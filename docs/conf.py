@@ -8,6 +8,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "src"))
 
+from sphinx.util.nodes import make_refnode
+
 import gaborium
 
 project = "Gaborium"
@@ -35,28 +37,20 @@ autodoc_typehints_description_target = "documented"
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False
 napoleon_use_rtype = False
-napoleon_custom_sections = ["Convention"]
+napoleon_custom_sections = ["Convention", "Reference"]
 
 # A link to a name of ours must lead somewhere; those of torch and Python have no page here.
 nitpicky = True
 nitpick_ignore_regex = [("py:.*", r"(?!gaborium).*"), ("py:.*", r"gaborium\.layers\.Record")]
 
 
-def public(_: Any, __: Any, node: Any, text: Any) -> Any:
-    """Lead a link to where a name is defined to where it is documented: the package itself."""
-    target = node.get("reftarget", "")
-    name = target.rpartition(".")[2]
-    if node.get("refdomain") != "py" or name not in gaborium.__all__:
+def public(app: Any, environment: Any, node: Any, text: Any) -> Any:
+    """Lead a link from where a name is defined to where it is documented: the package itself."""
+    name = f"gaborium.{node.get('reftarget', '').rpartition('.')[2]}"
+    entry = environment.get_domain("py").objects.get(name)
+    if node.get("refdomain") != "py" or entry is None:
         return None
-    from sphinx.util.nodes import make_refnode
-
-    app, environment = _, __
-    for full, entry in environment.get_domain("py").objects.items():
-        if full == f"gaborium.{name}":
-            return make_refnode(
-                app.builder, node["refdoc"], entry.docname, entry.node_id, text, full
-            )
-    return None
+    return make_refnode(app.builder, node["refdoc"], entry.docname, entry.node_id, text, name)
 
 
 def setup(app: Any) -> None:

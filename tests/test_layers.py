@@ -491,7 +491,8 @@ def test_assigning_does_not_replace_parameters_or_touch_the_record():
         ({"dtype": torch.complex64}, TypeError, "dtype .*floating.*complex64"),
         ({"colour": True}, TypeError, "colour"),
     ],
-    ids=str,
+    # The arguments' names: their values may differ from process to process.
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
 )
 def test_wrong_arguments_are_named(kwargs, error, words):
     with pytest.raises(error, match=words) as caught:
@@ -1204,3 +1205,11 @@ def test_repr_shows_what_is_not_default():
     )
     text = repr(GaborConv1d(2, 4, 5, 2, 1, bias=False, output="energy"))
     assert "padding=(1,), bias=False, output='energy'" in text
+
+
+@pytest.mark.parametrize("output", ["quadrature", "energy"])
+def test_a_bank_that_makes_its_own_partners_holds_no_filter_twice(output):
+    layer = GaborConv2d(1, 16, 15, output=output)
+    assert torch.equal(layer.params.phase, torch.zeros(layer.n_filters, 1))
+    geometry = torch.cat([layer.params.orientation, layer.params.wavelength], 1)
+    assert len(geometry.round(decimals=4).unique(dim=0)) == layer.n_filters

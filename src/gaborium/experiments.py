@@ -406,19 +406,22 @@ def _train(
 
     Four things differ from the descent above. The error is squared, so that its slope vanishes at
     the minimum. Images and responses are filtered by the same whitening kernel, which leaves the
-    wanted kernel the same and takes away the spectrum of the photograph. Wave vector and even and
-    odd coefficients are learned, not θ, λ and ψ: there is no circle to cross. And every 25 steps
-    the gradient of the *kernel* is followed instead, where the loss has no other minimum, and the
+    wanted kernel the same and takes away the spectrum of the photograph; colour channels are
+    decorrelated, which changes amplitudes and phases in a known way. Wave vector and even and odd
+    coefficients are learned, not θ, λ and ψ: there is no circle to cross. And every 25 steps the
+    gradient of the *kernel* is followed instead, where the loss has no other minimum, and the
     Gabor function nearest to where it leads is taken if the loss is lower there.
     """
-    channels = batch.shape[1]
     whitening = _whitening_kernel(batch)
-    x = _filtered(batch, whitening).float()
-    y = _filtered(responses, whitening).float()
-    x, y = x / x.std(), y / x.std()
-    power = y.square().mean()
+    x, y = _filtered(batch, whitening), _filtered(responses, whitening)
+    x, y = x - x.mean((0, 2, 3), keepdim=True), y - y.mean()
+    mixing, unmixing = _decorrelation(x)
+    x, scale = torch.einsum("dc,bchw->bdhw", mixing, x).float(), y.std()
+    y = (y / scale).float()
 
-    layer = GaborConv2d(channels, 1, kernel_size, bias=False, start=start)
+    layer = GaborConv2d(
+        x.shape[1], 1, kernel_size, bias=False, start=_mixed(start, unmixing / scale)
+    )
     optimizer = torch.optim.Adam(layer.parameters(), lr=0.03, betas=(0.9, 0.99))
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, n_steps)
     orientation, losses, jumps = [], [], []
@@ -426,7 +429,7 @@ def _train(
         if step % _REFIT_EVERY == 0 and 0 < step < n_steps and _global_step(layer, x, y):
             jumps.append(step)
             optimizer.state.clear()  # the running averages belong to another place
-        loss = (layer(x) - y).square().mean() / power
+        loss = (layer(x) - y).square().mean()
         orientation.append(layer.params.orientation.item())
         losses.append(loss.item())
         if step < n_steps:
@@ -435,7 +438,7 @@ def _train(
             optimizer.step()
             schedule.step()
         report(step)
-    params = layer.params.detach().to(torch.float64).canonical()
+    params = _mixed(layer.params.detach().to(torch.float64), mixing * scale).canonical()
     return Training(params, orientation, losses, jumps, _kernel_error(params, target, kernel_size))
 
 
@@ -444,19 +447,33 @@ def _global_step(layer: GaborConv2d, x: Tensor, y: Tensor) -> bool:
     weight = layer.weight.detach().requires_grad_()
     loss = (F.conv2d(x, weight) - y).square().mean()
     (gradient,) = torch.autograd.grad(loss, weight)
-    weight, best = weight.detach(), loss.item()
-    before, chosen = layer.params.detach(), None
+    weight, best, chosen = weight.detach(), loss.item(), None
     # On white images of unit variance half the gradient is the whole way to the minimum.
     for reach in (0.25, 0.5, 1.0):
-        layer.params = there = fit(weight - reach * gradient, geometry="filter").params
-        with torch.no_grad():
-            loss_there = (layer(x) - y).square().mean().item()
-            far = (layer.weight - weight).norm() > _FAR * weight.norm()
+        there = fit(weight - reach * gradient, geometry="filter").params
+        kernel = gabor(there, layer.kernel_size).to(weight)
+        loss_there = (F.conv2d(x, kernel) - y).square().mean().item()
         # Small steps are the optimiser's, which would lose its averages by one of these.
+        far = (kernel - weight).norm() > _FAR * weight.norm()
         if far and loss_there < best:
             best, chosen = loss_there, there
-    layer.params = before if chosen is None else chosen
+    if chosen is not None:
+        layer.params = chosen
     return chosen is not None
+
+
+def _decorrelation(x: Tensor) -> tuple[Tensor, Tensor]:
+    """The symmetric matrix that makes the channels of x white, and its inverse."""
+    flat = x.movedim(1, 0).flatten(1)
+    values, vectors = torch.linalg.eigh(flat @ flat.T / flat.shape[1])
+    values = values + _WHITENING_FLOOR * values[-1]
+    return (vectors * values.rsqrt()) @ vectors.T, (vectors * values.sqrt()) @ vectors.T
+
+
+def _mixed(params: Gabor2d, matrix: Tensor) -> Gabor2d:
+    """The same geometry with the complex amplitudes ``A exp(iψ)`` of the channels mixed."""
+    mixed = torch.polar(params.amplitude, params.phase) @ matrix.to(torch.complex128)
+    return params.replace(amplitude=mixed.abs(), phase=mixed.angle())
 
 
 def _whitening_kernel(batch: Tensor) -> Tensor:

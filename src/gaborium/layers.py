@@ -300,6 +300,7 @@ class _GaborConv(nn.Module, Generic[Record]):
             n_filters=self.n_filters,
             n_channels=self.in_channels // self.groups,
             kernel_size=self.kernel_size,
+            n_phases=2 if self.output == "real" else 1,
             generator=self._generator(),
         )
         if self._coordinates.min_wavelength is not None:

@@ -252,9 +252,21 @@ class Gabor:
 
     # -- changing one -----------------------------------------------------------------------
 
-    def replace(self, **fields: Tensor) -> Self:
-        """A copy with some fields replaced by tensors."""
-        return dataclasses.replace(self, **fields)
+    def replace(self, **fields: Number) -> Self:
+        """A copy with some fields replaced; numbers become tensors of the record's dtype.
+
+        Example:
+            >>> edge = Gabor2d.of(wavelength=6.0, sigma=2.0)
+            >>> edge.replace(orientation=0.5).orientation.item()
+            0.5
+        """
+        values = {
+            name: value
+            if isinstance(value, Tensor)
+            else torch.as_tensor(value, dtype=self.dtype, device=self.device)
+            for name, value in fields.items()
+        }
+        return dataclasses.replace(self, **values)
 
     def expand(self) -> Self:
         """A view in which every field has the full batch shape."""

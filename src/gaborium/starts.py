@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,6 +26,7 @@ def start(
     n_filters: int,
     n_channels: int,
     kernel_size: tuple[int, ...],
+    n_phases: int = 2,
     generator: torch.Generator | None = None,
 ) -> Gabor:
     """Draw the parameters that a layer begins with.
@@ -41,6 +44,8 @@ def start(
         n_filters: Gabor functions to draw.
         n_channels: input channels that each filter sees.
         kernel_size: pixels along each axis.
+        n_phases: of the bank: 2 for an even and an odd filter of each wave, 1 for the even one
+            alone, where the layer makes its odd partner itself.
         generator: source of randomness; by default torch's own.
 
     Returns:
@@ -58,11 +63,15 @@ def start(
     if name not in STARTS:
         raise ValueError(f"start must be a record or one of {', '.join(STARTS)}, got {name!r}.")
     sizes = [size for size in kernel_size if size > 1] or [1]
-    draw = {"bank": _bank, "random": _random, "v1": _v1}[name]
+    draws: dict[str, Callable[..., dict[str, Tensor]]] = {
+        "bank": partial(_bank, n_phases=n_phases),
+        "random": _random,
+        "v1": _v1,
+    }
     record = RECORDS[len(kernel_size)]
     # The default device may be one without numbers ("meta"), or with other random ones.
     with torch.device("cpu"):
-        fields = draw(n_filters, n_channels, len(kernel_size), float(min(sizes)), generator)
+        fields = draws[name](n_filters, n_channels, len(kernel_size), float(min(sizes)), generator)
         known: dict[str, Any] = {n: v for n, v in fields.items() if n in record.field_names()}
         params = record.of(**known)
         geometry = {
@@ -74,14 +83,20 @@ def start(
 
 
 def _bank(
-    n_filters: int, n_channels: int, n_dims: int, size: float, _: torch.Generator | None
+    n_filters: int,
+    n_channels: int,
+    n_dims: int,
+    size: float,
+    _: torch.Generator | None,
+    *,
+    n_phases: int,
 ) -> dict[str, Tensor]:
-    n_pairs = math.ceil(n_filters / 2)
+    n_pairs = math.ceil(n_filters / n_phases)
     # About twice as many directions as wavelengths, as in most published banks.
     n_wavelengths = n_pairs if n_dims == 1 else max(1, round(math.sqrt(n_pairs / 2)))
     n_directions = math.ceil(n_pairs / n_wavelengths)
     index = torch.arange(n_filters)
-    pair = index // 2
+    pair = index // n_phases
     octave = (pair // n_directions).double() / max(n_wavelengths - 1, 1)
     longest = max(size, 3.0)
     wavelength = 3.0 * (longest / 3.0) ** octave if n_wavelengths > 1 else _middle(longest, index)
@@ -93,7 +108,7 @@ def _bank(
         "wavelength": _column(wavelength),
         "sigma": _column(sigma_from_bandwidth(1.0, wavelength).clamp_max(room)),
         "aspect_ratio": torch.ones(n_filters, 1, dtype=torch.float64),
-        "phase": _column((index % 2).double() * (math.pi / 2)).expand(-1, n_channels),
+        "phase": _column((index % n_phases).double() * (math.pi / 2)).expand(-1, n_channels),
         "amplitude": torch.ones(n_filters, n_channels, dtype=torch.float64),
     }
 

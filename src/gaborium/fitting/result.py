@@ -5,6 +5,7 @@ from __future__ import annotations
 import enum
 import json
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -56,9 +57,19 @@ class FitResult:
     def __len__(self) -> int:
         return len(self.outcome)
 
-    def __getitem__(self, index: slice | Sequence[int]) -> FitResult:
-        """The filters at ``index``: a slice or a list of numbers."""
-        where = list(range(len(self)))[index] if isinstance(index, slice) else list(index)
+    def __repr__(self) -> str:
+        """A line: how many filters, of what, and how they ended."""
+        counts = Counter(outcome.name for outcome in self.outcome)
+        ends = ", ".join(f"{n} {name}" for name, n in counts.items())
+        return f"FitResult({len(self)} x {type(self.params).__name__}: {ends})"
+
+    def __getitem__(self, index: int | slice | Sequence[int]) -> FitResult:
+        """The filters at ``index``, as a result again: a number, a slice or a list of numbers."""
+        numbers = range(len(self))
+        if isinstance(index, slice):
+            where = list(numbers[index])
+        else:
+            where = [numbers[i] for i in ([index] if isinstance(index, int) else index)]
         return FitResult(
             params=type(self.params)(**{n: v[where] for n, v in self.params.as_dict().items()}),
             outcome=tuple(self.outcome[i] for i in where),
