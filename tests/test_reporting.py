@@ -117,8 +117,8 @@ def test_every_way_to_end_is_counted(grey):
     ended = (NEVER, NEVER, CYCLES, THROWN, LOST)
     recovery = dataclasses.replace(grey, descents=ended)
     assert outcome_sentences(recovery)["descents"] == (
-        "None of 5 descents settled: 1 cycles around the minimum, 1 reaches the minimum and is "
-        "thrown out, 2 never arrive and 1 becomes NaN."
+        "None of 5 descents settled: 1 cycles around the minimum, 1 is thrown "
+        "out of the basin again, 2 never arrive and 1 becomes NaN."
     )
     recovery = dataclasses.replace(grey, descents=(*ended, SETTLED))
     assert (

@@ -8,6 +8,7 @@ gradients in a way that arrives.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -46,7 +47,7 @@ class Descent:
         loss: the root of the mean squared error at each of them.
         error: distance of θ from the truth at each of them, rad, in [0, π/2].
         first_arrival: the first step at which θ was within 0.05 rad of the truth, or ``None``.
-        n_ejections: how often θ, after having been that near, left the basin again.
+        n_ejections: how often θ, having been within the basin, was thrown out of it again.
         final_error: largest error in the last tenth of the run, rad.
     """
 
@@ -73,10 +74,10 @@ class Descent:
             return "settles"
         if self.n_ejections:
             times = "once" if self.n_ejections == 1 else f"{self.n_ejections} times"
-            return f"arrives, is thrown out {times}"
+            return f"thrown out {times}"
         if self.first_arrival is None:
             return "never arrives"
-        return f"cycles around the minimum, ±{math.degrees(self.final_error):.1f}°"
+        return f"cycles, ±{math.degrees(self.final_error):.1f}°"
 
 
 @dataclass(frozen=True)
@@ -373,14 +374,9 @@ def _descend(
     # Equal kernels repeat after half a turn only when turned back in phase; the experiment's
     # loss does so for even phases. Distances are those of the stripes, which have period π.
     error = [abs(math.remainder(theta - truth, math.pi)) for theta in orientation]
-    basin = max(_basin(target), 2 * _NEAR)
-    first, ejections, inside = None, 0, False
-    for step, distance in enumerate(error):
-        if distance < _NEAR:
-            first = step if first is None else first
-            inside = True
-        elif inside and not distance <= basin:
-            ejections, inside = ejections + 1, False
+    within = [distance <= max(_basin(target), 2 * _NEAR) for distance in error]
+    first = next((step for step, distance in enumerate(error) if distance < _NEAR), None)
+    ejections = sum(before and not now for before, now in itertools.pairwise(within))
     return Descent(
         learning_rate=learning_rate,
         momentum=momentum,

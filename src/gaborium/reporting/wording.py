@@ -96,8 +96,8 @@ def outcome_sentences(recovery: Recovery) -> dict[str, str]:
     kinds = {
         "cycles": ("cycles around the minimum", "cycle around the minimum"),
         "thrown out": (
-            "reaches the minimum and is thrown out",
-            "reach the minimum and are thrown out",
+            "is thrown out of the basin again",
+            "are thrown out of the basin again",
         ),
         "never arrives": ("never arrives", "never arrive"),
         "lost": ("becomes NaN", "become NaN"),
