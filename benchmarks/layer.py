@@ -5,7 +5,8 @@
     python benchmarks/layer.py --rounds 3 --output /tmp/layer.json    # a quick look
 
 Speeds are ratios, never times: every round runs all contestants, one after the other, and each is
-divided by the plain layer of its own round, so that a machine that slows down slows all of them. A
+divided by the plain layer of its own round, so that a machine that slows down slows all of them.
+With one thread it is the process's own time that counts, so that other processes disturb it less. A
 second nn.Conv2d among the contestants shows what of the ratio is chance.
 """
 
@@ -24,7 +25,7 @@ from torch import Tensor, nn
 from gaborium import GaborConv2d
 from gaborium.starts import STARTS
 
-SHORTEST_MEASUREMENT = 0.05  # s; faster steps are repeated until they take as long
+SHORTEST_MEASUREMENT = 0.5  # s; faster steps are repeated until they take as long
 
 
 class Shape(NamedTuple):
@@ -60,7 +61,7 @@ CONTESTANTS: dict[str, Callable[..., nn.Module]] = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--device", default="cpu", help="cpu (default), cuda, cuda:1, ...")
-    parser.add_argument("--rounds", type=int, default=25, help="rounds per shape (default: 25)")
+    parser.add_argument("--rounds", type=int, default=15, help="rounds per shape (default: 15)")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (default: 1)")
     parser.add_argument("--output", type=Path, default=RESULTS / "layer.json")
     options = parser.parse_args()
@@ -163,13 +164,16 @@ def inference(layer: nn.Module, image: Tensor) -> Callable[[], None]:
 
 def timed(step: Callable[[], None], device: str, repeats: int) -> float:
     """Seconds that ``repeats`` steps take, the work that a GPU has only queued included."""
-    wait = torch.cuda.synchronize if torch.device(device).type == "cuda" else lambda: None
+    on_gpu = torch.device(device).type == "cuda"
+    wait = torch.cuda.synchronize if on_gpu else lambda: None
+    # Several threads would add up their times.
+    clock = time.perf_counter if on_gpu or torch.get_num_threads() > 1 else time.process_time
     wait()
-    begin = time.perf_counter()
+    begin = clock()
     for _ in range(repeats):
         step()
     wait()
-    return time.perf_counter() - begin
+    return clock() - begin
 
 
 def output_variance(n_seeds: int = 4) -> dict[str, dict[str, float]]:
