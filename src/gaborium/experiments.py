@@ -405,8 +405,8 @@ def _train(
     wanted kernel the same and takes away the spectrum of the photograph; colour channels are
     decorrelated, which changes amplitudes and phases in a known way. Wave vector and even and odd
     coefficients are learned, not θ, λ and ψ: there is no circle to cross. And every 25 steps the
-    gradient of the *kernel* is followed instead, where the loss has no other minimum, and the
-    Gabor function nearest to where it leads is taken if the loss is lower there.
+    gradient of the *kernel* is followed to the minimum that it points at, where the loss has no
+    other, and the Gabor function nearest to that is taken if the loss is lower there.
     """
     whitening = _whitening_kernel(batch)
     x, y = _filtered(batch, whitening), _filtered(responses, whitening)
@@ -418,11 +418,16 @@ def _train(
     layer = GaborConv2d(
         x.shape[1], 1, kernel_size, bias=False, start=_mixed(start, unmixing / scale)
     )
+    covariance = _patch_covariance(x, kernel_size)
     optimizer = torch.optim.Adam(layer.parameters(), lr=0.03, betas=(0.9, 0.99))
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, n_steps)
     orientation, losses, jumps = [], [], []
     for step in range(n_steps + 1):
-        if step % _REFIT_EVERY == 0 and 0 < step < n_steps and _global_step(layer, x, y):
+        if (
+            step % _REFIT_EVERY == 0
+            and 0 < step < n_steps
+            and _global_step(layer, x, y, covariance)
+        ):
             jumps.append(step)
             optimizer.state.clear()  # the running averages belong to another place
         loss = (layer(x) - y).square().mean()
@@ -438,24 +443,35 @@ def _train(
     return Training(params, orientation, losses, jumps, _kernel_error(params, target, kernel_size))
 
 
-def _global_step(layer: GaborConv2d, x: Tensor, y: Tensor) -> bool:
-    """Follow the kernel's gradient, fit the Gabor functions nearest to its way, take the best."""
+def _global_step(layer: GaborConv2d, x: Tensor, y: Tensor, covariance: Tensor) -> bool:
+    """Go where the kernel's gradient points, and take the Gabor function nearest to that.
+
+    In the kernel the squared error is a parabola with the covariance C of the patches as its
+    curvature: its minimum is ``kernel - C⁻¹ gradient / 2``, from wherever one stands. Nearness is
+    measured by C too, so what the photograph does not show does not count.
+    """
     weight = layer.weight.detach().requires_grad_()
     loss = (F.conv2d(x, weight) - y).square().mean()
     (gradient,) = torch.autograd.grad(loss, weight)
-    weight, best, chosen = weight.detach(), loss.item(), None
-    # On white images of unit variance half the gradient is the whole way to the minimum.
-    for reach in (0.25, 0.5, 1.0):
-        there = fit(weight - reach * gradient, geometry="filter").params
-        kernel = gabor(there, layer.kernel_size).to(weight)
-        loss_there = (F.conv2d(x, kernel) - y).square().mean().item()
-        # Small steps are the optimiser's, which would lose its averages by one of these.
-        far = (kernel - weight).norm() > _FAR * weight.norm()
-        if far and loss_there < best:
-            best, chosen = loss_there, there
-    if chosen is not None:
-        layer.params = chosen
-    return chosen is not None
+    weight = weight.detach()
+    step = torch.linalg.pinv(covariance, rtol=_WHITENING_FLOOR**2, hermitian=True)
+    minimum = weight.double() - 0.5 * (step @ gradient.double().flatten()).reshape(weight.shape)
+    there = fit(minimum, geometry="filter", metric=covariance).params
+    kernel = gabor(there, layer.kernel_size).to(weight)
+    # Small steps are the optimiser's, which would lose its averages by one of these.
+    far = bool((kernel - weight).norm() > _FAR * weight.norm())
+    if not far or (F.conv2d(x, kernel) - y).square().mean() >= loss:
+        return False
+    layer.params = there
+    return True
+
+
+def _patch_covariance(x: Tensor, kernel_size: tuple[int, int]) -> Tensor:
+    """Covariance of the patches of images, ``(channels · pixels,) * 2``."""
+    statistics = PatchStatistics(kernel_size, n_channels=x.shape[1], n_outputs=0)
+    room = [axis - size + 1 for axis, size in zip(x.shape[2:], kernel_size, strict=True)]
+    statistics.add(x, x.new_zeros(len(x), 0, *room))
+    return statistics.covariance()
 
 
 def _decorrelation(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -476,11 +492,8 @@ def _whitening_kernel(batch: Tensor) -> Tensor:
     """The filter that flattens the photographs' mean spectrum: the middle row of C^(-1/2)."""
     size = min(_WHITENING_SIZE, *(axis // 4 for axis in batch.shape[2:]))
     size += size % 2 - 1  # odd
-    statistics = PatchStatistics((size, size), n_channels=1, n_outputs=0)
     grey = batch.mean(1, keepdim=True)
-    room = [axis - size + 1 for axis in grey.shape[2:]]
-    statistics.add(grey, grey.new_zeros(len(grey), 0, *room))
-    values, vectors = torch.linalg.eigh(statistics.covariance())
+    values, vectors = torch.linalg.eigh(_patch_covariance(grey, (size, size)))
     root = (values.clamp_min(0) + _WHITENING_FLOOR * values[-1]).rsqrt()
     return ((vectors * root) @ vectors.T)[size**2 // 2].reshape(size, size)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from itertools import zip_longest
 
 import torch
 from torch import Tensor
@@ -27,6 +28,7 @@ def fit(
     geometry: str = "pair",
     center: bool = False,
     isotropic: bool = False,
+    metric: Tensor | None = None,
     n_starts: int = 3,
     max_iterations: int = 200,
     tolerance: float = 1e-9,
@@ -43,6 +45,9 @@ def fit(
             sigma, aspect ratio and centre, and have an amplitude and a phase each.
         center: search for the envelope's centre as well; otherwise it is the kernel's middle.
         isotropic: keep the aspect ratio at 1.
+        metric: symmetric, not negative, ``(channels · pixels,) * 2``: the misfit of a kernel is
+            ``dᵀ metric d`` of its differences d. The inverse of the noise's covariance, or the
+            covariance of the patches that the kernels will see; by default all pixels count alike.
         n_starts: candidates that are followed; the best end is returned.
         max_iterations: steps at most, for each start.
         tolerance: a search has arrived when a step changes the kernel by less than this share.
@@ -53,7 +58,7 @@ def fit(
         shapes that a layer's ``params`` take.
 
     Raises:
-        ValueError: ``kernels`` has too few axes, or is not floating.
+        ValueError: ``kernels`` has too few axes, or is empty or not floating.
 
     Example:
         >>> from gaborium import Gabor2d, gabor
@@ -64,9 +69,11 @@ def fit(
     """
     one_of("geometry", geometry, ("pair", "filter"))
     shared = geometry == "filter"
+    if n_dims not in RECORDS:
+        raise ValueError(f"n_dims must be 1, 2 or 3, got {n_dims}.")
     if not kernels.is_floating_point():
         raise ValueError(f"kernels must be floating, got {kernels.dtype}; use kernels.float().")
-    if kernels.ndim < n_dims + shared:
+    if kernels.ndim < n_dims + shared or kernels.numel() == 0:
         wanted = "(filters, channels, *kernel_size)" if shared else "(filters, *kernel_size)"
         raise ValueError(f"kernels must be {wanted}, got shape {tuple(kernels.shape)}.")
     sizes = tuple(kernels.shape[-n_dims:])
@@ -74,20 +81,31 @@ def fit(
     w = kernels.detach().double().reshape(-1, channels, math.prod(sizes))
     family = Family(sizes, channels, free_center=center, isotropic=isotropic)
 
+    root = None
+    if metric is not None:
+        metric = metric.detach().double()
+        root = _root_of_metric(metric, channels * math.prod(sizes))
+
     pieces = []
     for piece in w.split(_BATCH):
         bad = ~piece.isfinite().all((-2, -1)) | (piece == 0).all(-1).all(-1)
         clean = torch.where(bad[:, None, None], torch.ones_like(piece), piece)
         scale = clean.square().mean((-2, -1), keepdim=True).sqrt()
-        target = Target(clean / scale, None)
-        solution = _best(target, clean / scale, None, family, n_starts, max_iterations, tolerance)
-        explained = 1 - solution.cost / target.y.square().sum((-2, -1))
-        noise = solution.cost / max(1, piece[0].numel() - _n_parameters(family))
-        # Pixels have a mean square of 1. Noise in them would flatter the fit, too: a parameter
-        # explains as much of it as a pixel has.
-        share = 1 - noise
+        clean = clean / scale
+        cross, target = clean, Target(clean, None)
+        if metric is not None and root is not None:
+            cross = (clean.flatten(1) @ metric).reshape(clean.shape)
+            target = Target((clean.flatten(1) @ root.T).unsqueeze(1), root)
+        solution = _best(target, cross, metric, family, n_starts, max_iterations, tolerance)
+        power = target.y.square().sum((-2, -1))
+        explained = 1 - solution.cost / power
+        n_pixels = target.y[0].numel()
+        noise = solution.cost / max(1, n_pixels - _n_parameters(family))
+        # Noise in the pixels would flatter the fit, too: a parameter explains as much of it as a
+        # pixel has.
+        share = 1 - noise * n_pixels / power
         pieces.append(
-            _result(family, solution, None, noise, scale[:, 0, 0], explained, share, bad, shared)
+            _result(family, solution, root, noise, scale[:, 0, 0], explained, share, bad, shared)
         )
     return FitResult.cat(pieces)
 
@@ -149,7 +167,9 @@ def recover(
     statistics = None
     n_dims = 0
     sizes: tuple[int, ...] = ()
-    for image, response in zip(images, responses, strict=True):
+    for image, response in zip_longest(images, responses):
+        if image is None or response is None:
+            raise ValueError("images and responses must come in equal numbers.")
         if statistics is None:
             n_dims = image.ndim - 2 if isinstance(kernel_size, int) else len(kernel_size)
             if n_dims not in RECORDS:
@@ -158,7 +178,7 @@ def recover(
                     f"{tuple(image.shape)}."
                 )
             sizes = as_sizes("kernel_size", kernel_size, n_dims)
-            _check_pair(image, response, sizes)
+            _check_pair(image, response, n_dims)
             statistics = PatchStatistics(
                 sizes,
                 n_channels=image.shape[1],
@@ -166,9 +186,9 @@ def recover(
                 stride=as_sizes("stride", stride, n_dims),
                 padding=(padding,) * n_dims if isinstance(padding, int) else padding,
             )
-        _check_pair(image, response, sizes)
+        _check_pair(image, response, n_dims)
         statistics.add(image, response)
-    if statistics is None:
+    if statistics is None or statistics.count == 0:
         raise ValueError("recover needs at least one image, got none.")
     return _recover(statistics, center, isotropic, n_starts, max_iterations, tolerance)
 
@@ -202,18 +222,31 @@ def _recover(
     solution = _best(target, cross, C, family, n_starts, max_iterations, tolerance)
 
     # Of the responses' variance (here 1) a free kernel explains |y|² and leaves noise; the Gabor
-    # leaves |y - R K|² more, of which noise accounts for a known part.
+    # leaves |y - R K|² more. In each there is a known part of the noise, one per parameter.
+    n_free, n_parameters = len(root), _n_parameters(family)
     free_power = y.square().sum(-1)
     left = (1 - free_power).clamp_min(0.0)
-    noise = left * count / max(1, count - len(root))
-    signal = free_power - noise * len(root) / count
-    excess = solution.cost - noise * (len(root) - _n_parameters(family)) / count
-    share = torch.where(signal > 0, 1 - excess / signal, 0.0)
+    noise = left / max(1, count - n_free)
+    gained = free_power - solution.cost - noise * n_parameters
+    missed = solution.cost - noise * (n_free - n_parameters)
     residual = left + solution.cost
-    per_response = residual / max(1, count - _n_parameters(family))  # σ² / n
+    # The best of all Gabor functions explains some of pure noise, too: it must be worth its
+    # parameters (Bayesian information criterion).
+    worth = -count * residual.log() > n_parameters * math.log(count)
+    share = torch.where(worth, gained / (gained + missed.clamp_min(0.0)), 0.0)
+    per_response = residual / max(1, count - n_parameters)  # σ² / n
     return _result(
         family, solution, root, per_response, scale, 1 - residual, share, bad, shared=True
     )
+
+
+def _root_of_metric(metric: Tensor, n: int) -> Tensor:
+    if metric.shape != (n, n) or not metric.isfinite().all():
+        raise ValueError(
+            f"metric must be finite and of shape ({n}, {n}), channels times pixels, got shape "
+            f"{tuple(metric.shape)}."
+        )
+    return root_of(metric)[0]
 
 
 def _best(
@@ -226,6 +259,8 @@ def _best(
     tolerance: float,
 ) -> Solution:
     """Solve from every start and keep, for each problem, the end of least misfit."""
+    if n_starts < 1:
+        raise ValueError(f"n_starts must be at least 1, got {n_starts}.")
     z = starts(target, cross, covariance, family, n_starts)
     batch, n_starts = z.shape[:2]
     wide = Target(target.y.repeat_interleave(n_starts, 0), target.root)
@@ -237,8 +272,26 @@ def _best(
     arrived = solution.converged.reshape(batch, n_starts)
     good = cost <= cost.amin(1, keepdim=True) * (1 + 1e-6) + 1e-24
     chosen = (good.long() + (good & arrived).long()).argmax(1)
-    chosen += torch.arange(batch) * n_starts
-    return Solution(*(value[chosen] for value in solution))
+    chosen += torch.arange(batch, device=chosen.device) * n_starts
+    best = Solution(*(value[chosen] for value in solution))
+
+    # Where hardly a wave is left, try none: the misfit is flat there, and the search is slow.
+    column = family.columns["frequency"]
+    turn = 2 * math.pi * best.z[:, column].abs() * best.z[:, family.columns["sigma"]].exp()
+    slow = (turn < 0.3).nonzero().flatten()  # rad within a standard deviation
+    z = best.z[slow]
+    z[:, column] = 0.0
+    still = solve(
+        Target(target.y[slow], target.root),
+        family,
+        z,
+        max_iterations=max_iterations,
+        tolerance=tolerance,
+    )
+    as_good = still.cost <= best.cost[slow] * (1 + 1e-6) + 1e-24
+    for value, other in zip(best, still, strict=True):
+        value[slow[as_good]] = other[as_good]
+    return best
 
 
 def _result(
@@ -376,8 +429,7 @@ def _n_parameters(family: Family) -> int:
     return len(family.free) + 2 * family.n_channels
 
 
-def _check_pair(image: Tensor, response: Tensor, sizes: tuple[int, ...]) -> None:
-    d = len(sizes)
+def _check_pair(image: Tensor, response: Tensor, d: int) -> None:
     for name, value in (("images", image), ("responses", response)):
         if value.ndim != d + 2:
             raise ValueError(
@@ -390,9 +442,4 @@ def _check_pair(image: Tensor, response: Tensor, sizes: tuple[int, ...]) -> None
         raise ValueError(
             f"images and responses must come in equal numbers, got {len(image)} and "
             f"{len(response)}."
-        )
-    if any(axis < size for axis, size in zip(image.shape[2:], sizes, strict=True)):
-        raise ValueError(
-            f"Images must not be smaller than the kernel, got {tuple(image.shape[2:])} px for "
-            f"kernel_size {sizes}."
         )

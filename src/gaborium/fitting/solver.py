@@ -207,7 +207,7 @@ def _orthonormal(basis: Tensor) -> tuple[Tensor, Tensor]:
 
     At zero frequency the sine is zero everywhere: the problem is still sound, with one row less.
     """
-    Q, T = torch.zeros_like(basis), torch.zeros_like(basis[..., : basis.shape[-2]])
+    Q, T = torch.zeros_like(basis), basis.new_zeros(*basis.shape[:-1], basis.shape[-2])
     for i in range(basis.shape[-2]):
         row = basis[..., i, :]
         part = (Q[..., :i, :] @ row.unsqueeze(-1)).squeeze(-1)

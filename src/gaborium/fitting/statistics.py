@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from gaborium.errors import one_of
+
 _CHUNK = 2**22  # numbers in a piece of the patch matrix: 32 MB in float64
 
 
@@ -46,6 +48,8 @@ class PatchStatistics:
         d = len(kernel_size)
         self.kernel_size, self.n_channels, self.n_outputs = kernel_size, n_channels, n_outputs
         self.stride = stride or (1,) * d
+        if isinstance(padding, str):
+            one_of("padding", padding, ("valid", "same"))
         self.padding = padding
         n = n_channels * math.prod(kernel_size) + n_outputs
         # The first patches' mean is subtracted from everything, so that sums of squares do not
@@ -63,6 +67,16 @@ class PatchStatistics:
     def _add(self, image: Tensor, response: Tensor) -> None:
         d = len(self.kernel_size)
         patches = F.pad(image, self._border())
+        if any(a < size for a, size in zip(patches.shape[1:], self.kernel_size, strict=True)):
+            raise ValueError(
+                f"Images must not be smaller than the kernel, got {tuple(patches.shape[1:])} px "
+                f"with their padding for kernel_size {self.kernel_size}."
+            )
+        if (len(image), len(response)) != (self.n_channels, self.n_outputs):
+            raise ValueError(
+                f"Channels must stay the same, {self.n_channels} of images and {self.n_outputs} "
+                f"of responses, got {len(image)} and {len(response)}."
+            )
         for axis, (size, step) in enumerate(zip(self.kernel_size, self.stride, strict=True)):
             patches = patches.unfold(1 + axis, size, step)  # (C, *positions, *kernel)
         if patches.shape[1 : 1 + d] != response.shape[1:]:
@@ -80,8 +94,8 @@ class PatchStatistics:
                 self.origin = both.mean(0)
             both = both - self.origin
             self.count += len(both)
-            self.total += both.sum(0)
-            self.squares += both.T @ both
+            self.total += both.sum(0).cpu()
+            self.squares += (both.T @ both).cpu()
 
     def covariance(self) -> Tensor:
         """Covariance C of the patches, ``(channels · pixels,) * 2``."""
