@@ -1,0 +1,151 @@
+"""The experiment: what its runs are called, what it refuses, and that training arrives."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from gaborium import Gabor2d
+from gaborium.experiments import Descent, _descend, _mixed, recover_planted
+from gaborium.images import camera, center_crop
+
+SMALL = {"kernel_size": 9, "n_steps": 3, "learning_rates": (0.1,), "momenta": (0.0,)}
+
+
+def planted(orientation: float = 0.8, **fields: object) -> Gabor2d:
+    given = {"wavelength": 4.0, "sigma": 1.5} | fields
+    return Gabor2d.of(orientation=orientation, **given, dtype=torch.float64)
+
+
+def noise(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.rand(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def descent(**fields: object) -> Descent:
+    usual = {"learning_rate": 0.1, "momentum": 0.0, "orientation": [], "loss": [], "error": []}
+    usual |= {"first_arrival": None, "n_ejections": 0, "final_error": 0.5}
+    return Descent(**(usual | fields))
+
+
+@pytest.mark.parametrize(
+    ("fields", "verdict"),
+    [
+        ({}, "never arrives"),
+        ({"first_arrival": 3, "final_error": 0.1}, "cycles, ±5.7°"),
+        ({"first_arrival": 3, "final_error": 0.009}, "settles"),
+        ({"n_ejections": 1}, "thrown out once"),
+        ({"n_ejections": 7, "first_arrival": 2}, "thrown out 7 times"),
+        ({"n_ejections": 7, "final_error": 0.001}, "settles"),
+        ({"final_error": math.nan}, "lost: not a number"),
+    ],
+)
+def test_verdicts(fields, verdict):
+    assert descent(**fields).verdict == verdict
+
+
+def test_a_descent_that_is_too_bold_is_thrown_out_of_the_basin():
+    image = center_crop(camera(), 48)[None].float()
+    target, start = planted(0.8)[None, None], planted(0.7)[None, None]
+    kernel = torch.nn.functional.conv2d
+    from gaborium import gabor
+
+    responses = kernel(image, gabor(target, 9).to(image))
+    shy = _descend(image, responses, target, start, (9, 9), 1e-3, 0.0, 40, lambda _: None)
+    bold = _descend(image, responses, target, start, (9, 9), 30.0, 0.0, 40, lambda _: None)
+    assert shy.n_ejections == 0
+    assert bold.n_ejections > 0
+    assert not bold.settled
+
+
+def test_everything_is_found_and_reported():
+    calls: list[tuple[str, int, int]] = []
+    result = recover_planted(
+        [noise(1, 40, 44)],
+        planted(),
+        start=planted(-0.8),
+        on_progress=lambda *call: calls.append(call),
+        **SMALL,
+    )
+    rows = {row["parameter"]: row for row in result.table()}
+    assert list(rows) == [
+        *("orientation", "wavelength", "phase", "sigma", "aspect_ratio", "amplitude"),
+    ]
+    for row in rows.values():
+        assert row["found"] == pytest.approx(row["truth"], abs=1e-9)
+        assert row["error"] == pytest.approx(row["found"] - row["truth"], abs=1e-9)
+    assert rows["orientation"]["start"] == pytest.approx(-0.8)
+    assert result.kernel_errors()["found"] < 1e-9
+    # The loss is zero where every parameter is right, and only by symmetry elsewhere.
+    best = min(range(361), key=result.landscape["mse"].__getitem__)
+    assert abs(math.remainder(result.landscape["orientation"][best] - 0.8, math.pi)) < 0.02
+    for stage in {call[0] for call in calls}:
+        done = [call[1] for call in calls if call[0] == stage]
+        assert done == sorted(done)
+        assert done[-1] == next(call[2] for call in calls if call[0] == stage)
+
+
+def test_colours_have_an_amplitude_and_a_phase_each():
+    target = planted(amplitude=[1.0, -0.5, 0.25], phase=[0.0, 1.0, 2.0])
+    result = recover_planted([noise(3, 40, 40)], target, start=target, **SMALL)
+    rows = {row["parameter"]: row for row in result.table()}
+    assert rows["amplitude[2]"]["found"] == pytest.approx(0.25, abs=1e-9)
+    # A negative amplitude is a phase of π more.
+    assert rows["amplitude[1]"]["found"] == pytest.approx(0.5, abs=1e-9)
+    assert abs(math.remainder(rows["phase[1]"]["found"] - 1.0 - math.pi, 2 * math.pi)) < 1e-9
+
+
+def test_channels_that_are_mixed_and_unmixed_are_the_same():
+    params = planted(amplitude=[1.0, 0.5, 0.2], phase=[0.3, 1.0, -2.0])[None]
+    matrix = torch.tensor([[2.0, 0.5, 0.1], [0.5, 1.0, 0.3], [0.1, 0.3, 1.5]], dtype=torch.float64)
+    again = _mixed(_mixed(params, matrix), torch.linalg.inv(matrix))
+    assert again.isclose(params, rtol=1e-12).all()
+    assert not _mixed(params, matrix).isclose(params).any()
+
+
+def test_the_seed_decides_the_noise_and_nothing_else_is_drawn():
+    before = torch.random.get_rng_state()
+    run = [
+        recover_planted(
+            [noise(1, 40, 40)], planted(), start=planted(-0.8), noise=0.3, seed=seed, **SMALL
+        )
+        for seed in (1, 1, 2)
+    ]
+    assert torch.equal(torch.random.get_rng_state(), before)
+    assert torch.equal(run[0].responses, run[1].responses)
+    assert run[0].table() == run[1].table()
+    assert not torch.equal(run[0].responses, run[2].responses)
+
+
+@pytest.mark.parametrize(
+    ("images", "target", "words"),
+    [
+        ([noise(1, 40, 40), noise(1, 40, 41)], planted(), "equal shape"),
+        ([torch.full((1, 40, 40), 0.5)], planted(), "constant"),
+        ([torch.full((1, 40, 40), math.nan)], planted(), "finite"),
+        ([noise(1, 8, 40)], planted(), "larger than the image"),
+        ([noise(40, 40)], planted(), "channels, height, width"),
+        ([noise(3, 40, 40)], planted(phase=[0.0, 1.0]), "one per channel"),
+    ],
+)
+def test_bad_input_is_told_in_one_line(images, target, words):
+    with pytest.raises(ValueError, match=words) as error:
+        recover_planted(images, target, start=planted(-0.8), **SMALL)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("aspect_ratio", [1.0, 0.5])
+def test_training_arrives_from_the_worst_start(aspect_ratio):
+    target = planted(math.pi / 4, aspect_ratio=aspect_ratio, wavelength=5.0)
+    start = planted(-math.pi / 4, aspect_ratio=aspect_ratio, wavelength=5.0)
+    result = recover_planted(
+        [center_crop(camera(), 64)],
+        target,
+        start=start,
+        kernel_size=13,
+        n_steps=120,
+        learning_rates=(),
+    )
+    assert result.training.jumps
+    assert result.training.kernel_error < 0.01
