@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from gaborium import Gabor2d
+from gaborium import Gabor2d, experiments
 from gaborium.experiments import Descent, _descend, _mixed, recover_planted
 from gaborium.images import camera, center_crop
 
@@ -149,3 +149,52 @@ def test_training_arrives_from_the_worst_start(aspect_ratio):
     )
     assert result.training.jumps
     assert result.training.kernel_error < 0.01
+
+
+def test_training_does_not_mind_brightness():
+    # A patch's mean differs from place to place, so the images' mean cannot just be subtracted: a
+    # faint picture on a bright ground shows what is left of it.
+    faint = 0.7 + 0.02 * center_crop(camera(), 48)
+    result = recover_planted(
+        [faint], planted(0.8), start=planted(0.7), kernel_size=9, n_steps=150, learning_rates=()
+    )
+    assert result.training.kernel_error < 1e-4
+    assert result.training.loss[-1] < 1e-8
+
+
+@pytest.mark.parametrize(
+    ("degrees", "arrival", "ejections", "settled"),
+    [
+        ([80, 60, 40, 1, 0.1] + [0.01] * 15, 3, 0, True),
+        ([80, 1] + [5, -5] * 9, 1, 0, False),
+        ([80, 1, 85, 60, 1, 85] + [1, 85] * 7, 1, 9, False),
+        ([80] * 20, None, 0, False),
+        ([80, 1] + [math.nan] * 18, 1, 1, False),
+    ],
+)
+def test_a_path_is_read(monkeypatch, degrees, arrival, ejections, settled):
+    """Descents along given paths: a layer whose orientation is what the path says."""
+    truth = planted(0.8)[None, None]
+    path = iter([0.8 + math.radians(d) for d in degrees])
+
+    class Led(torch.nn.Module):
+        def __init__(self, *args, **kwargs):
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.zeros(1))
+
+        @property
+        def params(self):
+            return truth.replace(orientation=torch.tensor([[next(path)]], dtype=torch.float64))
+
+        def forward(self, batch):
+            return batch + self.weight
+
+    monkeypatch.setattr(experiments, "GaborConv2d", Led)
+    image = torch.ones(1, 1, 3, 3)
+    run = _descend(
+        image, 0 * image, truth, truth, (9, 9), 0.1, 0.0, len(degrees) - 1, lambda _: None
+    )
+    assert run.first_arrival == arrival
+    assert run.n_ejections == ejections
+    assert run.settled == settled
+    assert len(run.orientation) == len(run.loss) == len(run.error) == len(degrees)

@@ -33,7 +33,6 @@ _SETTLED = 0.01  # rad; a descent that stays closer than this has settled
 _WHITENING_SIZE = 9  # px
 _WHITENING_FLOOR = 1e-3  # of the largest variance: weaker frequencies are noise
 _REFIT_EVERY = 25  # steps of training between two global steps
-_FAR = 0.1  # share of its norm by which a global step must change the kernel
 
 
 @dataclass(frozen=True)
@@ -87,7 +86,7 @@ class Training:
     Args:
         params: where it ended, geometry ``(1, 1)``.
         orientation: θ before every step and after the last, rad.
-        loss: share of the whitened responses' power that is left, at each of them.
+        loss: share of the whitened responses' variance that is left, at each of them.
         jumps: the steps at which a global step was taken.
         kernel_error: of the final kernel, relative to the planted one in L2 norm.
     """
@@ -401,16 +400,17 @@ def _train(
     """Train all parameters by gradients, in a way that arrives.
 
     Four things differ from the descent above. The error is squared, so that its slope vanishes at
-    the minimum. Images and responses are filtered by the same whitening kernel, which leaves the
-    wanted kernel the same and takes away the spectrum of the photograph; colour channels are
-    decorrelated, which changes amplitudes and phases in a known way. Wave vector and even and odd
-    coefficients are learned, not θ, λ and ψ: there is no circle to cross. And every 25 steps the
-    gradient of the *kernel* is followed to the minimum that it points at, where the loss has no
-    other, and the Gabor function nearest to that is taken if the loss is lower there.
+    the minimum; its mean, which shows no more than the photograph's brightness, is left out. Images
+    and responses are filtered by the same whitening kernel, which leaves the wanted kernel the same
+    and takes away the spectrum of the photograph; colour channels are decorrelated, which changes
+    amplitudes and phases in a known way. Wave vector and even and odd coefficients are learned, not
+    θ, λ and ψ: there is no circle to cross. And every 25 steps the gradient of the *kernel* is
+    followed to the minimum that it points at, where the loss has no other, and the Gabor function
+    nearest to that is taken if the loss is lower there.
     """
     whitening = _whitening_kernel(batch)
     x, y = _filtered(batch, whitening), _filtered(responses, whitening)
-    x, y = x - x.mean((0, 2, 3), keepdim=True), y - y.mean()
+    x = x - x.mean((0, 2, 3), keepdim=True)
     mixing, unmixing = _decorrelation(x)
     x, scale = torch.einsum("dc,bchw->bdhw", mixing, x).float(), y.std()
     y = (y / scale).float()
@@ -429,8 +429,10 @@ def _train(
             and _global_step(layer, x, y, covariance)
         ):
             jumps.append(step)
-            optimizer.state.clear()  # the running averages belong to another place
-        loss = (layer(x) - y).square().mean()
+            # The running averages belong to another place, and what is left to do is fine work.
+            optimizer.state.clear()
+            optimizer.param_groups[0]["lr"] *= 0.2
+        loss = (layer(x) - y).var(correction=0)
         orientation.append(layer.params.orientation.item())
         losses.append(loss.item())
         if step < n_steps:
@@ -451,16 +453,15 @@ def _global_step(layer: GaborConv2d, x: Tensor, y: Tensor, covariance: Tensor) -
     measured by C too, so what the photograph does not show does not count.
     """
     weight = layer.weight.detach().requires_grad_()
-    loss = (F.conv2d(x, weight) - y).square().mean()
+    loss = (F.conv2d(x, weight) - y).var(correction=0)
     (gradient,) = torch.autograd.grad(loss, weight)
     weight = weight.detach()
     step = torch.linalg.pinv(covariance, rtol=_WHITENING_FLOOR**2, hermitian=True)
     minimum = weight.double() - 0.5 * (step @ gradient.double().flatten()).reshape(weight.shape)
     there = fit(minimum, geometry="filter", metric=covariance).params
     kernel = gabor(there, layer.kernel_size).to(weight)
-    # Small steps are the optimiser's, which would lose its averages by one of these.
-    far = bool((kernel - weight).norm() > _FAR * weight.norm())
-    if not far or (F.conv2d(x, kernel) - y).square().mean() >= loss:
+    # Smaller gains are the optimiser's, which would lose its averages for them.
+    if (F.conv2d(x, kernel) - y).var(correction=0) > 0.5 * loss:
         return False
     layer.params = there
     return True
