@@ -317,6 +317,13 @@ def test_starts_come_best_first_and_near_the_truth():
     assert (cost[:, 0] < 0.3 * y.square().sum((1, 2))).all()
 
 
+def test_more_starts_never_fit_worse():
+    kernels = torch.randn(30, 7, 7, dtype=F64)
+    few, many = (fit(kernels, n_starts=n).explained_variance for n in (1, 6))
+    assert (many >= few - 1e-9).all()
+    assert (many > few + 1e-3).any()
+
+
 def test_a_search_that_is_cut_short_says_so():
     kernels = gabor(planted(2, 4), 11)
     kernels = kernels + noise_like(kernels, 0.2)[0]
@@ -521,6 +528,31 @@ def test_kernels_of_any_scale_are_alike():
             torch.testing.assert_close(value, wanted, rtol=1e-6, atol=1e-6)
 
 
+def test_a_metric_that_counts_pixels_alike_is_none():
+    kernels = gabor(planted(2, 4, 1, channels=2), 7)
+    kernels = kernels + noise_like(kernels, 0.3)[0]
+    plain = fit(kernels, geometry="filter")
+    for metric in (torch.eye(98), 5 * torch.eye(98, dtype=F64)):
+        result = fit(kernels, geometry="filter", metric=metric)
+        assert result.outcome == plain.outcome
+        assert_same_parameters(result.params, plain.params, 1e-6)
+        torch.testing.assert_close(result.explained_variance, plain.explained_variance)
+        torch.testing.assert_close(result.standard_error["sigma"], plain.standard_error["sigma"])
+
+
+def test_in_the_metric_of_an_image_kernels_are_fitted_as_its_responses_are(photograph):
+    kernels = gabor(shared_geometry(2, 6), 9)
+    kernels = kernels + noise_like(kernels, 0.2)[0]  # so that the metrics do not agree
+    responses = F.conv2d(photograph, kernels)
+    seen = PatchStatistics((9, 9), n_channels=1, n_outputs=6)
+    seen.add(photograph, responses)
+    wanted = recover(photograph, responses, 9)
+    result = fit(kernels, geometry="filter", metric=seen.covariance(), n_starts=5)
+    assert_same_parameters(result.params, wanted.params, 1e-5)
+    torch.testing.assert_close(result.explained_variance, wanted.explained_variance)
+    assert (wanted.params.sigma - fit(kernels).params.sigma[:, None]).abs().max() > 0.05
+
+
 @pytest.mark.xfail(strict=True, reason="every start leads to a wave of 2 px, its alias's neighbour")
 def test_a_short_wave_along_an_axis_comes_back():
     kernel = gabor(Gabor2d.of(wavelength=2.5, sigma=1.25, aspect_ratio=2.0, dtype=F64), 15)[None]
@@ -538,6 +570,8 @@ def test_a_short_wave_along_an_axis_comes_back():
         (torch.ones(9, 9), {"geometry": "layer"}, "geometry must be one of 'pair', 'filter'"),
         (torch.ones(9, 9), {"n_dims": 4}, "n_dims must be 1, 2 or 3, got 4."),
         (torch.ones(9, 9), {"n_starts": 0}, "n_starts must be at least 1, got 0."),
+        (torch.ones(3, 3), {"metric": torch.eye(3)}, "metric must be finite and of shape (9, 9)"),
+        (torch.ones(1, 2), {"metric": torch.eye(2) / 0}, "metric must be finite and of shape (2"),
     ],
     ids=str,
 )
