@@ -15,7 +15,9 @@ _HOMES = {
     "Gabor3d": "params",
     "fit": "fitting",
     "recover": "fitting",
+    "fit_shards": "fitting",
     "FitResult": "fitting",
+    "FitShards": "fitting",
     "Outcome": "fitting",
     "GaborConv1d": "layers",
     "GaborConv2d": "layers",
@@ -34,8 +36,10 @@ _NAMESPACES = ("interop",)
 if TYPE_CHECKING:
     from gaborium import interop as interop
     from gaborium.fitting import FitResult as FitResult
+    from gaborium.fitting import FitShards as FitShards
     from gaborium.fitting import Outcome as Outcome
     from gaborium.fitting import fit as fit
+    from gaborium.fitting import fit_shards as fit_shards
     from gaborium.fitting import recover as recover
     from gaborium.kernels import gabor as gabor
     from gaborium.kernels import gabor_jacobian as gabor_jacobian

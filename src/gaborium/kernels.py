@@ -168,7 +168,7 @@ def log_slopes(
     centre ``(*batch, d, N)``. The kernel ``g = A E cos(φ + ψ)`` then has the derivative
     ``g · d log E / ds + dg/dφ · dφ/ds``. The frequency may be zero or negative.
     """
-    n, turns = _direction_and_slopes(angles, frequency)
+    n, turns = direction_and_slopes(angles, frequency)
     r, along, beside = _on_grid(n, center, sizes)
     across = beside.square().sum(-2)  # |y'|²
     precision = sigma.unsqueeze(-1).square().reciprocal()
@@ -199,7 +199,7 @@ def _on_grid(n: Tensor, center: Tensor, sizes: tuple[int, ...]) -> tuple[Tensor,
     return r, along, r - n.unsqueeze(-1) * along.unsqueeze(-2)
 
 
-def _direction_and_slopes(
+def direction_and_slopes(
     angles: dict[str, Tensor], like: Tensor
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The unit wave vector ``(*batch, d)`` and its derivative by each angle."""

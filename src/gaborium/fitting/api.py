@@ -2,25 +2,45 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from itertools import zip_longest
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from gaborium.errors import as_sizes, one_of
-from gaborium.fitting.result import FitResult, Outcome
-from gaborium.fitting.solver import Family, Solution, Target, geometry, solve
-from gaborium.fitting.start import starts
+from gaborium.fitting.judgement import Evidence, judge
+from gaborium.fitting.result import FitResult
+from gaborium.fitting.robust import LOSSES, reweighted
+from gaborium.fitting.search import search
+from gaborium.fitting.solver import Family, Target, without_offset
+from gaborium.fitting.start import StartGrid
 from gaborium.fitting.statistics import PatchStatistics, root_of
-from gaborium.kernels import gabor_jacobian
-from gaborium.params import RECORDS, Gabor
+from gaborium.params import RECORDS
 
-_BATCH = 256  # problems solved at once
-_LITTLE = 0.5  # share of the explainable power below which a kernel is called no Gabor
+_PIECE = 2**22  # numbers in the kernels that are held as a problem at a time
+_F = TypeVar("_F", bound=Callable[..., FitResult])
 
 
+def _in_its_own_precision(function: _F) -> _F:
+    """Without a graph, and whatever autocast would make of matrix products around it."""
+
+    @functools.wraps(function)
+    def inner(*args: Any, **kwargs: Any) -> FitResult:
+        with (
+            torch.no_grad(),
+            torch.autocast("cpu", enabled=False),
+            torch.autocast("cuda", enabled=False),
+        ):
+            return function(*args, **kwargs)
+
+    return inner  # type: ignore[return-value]
+
+
+@_in_its_own_precision
 def fit(
     kernels: Tensor,
     *,
@@ -28,29 +48,47 @@ def fit(
     geometry: str = "pair",
     center: bool = False,
     isotropic: bool = False,
+    offset: bool = False,
+    weights: Tensor | None = None,
     metric: Tensor | None = None,
-    n_starts: int = 3,
+    loss: str = "squared",
+    bounds: Mapping[str, tuple[float, float]] | None = None,
+    n_starts: int = 8,
     max_iterations: int = 200,
     tolerance: float = 1e-9,
+    dtype: torch.dtype = torch.float64,
 ) -> FitResult:
     """Find the Gabor functions nearest to kernels.
 
     Args:
         kernels: ``(filters, *kernel_size)``, or ``(filters, channels, *kernel_size)`` with
             ``geometry="filter"``; or one kernel without batch axis. Convolution weights are the
-            latter.
+            latter. They are fitted on the device where they are.
         n_dims: spatial dimensions of a kernel: 1, 2 or 3.
         geometry: ``"pair"``: every kernel for itself, leading axes are all batch.
             ``"filter"``: the kernels along the last batch axis share orientation, wavelength,
             sigma, aspect ratio and centre, and have an amplitude and a phase each.
         center: search for the envelope's centre as well; otherwise it is the kernel's middle.
         isotropic: keep the aspect ratio at 1.
+        offset: allow a constant beside every kernel, such as the mean of a receptive field's
+            estimate. It is fitted and not returned; explained variance is then that of the
+            kernel's variance, and not of its power.
+        weights: how much each pixel counts, not negative and of a shape that broadcasts to
+            ``kernels``: the inverse of its noise's variance, up to a factor. A pixel of weight 0 is
+            not looked at, whatever it holds.
         metric: symmetric, not negative, ``(channels · pixels,) * 2``: the misfit of a kernel is
             ``dᵀ metric d`` of its differences d. The inverse of the noise's covariance, or the
             covariance of the patches that the kernels will see; by default all pixels count alike.
-        n_starts: candidates that are followed; the best end is returned.
+        loss: ``"squared"``; or for kernels with a few wild pixels ``"huber"``, which counts large
+            residuals linearly, or ``"cauchy"``, which counts them by their logarithm.
+        bounds: narrower ranges, as ``{"wavelength": (3.0, 8.0)}``: of wavelength, sigma (px),
+            aspect ratio and centre (px from the middle, for every axis).
+        n_starts: candidates that are followed at most; the best end is returned. After an exact
+            fit no other is tried.
         max_iterations: steps at most, for each start.
         tolerance: a search has arrived when a step changes the kernel by less than this share.
+        dtype: what to search in. ``torch.float32`` is faster, and still takes the last steps in
+            double precision.
 
     Returns:
         A result with one entry per filter, in float64. Fields have shape ``(filters,)``; with
@@ -58,7 +96,8 @@ def fit(
         shapes that a layer's ``params`` take.
 
     Raises:
-        ValueError: ``kernels`` has too few axes, or is empty or not floating.
+        ValueError: ``kernels`` has too few axes, or is empty or not floating; or an option is not
+            one of those above.
 
     Example:
         >>> from gaborium import Gabor2d, gabor
@@ -68,6 +107,8 @@ def fit(
         ('CONVERGED', 0.5)
     """
     one_of("geometry", geometry, ("pair", "filter"))
+    one_of("loss", loss, LOSSES)
+    _check_search(n_starts, dtype)
     shared = geometry == "filter"
     if n_dims not in RECORDS:
         raise ValueError(f"n_dims must be 1, 2 or 3, got {n_dims}.")
@@ -76,40 +117,71 @@ def fit(
     if kernels.ndim < n_dims + shared or kernels.numel() == 0:
         wanted = "(filters, channels, *kernel_size)" if shared else "(filters, *kernel_size)"
         raise ValueError(f"kernels must be {wanted}, got shape {tuple(kernels.shape)}.")
+    if metric is not None and (weights is not None or loss != "squared"):
+        raise ValueError("metric goes with neither weights nor a robust loss; use one of them.")
     sizes = tuple(kernels.shape[-n_dims:])
     channels = kernels.shape[-n_dims - 1] if shared else 1
-    w = kernels.detach().double().reshape(-1, channels, math.prod(sizes))
-    family = Family(sizes, channels, free_center=center, isotropic=isotropic)
-
+    family = Family(sizes, channels, center, isotropic, offset, _limits(bounds))
+    flat = kernels.reshape(-1, channels, math.prod(sizes))
+    weight = None
+    if weights is not None:
+        weight = _root_weights(weights, kernels, shared=shared, n_dims=n_dims)
     root = None
     if metric is not None:
-        metric = metric.detach().double()
+        metric = metric.detach().to(kernels.device, torch.float64)
         root = _root_of_metric(metric, channels * math.prod(sizes))
+    settings: dict[str, Any] = {
+        "n_starts": n_starts,
+        "max_iterations": max_iterations,
+        "tolerance": tolerance,
+    }
 
+    grid = StartGrid(family, flat.new_empty(0, dtype=dtype), metric)
     pieces = []
-    for piece in w.split(_BATCH):
-        bad = ~piece.isfinite().all((-2, -1)) | (piece == 0).all(-1).all(-1)
-        clean = torch.where(bad[:, None, None], torch.ones_like(piece), piece)
-        scale = clean.square().mean((-2, -1), keepdim=True).sqrt()
-        clean = clean / scale
-        cross, target = clean, Target(clean, None)
-        if metric is not None and root is not None:
-            cross = (clean.flatten(1) @ metric).reshape(clean.shape)
-            target = Target((clean.flatten(1) @ root.T).unsqueeze(1), root)
-        solution = _best(target, cross, metric, family, n_starts, max_iterations, tolerance)
-        power = target.y.square().sum((-2, -1))
-        explained = 1 - solution.cost / power
-        n_pixels = target.y[0].numel()
-        noise = solution.cost / max(1, n_pixels - _n_parameters(family))
-        # Noise in the pixels would flatter the fit, too: a parameter explains as much of it as a
-        # pixel has.
-        share = 1 - noise * n_pixels / power
-        pieces.append(
-            _result(family, solution, root, noise, scale[:, 0, 0], explained, share, bad, shared)
+    for number in torch.arange(len(flat), device=flat.device).split(
+        max(1, _PIECE // flat[0].numel())
+    ):
+        y = flat[number].double()
+        w = weight if weight is None or len(weight) == 1 else weight[number]
+        if w is not None:
+            y = torch.where(w > 0, y, 0.0) * w
+        bad = ~y.isfinite().all(-1).all(-1) | (y == 0).all(-1).all(-1)
+        y = torch.where(bad[:, None, None], 1.0, y)
+        # In two steps: squares of very large or small numbers are beyond the range of floats.
+        size = y.abs().amax((-2, -1), keepdim=True)
+        scale = size * (y / size).square().mean((-2, -1), keepdim=True).sqrt()
+        y = y / scale
+        target = Target(y, None, w)
+        if root is not None:
+            target = Target((y.flatten(1) @ root.T).unsqueeze(1), root)
+        power = without_offset(target, family).square().sum((-2, -1))
+        bad |= ~(power > 1e-24 * target.y.square().sum((-2, -1)))  # only a constant
+        noise = None
+        if loss == "squared":
+            best = search(target, grid, **settings)
+        else:
+            best, noise = reweighted(target, grid, loss, **settings)
+        n_data = torch.full_like(power, target.y[0].numel())
+        if w is not None:
+            n_data = (w > 0).sum((-2, -1)).to(power).expand_as(power)
+        n_left = (n_data - family.n_parameters).clamp_min(1.0)
+        cost = best.solution.cost
+        variance = cost / n_left
+        evidence = Evidence(
+            explained=1 - cost / power,
+            # Noise in the pixels would flatter the fit, too: a parameter explains as much of it as
+            # a pixel has.
+            share=1 - variance * n_data / power,
+            noise=variance if noise is None else noise,
+            n_left=n_left,
+            scale=scale[:, 0, 0],
+            bad=bad,
         )
+        pieces.append(judge(family, target, best, evidence, n_candidates=grid.size, shared=shared))
     return FitResult.cat(pieces)
 
 
+@_in_its_own_precision
 def recover(
     images: Tensor | Iterable[Tensor],
     responses: Tensor | Iterable[Tensor],
@@ -119,7 +191,8 @@ def recover(
     padding: int | tuple[int, ...] | str = 0,
     center: bool = False,
     isotropic: bool = False,
-    n_starts: int = 5,
+    bounds: Mapping[str, tuple[float, float]] | None = None,
+    n_starts: int = 8,
     max_iterations: int = 200,
     tolerance: float = 1e-9,
 ) -> FitResult:
@@ -139,6 +212,7 @@ def recover(
         padding: zeros around the images: numbers, ``"valid"`` or ``"same"``.
         center: search for the envelope's centre as well.
         isotropic: keep the aspect ratio at 1.
+        bounds: narrower ranges, as for ``fit``.
         n_starts: candidates that are followed; the best end is returned.
         max_iterations: steps at most, for each start.
         tolerance: a search has arrived when a step changes the responses by less than this share.
@@ -160,6 +234,8 @@ def recover(
         >>> round(result.params.wavelength.item(), 3)
         5.0
     """
+    limits = _limits(bounds)
+    _check_search(n_starts, torch.float64)
     if isinstance(images, Tensor):
         images = [images]
     if isinstance(responses, Tensor):
@@ -190,20 +266,18 @@ def recover(
         statistics.add(image, response)
     if statistics is None or statistics.count == 0:
         raise ValueError("recover needs at least one image, got none.")
-    return _recover(statistics, center, isotropic, n_starts, max_iterations, tolerance)
+    family = Family(sizes, statistics.n_channels, center, isotropic, limits=limits)
+    settings: dict[str, Any] = {
+        "n_starts": n_starts,
+        "max_iterations": max_iterations,
+        "tolerance": tolerance,
+    }
+    return _solve_statistics(statistics, family, settings)
 
 
-def _recover(
-    statistics: PatchStatistics,
-    center: bool,
-    isotropic: bool,
-    n_starts: int,
-    max_iterations: int,
-    tolerance: float,
+def _solve_statistics(
+    statistics: PatchStatistics, family: Family, settings: dict[str, Any]
 ) -> FitResult:
-    family = Family(
-        statistics.kernel_size, statistics.n_channels, free_center=center, isotropic=isotropic
-    )
     C, c = statistics.covariance(), statistics.cross_covariance()
     variance, count = statistics.response_variance(), statistics.count
     mean_square = C.diagonal().mean()
@@ -218,26 +292,85 @@ def _recover(
     y = (c / scale.unsqueeze(-1)) @ inverse.T  # (filters, m)
     y = torch.where(bad.unsqueeze(-1), torch.ones_like(y), y)
     target = Target(y.unsqueeze(1), root)
-    cross = (c / scale.unsqueeze(-1)).reshape(len(c), family.n_channels, -1)
-    solution = _best(target, cross, C, family, n_starts, max_iterations, tolerance)
+    grid = StartGrid(family, y, C)
+    best = search(target, grid, **settings)
+    cost = best.solution.cost
 
     # Of the responses' variance (here 1) a free kernel explains |y|² and leaves noise; the Gabor
     # leaves |y - R K|² more. In each there is a known part of the noise, one per parameter.
-    n_free, n_parameters = len(root), _n_parameters(family)
+    n_free, n_parameters = len(root), family.n_parameters
     free_power = y.square().sum(-1)
     left = (1 - free_power).clamp_min(0.0)
     noise = left / max(1, count - n_free)
-    gained = free_power - solution.cost - noise * n_parameters
-    missed = solution.cost - noise * (n_free - n_parameters)
-    residual = left + solution.cost
+    gained = free_power - cost - noise * n_parameters
+    missed = cost - noise * (n_free - n_parameters)
+    residual = left + cost
     # The best of all Gabor functions explains some of pure noise, too: it must be worth its
     # parameters (Bayesian information criterion).
     worth = -count * residual.log() > n_parameters * math.log(count)
-    share = torch.where(worth, gained / (gained + missed.clamp_min(0.0)), 0.0)
-    per_response = residual / max(1, count - n_parameters)  # σ² / n
-    return _result(
-        family, solution, root, per_response, scale, 1 - residual, share, bad, shared=True
+    evidence = Evidence(
+        explained=1 - residual,
+        share=torch.where(worth, gained / (gained + missed.clamp_min(0.0)), 0.0),
+        noise=residual / max(1, count - n_parameters),  # σ² / n
+        n_left=torch.full_like(noise, max(1, n_free - n_parameters)),
+        scale=scale,
+        bad=bad,
     )
+    return judge(family, target, best, evidence, n_candidates=grid.size, shared=True)
+
+
+def _limits(
+    bounds: Mapping[str, tuple[float, float]] | None,
+) -> tuple[tuple[str, float, float], ...]:
+    """Ranges of fields as ranges of the solver's columns."""
+    limits = []
+    for name, pair in (bounds or {}).items():
+        one_of("A name in bounds", name, ("wavelength", "sigma", "aspect_ratio", "center"))
+        low, high = pair
+        least = -math.inf if name == "center" else 0.0
+        if not (least <= low <= high and high > least):
+            raise ValueError(
+                f"bounds of {name} must be (lowest, highest){'' if name == 'center' else ' > 0'}, "
+                f"got {pair}."
+            )
+        if name == "wavelength":
+            # Without a longest wave a blob is in the range, and both signs lead there.
+            rates = (-math.inf if low == 0 else -1 / low) if high == math.inf else 1 / high
+            limits.append(("frequency", rates, math.inf if low == 0 else 1 / low))
+        elif name == "center":
+            limits.append((name, low, high))
+        else:
+            limits.append((name, math.log(low) if low else -math.inf, math.log(high)))
+    return tuple(limits)
+
+
+def _check_search(n_starts: int, dtype: torch.dtype) -> None:
+    if n_starts < 1:
+        raise ValueError(f"n_starts must be at least 1, got {n_starts}.")
+    if dtype not in (torch.float32, torch.float64):
+        raise ValueError(f"dtype must be torch.float32 or torch.float64, got {dtype}.")
+
+
+def _root_weights(weights: Tensor, kernels: Tensor, *, shared: bool, n_dims: int) -> Tensor:
+    """Square roots of weights of mean 1: ``(filters, channels, pixels)``, or for all the same."""
+    try:
+        torch.broadcast_to(weights, kernels.shape)
+    except RuntimeError:
+        raise ValueError(
+            f"weights must have a shape that broadcasts to that of kernels, "
+            f"{tuple(kernels.shape)}, got {tuple(weights.shape)}."
+        ) from None
+    weights = weights.detach().to(kernels.device, torch.float64)
+    if not (weights.isfinite().all() and (weights >= 0).all() and (weights > 0).any()):
+        raise ValueError("weights must be finite and not negative, and some of them positive.")
+    weights = weights[(None,) * (kernels.ndim - weights.ndim)]
+    one = kernels.ndim - n_dims - shared  # axes before those of a filter
+    shape = kernels.shape
+    if weights.shape[:one].numel() == 1:
+        shape = torch.Size([1] * one) + shape[one:]
+    root = torch.broadcast_to(weights / weights.mean(), shape).sqrt()
+    channels = shape[one] if shared else 1
+    return root.reshape(-1, channels, math.prod(shape[-n_dims:]))
 
 
 def _root_of_metric(metric: Tensor, n: int) -> Tensor:
@@ -247,186 +380,6 @@ def _root_of_metric(metric: Tensor, n: int) -> Tensor:
             f"{tuple(metric.shape)}."
         )
     return root_of(metric)[0]
-
-
-def _best(
-    target: Target,
-    cross: Tensor,
-    covariance: Tensor | None,
-    family: Family,
-    n_starts: int,
-    max_iterations: int,
-    tolerance: float,
-) -> Solution:
-    """Solve from every start and keep, for each problem, the end of least misfit."""
-    if n_starts < 1:
-        raise ValueError(f"n_starts must be at least 1, got {n_starts}.")
-    z = starts(target, cross, covariance, family, n_starts)
-    batch, n_starts = z.shape[:2]
-    wide = Target(target.y.repeat_interleave(n_starts, 0), target.root)
-    solution = solve(
-        wide, family, z.flatten(0, 1), max_iterations=max_iterations, tolerance=tolerance
-    )
-    cost = solution.cost.reshape(batch, n_starts)
-    # Among ends as good as the best, prefer one that arrived.
-    arrived = solution.converged.reshape(batch, n_starts)
-    good = cost <= cost.amin(1, keepdim=True) * (1 + 1e-6) + 1e-24
-    chosen = (good.long() + (good & arrived).long()).argmax(1)
-    chosen += torch.arange(batch, device=chosen.device) * n_starts
-    best = Solution(*(value[chosen] for value in solution))
-
-    # Where hardly a wave is left, try none: the misfit is flat there, and the search is slow.
-    column = family.columns["frequency"]
-    turn = 2 * math.pi * best.z[:, column].abs() * best.z[:, family.columns["sigma"]].exp()
-    slow = (turn < 0.3).nonzero().flatten()  # rad within a standard deviation
-    z = best.z[slow]
-    z[:, column] = 0.0
-    still = solve(
-        Target(target.y[slow], target.root),
-        family,
-        z,
-        max_iterations=max_iterations,
-        tolerance=tolerance,
-    )
-    as_good = still.cost <= best.cost[slow] * (1 + 1e-6) + 1e-24
-    for value, other in zip(best, still, strict=True):
-        value[slow[as_good]] = other[as_good]
-    return best
-
-
-def _result(
-    family: Family,
-    solution: Solution,
-    root: Tensor | None,
-    noise: Tensor,
-    scale: Tensor,
-    explained: Tensor,
-    share: Tensor,
-    bad: Tensor,
-    shared: bool,
-) -> FitResult:
-    """Turn solutions of targets divided by ``scale`` into records with errors and outcomes."""
-    params = _record(family, solution)  # (B, 1) and (B, C)
-    standard_error, correlation, names = _errors(family, params, root, noise)
-    params = params.replace(amplitude=params.amplitude * scale.unsqueeze(-1))
-    standard_error["amplitude"] = standard_error["amplitude"] * scale.unsqueeze(-1)
-
-    unknown = torch.stack(
-        [error.isinf().flatten(1).any(1) for error in standard_error.values()]
-    ).any(0)
-    outcomes = []
-    for is_bad, is_off, has_arrived, is_unknown in zip(
-        bad.tolist(),
-        (~(share >= _LITTLE)).tolist(),
-        solution.converged.tolist(),
-        unknown.tolist(),
-        strict=True,
-    ):
-        if is_bad:
-            outcomes.append(Outcome.BAD_INPUT)
-        elif not has_arrived:
-            outcomes.append(Outcome.STALLED)
-        elif is_off:
-            outcomes.append(Outcome.OFF_MODEL)
-        else:
-            outcomes.append(Outcome.NOT_IDENTIFIABLE if is_unknown else Outcome.CONVERGED)
-
-    def masked(value: Tensor) -> Tensor:
-        flat = torch.where(bad.reshape(-1, *[1] * (value.ndim - 1)), torch.nan, value)
-        return flat if shared or flat.ndim < 2 else flat[:, 0]
-
-    return FitResult(
-        params=type(params)(**{name: masked(v) for name, v in params.as_dict().items()}),
-        outcome=tuple(outcomes),
-        explained_variance=torch.where(bad, torch.nan, explained),
-        standard_error={name: masked(value) for name, value in standard_error.items()},
-        correlation=correlation,
-        names=names,
-        n_iterations=solution.n_iterations,
-    )
-
-
-def _record(family: Family, solution: Solution) -> Gabor:
-    angles, frequency, sigma, aspect_ratio, center = geometry(family, solution.z)
-    coefficients = solution.coefficients
-    phase = torch.atan2(coefficients[..., 1], coefficients[..., 0])
-    backwards = frequency < 0
-    if family.n_dims == 1:  # no direction to turn: cos(-φ + ψ) = cos(φ - ψ)
-        phase = torch.where(backwards.unsqueeze(-1), -phase, phase)
-    else:
-        angles["orientation"] = angles["orientation"] + backwards * math.pi
-    if family.n_dims == 3:
-        angles["elevation"] = torch.where(backwards, -angles["elevation"], angles["elevation"])
-    fields = angles | {
-        "wavelength": frequency.abs().reciprocal(),
-        "sigma": sigma,
-        "aspect_ratio": aspect_ratio,
-        "center": center,
-    }
-    record = RECORDS[family.n_dims]
-    columns = {
-        name: value[:, None] for name, value in fields.items() if name in record.field_names()
-    }
-    params = record(**columns, phase=phase, amplitude=coefficients.norm(dim=-1))
-    whole = params.canonical().as_dict()
-    return record(
-        **{name: v if name in ("phase", "amplitude") else v[:, :1] for name, v in whole.items()}
-    )
-
-
-def _errors(
-    family: Family, params: Gabor, root: Tensor | None, noise: Tensor
-) -> tuple[dict[str, Tensor], Tensor, tuple[str, ...]]:
-    """Standard errors and correlations, from the Fisher information at the solution."""
-    slopes = gabor_jacobian(params, family.sizes)
-    n_channels, d = family.n_channels, family.n_dims
-    columns: dict[str, Tensor] = {}
-    for name, slope in slopes.items():
-        if name in ("phase", "amplitude"):
-            for channel in range(n_channels):
-                alone = torch.zeros_like(slope)
-                alone[:, channel] = slope[:, channel]
-                columns[f"{name}[{channel}]"] = alone.flatten(1)
-        elif name == "center":
-            if family.free_center:
-                for axis in range(d):
-                    columns[f"center[{axis}]"] = slope[:, :, axis].flatten(1)
-        elif name != "aspect_ratio" or not family.isotropic:
-            columns[name] = slope.flatten(1)
-    J = torch.stack(list(columns.values()), 1)  # (B, p, channels · pixels)
-    if root is not None:
-        J = J @ root.T
-    F = J @ J.mT
-    size = F.diagonal(dim1=-2, dim2=-1).sqrt()
-    silent = size <= 1e-12 * size.amax(-1, keepdim=True)
-    safe = torch.where(silent, 1.0, size)
-    values, vectors = torch.linalg.eigh(F / (safe.unsqueeze(-1) * safe.unsqueeze(-2)))
-    weak = values < 1e-11
-    inverse = torch.where(weak, 0.0, 1 / torch.where(weak, 1.0, values))
-    covariance = (vectors * inverse.unsqueeze(-2)) @ vectors.mT
-    # A parameter that takes part in a direction without information is not determined.
-    free = (vectors.square() * weak.unsqueeze(-2)).sum(-1) > 1e-2
-    spread = covariance.diagonal(dim1=-2, dim2=-1).clamp_min(0.0).sqrt()
-    error = torch.where(free | silent, torch.inf, spread / safe * noise.unsqueeze(-1).sqrt())
-    unit = torch.where(spread > 0, spread, 1.0)
-    correlation = covariance / (unit.unsqueeze(-1) * unit.unsqueeze(-2))
-
-    found = dict(zip(columns, error.unbind(-1), strict=True))
-    nothing = torch.zeros_like(noise)
-    result = {}
-    for name in params.field_names():
-        if name in ("phase", "amplitude"):
-            result[name] = torch.stack([found[f"{name}[{i}]"] for i in range(n_channels)], -1)
-        elif name == "center":
-            parts = [found.get(f"center[{i}]", nothing) for i in range(d)]
-            result[name] = torch.stack(parts, -1).unsqueeze(1)
-        else:
-            result[name] = found.get(name, nothing).unsqueeze(-1)
-    return result, correlation, tuple(columns)
-
-
-def _n_parameters(family: Family) -> int:
-    return len(family.free) + 2 * family.n_channels
 
 
 def _check_pair(image: Tensor, response: Tensor, d: int) -> None:

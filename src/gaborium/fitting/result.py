@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 import enum
+import hashlib
 import json
 import math
+import os
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from gaborium.params import UNITS, Gabor
+from gaborium.errors import require
+from gaborium.files import write_bytes
+from gaborium.params import RECORDS, UNITS, Gabor
+
+_FORMAT = 1  # of saved results
+_NO_DIGEST = "0" * 64  # stands where the checksum comes, and is part of what it is taken of
 
 
 class Outcome(enum.Enum):
@@ -129,6 +138,97 @@ class FitResult:
             allow_nan=False,
         )
 
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the result into a safetensors file, all or nothing.
+
+        The file holds numbers and names, and no code. It carries its own SHA-256, so that damage
+        is noticed, and equal results make equal bytes.
+
+        Args:
+            path: the file, in a folder that exists; an existing file is replaced.
+
+        Raises:
+            ImportError: safetensors is not installed.
+            OSError: it cannot be written there. What was there before stays.
+
+        Example:
+            >>> from tempfile import TemporaryDirectory
+            >>> from gaborium import Gabor2d, fit, gabor
+            >>> result = fit(gabor(Gabor2d.of(wavelength=[5.0, 6.0], sigma=2.0), 11))
+            >>> with TemporaryDirectory() as folder:
+            ...     result.save(f"{folder}/fit.safetensors")
+            ...     FitResult.load(f"{folder}/fit.safetensors")
+            FitResult(2 x Gabor2d: 2 CONVERGED)
+        """
+        safetensors = require("safetensors.torch", extra="shards", purpose="Saved fits")
+        # The codes count the names that are stored beside them, not the places in the enum, which
+        # may change.
+        names = list(dict.fromkeys(outcome.name for outcome in self.outcome))
+        tensors = {
+            "outcome": torch.tensor(
+                [names.index(outcome.name) for outcome in self.outcome], dtype=torch.uint8
+            ),
+            "explained_variance": self.explained_variance,
+            "correlation": self.correlation,
+            "n_iterations": self.n_iterations,
+            **{f"params.{name}": value for name, value in self.params.as_dict().items()},
+            **{f"standard_error.{name}": value for name, value in self.standard_error.items()},
+        }
+        facts = {
+            "format": _FORMAT,
+            "record": type(self.params).__name__,
+            "names": self.names,
+            "outcomes": names,
+            "sha256": _NO_DIGEST,
+        }
+        data = safetensors.save(
+            # Fields may share memory, for which the format has no word: each gets its own.
+            {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()},
+            # One entry, because the format does not keep the order of several.
+            {"gaborium": json.dumps(facts)},
+        )
+        digest = hashlib.sha256(data).hexdigest()
+        write_bytes(path, data.replace(_NO_DIGEST.encode(), digest.encode(), 1))
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> FitResult:
+        """Read what ``save`` has written, and verify its checksum.
+
+        Args:
+            path: the file.
+
+        Returns:
+            The result, with its tensors on the CPU.
+
+        Raises:
+            ImportError: safetensors is not installed.
+            OSError: the file cannot be read.
+            ValueError: it is cut off or damaged, is no saved fit, or has a newer format.
+        """
+        safetensors = require("safetensors.torch", extra="shards", purpose="Saved fits")
+        data = Path(path).read_bytes()
+        try:
+            facts = _verified_facts(data)
+            tensors = safetensors.load(data)
+            record = {record.__name__: record for record in RECORDS.values()}[facts["record"]]
+            fields = record.field_names()
+            outcomes = [Outcome[name] for name in facts["outcomes"]]
+            return cls(
+                params=record(**{name: tensors[f"params.{name}"] for name in fields}),
+                outcome=tuple(outcomes[code] for code in tensors["outcome"].tolist()),
+                explained_variance=tensors["explained_variance"],
+                standard_error={name: tensors[f"standard_error.{name}"] for name in fields},
+                correlation=tensors["correlation"],
+                names=tuple(facts["names"]),
+                n_iterations=tensors["n_iterations"],
+            )
+        except ValueError as error:
+            raise ValueError(f"{os.fspath(path)!r} {error}") from None
+        except LookupError as error:
+            raise ValueError(
+                f"{os.fspath(path)!r} has no {error} that this version knows; update gaborium."
+            ) from None
+
     def to_table(self) -> list[dict[str, object]]:
         """One row per filter and field: filter, parameter, unit, value, standard_error, outcome.
 
@@ -151,6 +251,34 @@ class FitResult:
                         }
                     )
         return rows
+
+
+def _verified_facts(data: bytes) -> dict[str, Any]:
+    """What a saved result says about itself; ``ValueError`` ends a sentence on what is wrong."""
+    again = "fit again, or take it from a copy."
+    # A safetensors file begins with the length of a header, and the header tells all others.
+    start = 8 + int.from_bytes(data[:8], "little")
+    if len(data) < 9 or (data[8:9] == b"{" and len(data) < start):
+        raise ValueError(f"is cut off after {len(data)} bytes; {again}")
+    try:
+        header = json.loads(data[8:start])
+        facts = json.loads(header.pop("__metadata__")["gaborium"])
+        version, digest = facts["format"], facts["sha256"]
+        end = start + max(entry["data_offsets"][1] for entry in header.values())
+    except (AttributeError, LookupError, TypeError, ValueError):
+        raise ValueError(
+            "is not a result of FitResult.save, or its first bytes are damaged; give such a file."
+        ) from None
+    if version > _FORMAT:
+        raise ValueError(
+            f"has format {version}, and this version reads up to {_FORMAT}; update gaborium."
+        )
+    if len(data) < end:
+        raise ValueError(f"is cut off: {len(data)} of {end} bytes are there; {again}")
+    blank = data.replace(digest.encode(), _NO_DIGEST.encode(), 1)
+    if hashlib.sha256(blank).hexdigest() != digest:
+        raise ValueError(f"is damaged: its checksum does not agree with its content; {again}")
+    return facts
 
 
 def _plain(value: object) -> object:

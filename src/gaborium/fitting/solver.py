@@ -5,6 +5,10 @@ minus sine) per channel. For given geometry z the coefficients are a linear leas
 so the search runs over z alone: the residual is what the basis leaves of the target, and its
 derivative (in Kaufman's approximation) is the part of dK/dz that the basis does not span.
 
+The logarithm of the envelope is a quadratic polynomial of the pixel's offset, and the carrier's
+angle a linear one. Their values at all pixels are therefore products of a few numbers per geometry
+with one matrix of monomials, and so are their derivatives: that is what makes it fast.
+
 Reference:
     Golub and Pereyra (1973), SIAM J. Numer. Anal. 10(2), doi:10.1137/0710036; Kaufman (1975),
     BIT 15, doi:10.1007/BF01932995.
@@ -14,13 +18,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from gaborium.kernels import even_odd, log_slopes
-from gaborium.params import RECORDS, Waveform, unit_vector
+from gaborium.kernels import direction_and_slopes, offsets
+from gaborium.params import RECORDS
 
 
 @dataclass(frozen=True)
@@ -29,12 +34,22 @@ class Family:
 
     A geometry is a row z of ``(angles..., frequency, log σ, log γ, center...)``. The frequency may
     change its sign: nothing special happens at zero, where the wave becomes a blob.
+
+    Args:
+        sizes: pixels along each axis.
+        n_channels: kernels that share a geometry.
+        free_center: whether the envelope's centre is searched.
+        isotropic: whether the aspect ratio stays at 1.
+        offset: whether a constant is added to every kernel, of no interest but free.
+        limits: narrower ranges of columns, ``((name, lowest, highest), ...)`` in the units of z.
     """
 
     sizes: tuple[int, ...]
     n_channels: int
     free_center: bool = False
     isotropic: bool = False
+    offset: bool = False
+    limits: tuple[tuple[str, float, float], ...] = ()
 
     @property
     def n_dims(self) -> int:
@@ -60,24 +75,70 @@ class Family:
         last = columns["center"] + (self.n_dims if self.free_center else 0)
         return [i for i in range(last) if i not in fixed]
 
+    @property
+    def n_parameters(self) -> int:
+        """Numbers that a fit chooses: geometry and coefficients."""
+        return len(self.free) + (2 + self.offset) * self.n_channels
+
     def bounds(self, like: Tensor) -> tuple[Tensor, Tensor]:
         """Legal range of each column; angles are not bounded."""
         largest = max(self.sizes)
-        n = len(self.angle_names)
+        columns, n = self.columns, len(self.angle_names)
         low = [-math.inf] * n + [-0.5, math.log(0.2), math.log(0.05)]
         high = [math.inf] * n + [0.5, math.log(4.0 * largest), math.log(20.0)]
         middle = [max(size / 2, 0.5) for size in reversed(self.sizes)]
-        return (
-            torch.tensor([*low, *(-m for m in middle)]).to(like),
-            torch.tensor([*high, *middle]).to(like),
-        )
+        low, high = [*low, *(-m for m in middle)], [*high, *middle]
+        for name, lowest, highest in self.limits:
+            for i in range(columns[name], len(low) if name == "center" else columns[name] + 1):
+                low[i], high[i] = max(low[i], lowest), min(high[i], highest)
+        return torch.tensor(low).to(like), torch.tensor(high).to(like)
 
 
 class Target(NamedTuple):
-    """Targets in the metric's own coordinates: the misfit of kernels K is ``|y - R K|²``."""
+    """Targets in the metric's own coordinates: the misfit of kernels K is ``|y - R K|²``.
 
-    y: Tensor  # (*batch, groups, m)
-    root: Tensor | None  # R, (m, channels · pixels), with one group; None: every channel a group
+    The metric is one matrix for all, or a weight per pixel, or none: every pixel counts alike.
+    """
+
+    y: Tensor  # (*batch, groups, m); with a root one group, otherwise every channel is one
+    root: Tensor | None = None  # R, (m, channels · pixels)
+    weight: Tensor | None = None  # square roots of weights, (batch or 1, channels or 1, pixels)
+
+    def pick(self, index: Tensor) -> Target:
+        """The targets number ``index``."""
+        weight = self.weight
+        if weight is not None and len(weight) > 1:
+            weight = weight[index]
+        return Target(self.y[index], self.root, weight)
+
+    def to(self, dtype: torch.dtype) -> Target:
+        """The targets in another precision."""
+        root, weight = (value if value is None else value.to(dtype) for value in self[1:])
+        return Target(self.y.to(dtype), root, weight)
+
+    def repeat(self, n: int) -> Target:
+        """Every target ``n`` times in a row."""
+        weight = self.weight
+        if weight is not None and len(weight) > 1:
+            weight = weight.repeat_interleave(n, 0)
+        return Target(self.y.repeat_interleave(n, 0), self.root, weight)
+
+    def see(self, rows: Tensor) -> Tensor:
+        """Kernels ``(batch, channels or 1, r, pixels)`` in the metric's coordinates.
+
+        Without a root, each channel for itself; with one, every row of every channel apart:
+        ``(batch, 1, channels · r, m)``.
+        """
+        if self.root is not None:
+            root = self.root.unflatten(-1, (-1, rows.shape[-1]))
+            return torch.einsum("mcn,bcrn->bcrm", root, rows.expand(-1, root.shape[1], -1, -1))
+        return rows if self.weight is None else rows * self.weight.unsqueeze(-2)
+
+    def seen_from(self, y: Tensor, n_channels: int) -> Tensor:
+        """Inner products of ``y`` ``(batch, groups, m)`` with every pixel of every channel."""
+        if self.root is not None:
+            return (y @ self.root).reshape(len(y), n_channels, -1)
+        return y if self.weight is None else y * self.weight
 
 
 class Solution(NamedTuple):
@@ -85,9 +146,31 @@ class Solution(NamedTuple):
 
     z: Tensor  # (batch, columns)
     cost: Tensor  # |y - R K|², (batch,)
-    coefficients: Tensor  # A exp(iψ) per channel as (batch, channels, 2)
+    coefficients: Tensor  # (batch, channels, 2), and the offset where there is one
     converged: Tensor  # (batch,), bool
     n_iterations: Tensor  # (batch,)
+
+
+class _State(NamedTuple):
+    """A geometry of every problem, and what the misfit looks like there."""
+
+    z: Tensor  # (batch, columns)
+    cost: Tensor  # (batch,)
+    gradient: Tensor  # (batch, p): half the misfit's, with its sign turned
+    hessian: Tensor  # (batch, p, p), by Gauss and Newton
+    coefficients: Tensor  # (batch, channels, 2 or 3)
+
+    def pick(self, index: Tensor) -> _State:
+        return _State(*(value[index] for value in self))
+
+    def or_else(self, other: _State, mask: Tensor) -> _State:
+        """These where ``mask`` holds, otherwise the others."""
+        return _State(
+            *(
+                torch.where(mask.reshape(-1, *[1] * (a.ndim - 1)), a, b)
+                for a, b in zip(self, other, strict=True)
+            )
+        )
 
 
 def solve(
@@ -96,156 +179,243 @@ def solve(
     """Descend from ``start`` ``(batch, columns)``; finished problems leave the batch."""
     low, high = family.bounds(start)
     free = family.free
-    z = start.clone()
-    cost = misfit(target, family, z)
-    scale = target.y.square().sum((-2, -1))
-    damping = torch.full_like(cost, 1e-3)
-    converged = torch.zeros_like(cost, dtype=torch.bool)
-    n_iterations = torch.zeros_like(cost, dtype=torch.int64)
-    active = torch.arange(len(z), device=z.device)
-    rounding = 100 * torch.finfo(z.dtype).eps ** 2
+    eps = torch.finfo(start.dtype).eps
+    tolerance = max(tolerance, 10 * eps)
+    size_of = target.y.square().sum((-2, -1))
 
+    state = _look(target, family, torch.minimum(torch.maximum(start, low), high))
+    ends = Solution(
+        *(state.z, state.cost, state.coefficients),
+        converged=torch.zeros_like(state.cost, dtype=torch.bool),
+        n_iterations=torch.zeros_like(state.cost, dtype=torch.int64),
+    )
+    number = torch.arange(len(start), device=start.device)
+    damping = torch.full_like(state.cost, 1e-3)
+    is_open = torch.ones_like(ends.converged)
     for _ in range(max_iterations):
-        if len(active) == 0:
-            break
-        here = Target(target.y[active], target.root)
-        residual, J, _ = linearise(here, family, z[active])
-        gradient = (J * residual.unsqueeze(1)).sum((-2, -1))  # (batch, p)
         # A column that is pulled beyond its bound stands still; the others must not count on it.
-        at = z[active][:, free]
-        held = ((at <= low[free]) & (gradient < 0)) | ((at >= high[free]) & (gradient > 0))
-        gradient = gradient.masked_fill(held, 0.0)
-        flat = J.flatten(-2).masked_fill(held.unsqueeze(-1), 0.0)
-        hessian = flat @ flat.mT
+        at = state.z[:, free]
+        held = ((at <= low[free]) & (state.gradient < 0)) | (
+            (at >= high[free]) & (state.gradient > 0)
+        )
+        gradient = state.gradient.masked_fill(held, 0.0)
+        hessian = state.hessian.masked_fill(held.unsqueeze(-1) | held.unsqueeze(-2), 0.0)
         diagonal = hessian.diagonal(dim1=-2, dim2=-1)
         # Marquardt's scaling, with a floor for directions that move nothing.
-        metric = diagonal + 1e-12 * diagonal.amax(-1, keepdim=True) + torch.finfo(z.dtype).tiny
-        damped = hessian + torch.diag_embed(damping[active].unsqueeze(-1) * metric)
+        floor = 1e4 * eps * diagonal.amax(-1, keepdim=True) + torch.finfo(start.dtype).tiny
+        damped = hessian + torch.diag_embed(damping.unsqueeze(-1) * (diagonal + floor))
         # solve_ex: one singular problem must not stop the batch; its step is discarded below.
-        step = torch.linalg.solve_ex(damped, gradient)[0]
-        step = torch.nan_to_num(step)
-        moved = z[active].clone()
+        step = torch.nan_to_num(torch.linalg.solve_ex(damped, gradient)[0])
+        moved = state.z.clone()
         moved[:, free] += step
-        moved = moved.clamp(low, high)
-        new_cost = misfit(here, family, moved)
+        moved = torch.minimum(torch.maximum(moved, low), high)
+        new = _look(target, family, moved)
 
-        old_cost = cost[active]
-        better = new_cost < old_cost
-        made = (moved - z[active])[:, free]
-        size = (flat.mT @ made.unsqueeze(-1)).square().sum((-2, -1))  # of the kernel's change
-        promised = 2 * (gradient * made).sum(-1) - size
-        gain = torch.where(better, (old_cost - new_cost) / promised, 0.0)
+        better = is_open & (new.cost < state.cost)
+        made = (moved - state.z)[:, free].unsqueeze(-1)
+        size = (made.mT @ hessian @ made).flatten()  # of the kernel's change, squared
+        promised = 2 * (gradient * made.squeeze(-1)).sum(-1) - size
+        gain = torch.where(better, (state.cost - new.cost) / promised, 0.0)
+        state = new.or_else(state, better)
         # The step changes the kernel by a share below the tolerance, or the fit is exact.
-        arrived = size <= tolerance**2 * scale[active]
-        arrived |= torch.where(better, new_cost, old_cost) <= rounding * scale[active]
-        stuck = ~better & (damping[active] > 1e8)
-        z[active] = torch.where(better.unsqueeze(-1), moved, z[active])
-        cost[active] = torch.where(better, new_cost, old_cost)
+        arrived = size <= tolerance**2 * size_of
+        arrived |= state.cost <= 100 * eps**2 * size_of
+        stuck = ~better & (damping > 1e8)
         # Much less gained than promised: the path bends, and bolder steps would zigzag across it.
         change = torch.where(gain > 0.75, 0.2, torch.where(gain > 0.25, 1.0, 4.0))
-        damping[active] = (damping[active] * change).clamp_min(1e-12)
-        n_iterations[active] += 1
-        converged[active] = arrived
-        active = active[~arrived & ~stuck]
+        damping = (damping * change).clamp_min(1e-12)
 
-    coefficients = linearise(target, family, z)[2]
-    return Solution(z, cost, coefficients, converged, n_iterations)
+        ends.n_iterations[number[is_open]] += 1
+        ends.converged[number[is_open & arrived]] = True
+        is_open = is_open & ~arrived & ~stuck
+        n_open = int(is_open.sum())
+        # Cutting the batch costs a copy of it: worth it when a part of it is finished.
+        if n_open < 0.8 * len(number):
+            _keep(ends, number, state)
+            if n_open == 0:
+                return ends
+            rest = is_open.nonzero().flatten()
+            number, damping, size_of = number[rest], damping[rest], size_of[rest]
+            target, state, is_open = target.pick(rest), state.pick(rest), is_open[rest]
+    _keep(ends, number, state)
+    return ends
+
+
+def _keep(ends: Solution, number: Tensor, state: _State) -> None:
+    ends.z[number], ends.cost[number] = state.z, state.cost
+    ends.coefficients[number] = state.coefficients
 
 
 def misfit(target: Target, family: Family, z: Tensor) -> Tensor:
-    """``|y - R K(z)|²`` with the best coefficients: ``(*batch,)``."""
-    Q, _ = _orthonormal(_in_metric(target, family, _basis(family, z)))
-    inside = (target.y @ Q.mT).square().sum((-2, -1))
-    # By the residual and not by the difference of two squares, which would lose half the digits.
-    residual = target.y - (target.y @ Q.mT) @ Q
-    return torch.where(inside.isfinite(), residual.square().sum((-2, -1)), torch.inf)
+    """``|y - R K(z)|²`` with the best coefficients, for ``(batch, columns)``: ``(batch,)``."""
+    cost = residual(target, family, z).square().sum((-2, -1))
+    return torch.where(cost.isfinite(), cost, torch.inf)
+
+
+def residual(target: Target, family: Family, z: Tensor) -> Tensor:
+    """``y - R K(z)`` with the best coefficients: ``(batch, groups, m)``."""
+    return _project(target.y, _basis(target, family, _Pair.at(family, z).parts))[1]
+
+
+def without_offset(target: Target, family: Family) -> Tensor:
+    """What the best constants leave of the targets, where the family has any."""
+    if not family.offset:
+        return target.y
+    pixels = math.prod(family.sizes)
+    flat = target.see(target.y.new_ones(1, 1, 1, pixels))
+    return _project(target.y, flat if target.root is None else flat.flatten(1, 2).unsqueeze(1))[1]
+
+
+def kernels_of(family: Family, z: Tensor, coefficients: Tensor) -> Tensor:
+    """The kernels themselves, without offset: ``(batch, channels, pixels)``."""
+    return coefficients[..., :2] @ _Pair.at(family, z).parts
 
 
 def linearise(target: Target, family: Family, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Residual ``(B, groups, m)``, its projected slopes ``(B, p, groups, m)``, coefficients."""
-    parts = _basis(family, z)  # (B, 2, N)
-    Q, T = _orthonormal(_in_metric(target, family, parts))
-    share = target.y @ Q.mT  # (B, groups, columns)
-    residual = target.y - share @ Q
-    coefficients = (share @ T).reshape(len(z), family.n_channels, 2)
+    """Residual ``(batch, groups, m)``, projected slopes ``(batch, groups, p, m)``, coefficients.
 
-    slopes = _kernel_slopes(family, z, parts, coefficients)  # (B, p, C, N)
-    J = slopes if target.root is None else (slopes.flatten(-2) @ target.root.T).unsqueeze(-2)
-    flat = J.flatten(1, 2)  # (B, p · groups, m)
-    J = (flat - (flat @ Q.mT) @ Q).reshape(J.shape)
-    return residual, J, coefficients
-
-
-def geometry(family: Family, z: Tensor) -> tuple[dict[str, Tensor], Tensor, Tensor, Tensor, Tensor]:
-    """Angles, frequency, sigma, aspect ratio and centre that rows of z mean."""
-    columns = family.columns
-    angles = {name: z[..., columns[name]] for name in family.angle_names}
-    center = z[..., columns["center"] :]
-    sigma, aspect_ratio = (z[..., columns[n]].exp() for n in ("sigma", "aspect_ratio"))
-    return angles, z[..., columns["frequency"]], sigma, aspect_ratio, center
-
-
-def _basis(family: Family, z: Tensor) -> Tensor:
-    """Envelope times cosine and times minus sine: ``(*batch, 2, pixels)``."""
-    angles, frequency, sigma, aspect_ratio, center = geometry(family, z)
-    n = unit_vector(list(angles.values())) if angles else torch.ones_like(center)
-    wave = Waveform(n, n * frequency.unsqueeze(-1), sigma, aspect_ratio, sigma, sigma, center)
-    even, odd = even_odd(wave, family.sizes)
-    return torch.stack([even.flatten(-family.n_dims), -odd.flatten(-family.n_dims)], -2)
-
-
-def _in_metric(target: Target, family: Family, parts: Tensor) -> Tensor:
-    """The basis in the target's coordinates: ``(*batch, 2 or 2 · channels, m)``."""
-    if target.root is None:
-        return parts
-    root = target.root.unflatten(-1, (family.n_channels, -1))
-    return torch.einsum("mcn,...in->...cim", root, parts).flatten(-3, -2)
-
-
-def _orthonormal(basis: Tensor) -> tuple[Tensor, Tensor]:
-    """Orthonormal rows ``Q = T · basis``, by Gram and Schmidt; dependent rows become zero.
-
-    At zero frequency the sine is zero everywhere: the problem is still sound, with one row less.
+    The residual of ``z + dz`` is that of z less ``dz · slopes``, to first order.
     """
-    Q, T = torch.zeros_like(basis), basis.new_zeros(*basis.shape[:-1], basis.shape[-2])
-    for i in range(basis.shape[-2]):
-        row = basis[..., i, :]
-        part = (Q[..., :i, :] @ row.unsqueeze(-1)).squeeze(-1)
-        rest = row - (part.unsqueeze(-2) @ Q[..., :i, :]).squeeze(-2)
-        made = torch.zeros_like(T[..., i, :])
-        made[..., i] = 1.0
-        made = made - (part.unsqueeze(-2) @ T[..., :i, :]).squeeze(-2)
-        norm = rest.norm(dim=-1, keepdim=True)
-        sound = norm > 1e-7 * row.norm(dim=-1, keepdim=True) + 1e-30
-        inverse = torch.where(sound, 1 / torch.where(sound, norm, 1.0), 0.0)
-        Q[..., i, :], T[..., i, :] = rest * inverse, made * inverse
-    return Q, T
+    pair = _Pair.at(family, z)
+    basis = _basis(target, family, pair.parts)
+    coefficients, left, inverse = _project(target.y, basis)
+    of_channels = coefficients.reshape(len(z), family.n_channels, -1)
+
+    even, odd = of_channels[..., 0, None], of_channels[..., 1, None]
+    cosine, minus_sine = pair.parts[:, :1], pair.parts[:, 1:2]
+    kernel = even * cosine + odd * minus_sine  # (batch, channels, pixels)
+    slope = even * minus_sine - odd * cosine  # by the carrier's angle
+    of_envelope, of_angle = pair.slopes(family)
+    J = kernel.unsqueeze(-2) * of_envelope.unsqueeze(1)
+    turning = of_angle.shape[1]
+    J[:, :, :turning] += slope.unsqueeze(-2) * of_angle.unsqueeze(1)
+    if target.root is not None:  # each row is a kernel of all channels
+        J = (J.transpose(1, 2).flatten(-2) @ target.root.T).unsqueeze(1)
+    elif target.weight is not None:
+        J = J * target.weight.unsqueeze(-2)
+    return left, J - (J @ basis.mT @ inverse) @ basis, of_channels
 
 
-def _kernel_slopes(family: Family, z: Tensor, parts: Tensor, coefficients: Tensor) -> Tensor:
-    """dK/dz for the free columns at fixed coefficients: ``(B, p, channels, pixels)``."""
-    angles, frequency, sigma, aspect_ratio, center = geometry(family, z)
-    slopes = log_slopes(angles, frequency, sigma, aspect_ratio, center, family.sizes)
-    kernel = coefficients @ parts  # (B, C, N)
-    turned = torch.stack([parts[..., 1, :], -parts[..., 0, :]], -2)  # d parts / dφ
-    slope = coefficients @ turned
+def _look(target: Target, family: Family, z: Tensor) -> _State:
+    left, J, coefficients = linearise(target, family, z)
+    cost = left.square().sum((-2, -1))
+    gradient = (J @ left.unsqueeze(-1)).squeeze(-1).sum(1)
+    hessian = (J @ J.mT).sum(1)
+    return _State(z, torch.where(cost.isfinite(), cost, torch.inf), gradient, hessian, coefficients)
 
-    def chain(envelope: Tensor | float, phase: Tensor | float) -> Tensor:
-        total = torch.zeros_like(kernel)
-        if isinstance(envelope, Tensor):
-            total = total + kernel * envelope.unsqueeze(-2)
-        if isinstance(phase, Tensor):
-            total = total + slope * phase.unsqueeze(-2)
-        return total
 
-    rows = [chain(*slopes[name]) for name in (*family.angle_names, "frequency")]
-    for name, value in (("sigma", sigma), ("aspect_ratio", aspect_ratio)):
-        rows.append(chain(*slopes[name]) * value[:, None, None])  # by the logarithm
-    if family.free_center:
-        moved, turned_by = slopes["center"]
-        assert isinstance(moved, Tensor)
-        assert isinstance(turned_by, Tensor)
-        rows += [
-            chain(moved[:, i], turned_by[:, i].expand_as(moved[:, i])) for i in range(family.n_dims)
-        ]
-    return torch.stack([rows[i] for i in family.free], 1)
+def _basis(target: Target, family: Family, parts: Tensor) -> Tensor:
+    """What coefficients multiply, in the metric: ``(batch, groups or 1, columns, m)``."""
+    if family.offset:
+        parts = torch.cat([parts, torch.ones_like(parts[:, :1])], 1)
+    seen = target.see(parts.unsqueeze(1))
+    return seen if target.root is None else seen.flatten(1, 2).unsqueeze(1)
+
+
+def _project(y: Tensor, basis: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Least-squares coefficients ``(batch, groups, c)``, what they leave, inverse Gram matrix.
+
+    Columns that depend on others are left out: at zero frequency the sine is zero everywhere, and
+    the problem is still sound, with one column less.
+    """
+    gram = basis @ basis.mT
+    size = gram.diagonal(dim1=-2, dim2=-1).sqrt()
+    silent = size <= 1e-10 * size.amax(-1, keepdim=True)
+    scale = torch.where(silent, 0.0, 1 / torch.where(silent, 1.0, size))
+    scales = scale.unsqueeze(-1) * scale.unsqueeze(-2)
+    gram = gram * scales  # ones on the diagonal, or zeros
+    eps = torch.finfo(y.dtype).eps
+    if basis.shape[-2] == 2:
+        a, b, c = gram[..., 0, 0], gram[..., 1, 1], gram[..., 0, 1]
+        sound = 1 - c.square() > 1e3 * eps
+        c = torch.where(sound, c, 0.0)
+        b = torch.where(sound, b, 0.0)
+        inverse = torch.stack([b + (1 - b) * a, -c, -c, b], -1) / (1 - c.square()).unsqueeze(-1)
+        inverse = inverse.unflatten(-1, (2, 2))
+    else:
+        inverse = torch.linalg.pinv(gram, hermitian=True, rtol=1e3 * eps)
+    inverse = inverse * scales
+    coefficients = (basis @ y.unsqueeze(-1)).mT @ inverse  # (batch, groups, 1, c)
+    return coefficients.squeeze(-2), y - (coefficients @ basis).squeeze(-2), inverse
+
+
+class _Pair(NamedTuple):
+    """The two kernels that a geometry combines, and what their derivatives are made of."""
+
+    parts: Tensor  # envelope times cosine and times minus sine, (batch, 2, pixels)
+    z: Tensor
+    n: Tensor  # direction of the wave, (batch, d)
+    turns: Tensor  # its derivatives by the angles, (batch, angles, d)
+    outer: Tensor  # n nᵀ, (batch, d, d)
+    precision: Tensor  # P of the envelope exp(-u·P u / 2), (batch, d, d)
+
+    @classmethod
+    def at(cls, family: Family, z: Tensor) -> _Pair:
+        """Sample them; the carrier's phase counts from the kernel's middle."""
+        columns = family.columns
+        angles = {name: z[:, columns[name]] for name in family.angle_names}
+        frequency = z[:, columns["frequency"]]
+        n, turns = direction_and_slopes(angles, frequency)
+        across = torch.stack([*turns.values()], 1) if turns else n.new_zeros(len(z), 0, 1)
+        outer = n.unsqueeze(-1) * n.unsqueeze(-2)
+        ratio = (2 * z[:, columns["aspect_ratio"]]).exp()
+        scale = (-2 * z[:, columns["sigma"]]).exp()[:, None, None]
+        one = torch.eye(family.n_dims, dtype=z.dtype, device=z.device)
+        precision = scale * (outer + ratio[:, None, None] * (one - outer))
+
+        monomials = _monomials(family.sizes, z.dtype, z.device)
+        center = z[:, columns["center"] :]
+        envelope = (_quadratic(precision, center) @ monomials).exp_()
+        angle = (2 * math.pi * frequency.unsqueeze(-1) * n) @ monomials[1 : 1 + family.n_dims]
+        parts = torch.stack([angle.cos(), angle.sin().neg_()], 1)
+        parts *= envelope.unsqueeze(1)
+        return cls(parts, z, n, across, outer, precision)
+
+    def slopes(self, family: Family) -> tuple[Tensor, Tensor]:
+        """How log envelope ``(batch, p, pixels)`` and angle ``(batch, ≤ p, pixels)`` move.
+
+        By each free column; of the angle only the first ones, which have an influence on it.
+        """
+        columns, d = family.columns, family.n_dims
+        z, n, turns, precision = self.z, self.n, self.turns, self.precision
+        center = z[:, columns["center"] :]
+        frequency = z[:, columns["frequency"], None]
+        monomials = _monomials(family.sizes, z.dtype, z.device)
+        ratio = (2 * z[:, columns["aspect_ratio"]]).exp()
+        scale = (-2 * z[:, columns["sigma"]]).exp()
+
+        squeezed = (scale * (1 - ratio))[:, None, None, None]
+        tilt = turns.unsqueeze(-1) * n[:, None, None, :]
+        bends = [squeezed * (tilt + tilt.mT), torch.zeros_like(precision).unsqueeze(1)]
+        bends.append(-2 * precision.unsqueeze(1))
+        if columns["aspect_ratio"] in family.free:
+            bends.append((2 * (precision - scale[:, None, None] * self.outer)).unsqueeze(1))
+        rows = [_quadratic(torch.cat(bends, 1), center.unsqueeze(1))]
+        if family.free_center:
+            moved = rows[0].new_zeros(len(z), d, len(monomials))
+            moved[:, :, 0] = -(precision @ center.unsqueeze(-1)).squeeze(-1)
+            moved[:, :, 1 : 1 + d] = precision
+            rows.append(moved)
+        waves = torch.cat([frequency.unsqueeze(-1) * turns.expand(-1, -1, d), n.unsqueeze(1)], 1)
+        return (
+            torch.cat(rows, 1) @ monomials,
+            (2 * math.pi * waves) @ monomials[1 : 1 + d],
+        )
+
+
+@lru_cache(maxsize=32)
+def _monomials(sizes: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """1, x, y, xx, xy, yy (and so on) of every pixel's offset: ``(monomials, pixels)``."""
+    u = offsets(sizes, dtype, device)
+    d = len(u)
+    products = [u[i] * u[j] for i in range(d) for j in range(i, d)]
+    return torch.stack([torch.ones_like(u[0]), *u, *products])
+
+
+def _quadratic(P: Tensor, center: Tensor) -> Tensor:
+    """Coefficients of ``-½ (u - c)ᵀ P (u - c)`` for the monomials: ``(*batch, monomials)``."""
+    d = P.shape[-1]
+    pulled = (P @ center.unsqueeze(-1)).squeeze(-1)
+    squares = [(-0.5 if i == j else -1.0) * P[..., i, j] for i in range(d) for j in range(i, d)]
+    constant = -0.5 * (pulled * center).sum(-1)
+    return torch.stack([constant, *pulled.unbind(-1), *squares], -1)

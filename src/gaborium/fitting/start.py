@@ -10,57 +10,169 @@ from __future__ import annotations
 
 import itertools
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from gaborium.fitting.solver import Family, Target, misfit
+from gaborium.fitting.solver import Family, Target, misfit, without_offset
 from gaborium.kernels import offsets
 
 # A round window of width s finds envelopes of these (σ / s, γ): longer, as they are, wider.
 _SHAPES = ((1.0, 1.0), (0.7, 0.5), (0.55, 0.3), (1.2, 1.6))
-_N_WINDOWS = 5
-_PEAKS = 2  # wave vectors taken from each window
-_KEPT = 10  # of all of them, how many are stretched
+_N_WIDTHS = 5
+_PEAKS = 2  # wave vectors taken from each width
+_TURNED = 2  # of the best, how many are tried in other directions
 
 
-def starts(
-    target: Target, cross: Tensor, covariance: Tensor | None, family: Family, n_starts: int
-) -> Tensor:
-    """The ``n_starts`` most promising geometries of each problem, best first.
+@dataclass(frozen=True)
+class _Windows:
+    """Round windows of one width at several centres, and the waves to look for inside."""
+
+    width: float
+    centers: Tensor  # (centres, d)
+    k: Tensor  # wave vectors, (K, d)
+    near: Tensor  # which of them are one peak, (K, K)
+    pairs: Tensor  # windows times cosine and times sine, (2, centres · K, pixels)
+    duals: Tensor  # orthonormal in the metric, (channels or 1, 2 · centres · K, pixels)
+
+
+class StartGrid:
+    """All round Gabor functions on a grid of wave vectors, widths and centres.
 
     Args:
-        target: targets in the metric's coordinates, for the comparison.
-        cross: ``(batch, channels, pixels)`` inner products of the target with every pixel: the
-            kernel itself, or the patches' covariance with the responses.
-        covariance: the metric, ``(channels · pixels,) * 2``; ``None``: the identity.
         family: what is searched.
-        n_starts: how many.
-
-    Returns:
-        ``(batch, n_starts, columns)`` rows of z.
+        like: a tensor of the dtype and device to compute with.
+        covariance: the metric, ``(channels · pixels,) * 2``; ``None``: a weight per pixel or none.
     """
-    u = offsets(family.sizes, cross.dtype, cross.device)
-    k = _wave_vectors(family, cross)
-    rows, worth = [], []
-    for width, center in _windows(family):
-        window = torch.exp(
-            -0.5 * (u - torch.tensor(center).to(u).unsqueeze(-1)).square().sum(0) / width**2
+
+    def __init__(self, family: Family, like: Tensor, covariance: Tensor | None = None) -> None:
+        self.family, self.dtype = family, like.dtype
+        sizes = [size for size in family.sizes if size > 1] or [1]
+        narrow, wide = max(0.4, min(sizes) / 14), max(sizes) / 2
+        widths = [narrow * (wide / narrow) ** (i / (_N_WIDTHS - 1)) for i in range(_N_WIDTHS)]
+        self._windows = [_windows(family, width, like, covariance) for width in widths]
+
+    def starts(self, target: Target, *, n_starts: int, n_kept: int, turned: bool) -> Tensor:
+        """The most promising geometries of each problem, best first.
+
+        Args:
+            target: targets in the metric's coordinates.
+            n_starts: how many are wanted.
+            n_kept: how many round ones are stretched.
+            turned: whether to try the best ones in other directions, too, as waves that hardly
+                turn within their envelope may need it.
+
+        Returns:
+            ``(batch, n_starts, columns)`` rows of z.
+        """
+        cross = target.seen_from(without_offset(target, self.family), self.family.n_channels)
+        rows, worth = [], []
+        for windows in self._windows:
+            table = _explained(windows, target, cross).unflatten(-1, (len(windows.centers), -1))
+            table, center = table.max(1)  # (batch, K)
+            for _ in range(_PEAKS):
+                power, best = table.max(-1)
+                where = windows.centers[center.gather(1, best.unsqueeze(-1)).squeeze(-1)]
+                rows.append(_rows(self.family, windows.k[best], windows.width, where))
+                worth.append(power)
+                table = table.masked_fill(windows.near[best], -torch.inf)
+        kept = torch.stack(worth, 1).topk(min(n_kept, len(worth))).indices
+        best = _pick(torch.stack(rows, 1), kept)
+        shapes = _SHAPES if self.family.columns["aspect_ratio"] in self.family.free else _SHAPES[:1]
+        z = torch.stack([_shaped(self.family, best, shape) for shape in shapes], 2)
+        cost = self._misfit(target, z)
+        # Every wave in its best shape comes before any in its second best: they lead elsewhere.
+        again = cost > cost.amin(-1, keepdim=True)
+        cost = (cost + again * cost.amax((1, 2), keepdim=True)).flatten(1)
+        z = z.flatten(1, 2)
+        if turned and self.family.n_dims > 1:
+            near_blobs = _turned(self.family, best[:, :_TURNED])
+            z = torch.cat([z, near_blobs], 1)
+            cost = torch.cat([cost, self._misfit(target, near_blobs)], 1)
+        return _pick(z, cost.topk(min(n_starts, z.shape[1]), largest=False).indices)
+
+    def _misfit(self, target: Target, z: Tensor) -> Tensor:
+        """Of several geometries ``(batch, *several, columns)`` for each problem."""
+        several = z.shape[1:-1]
+        return misfit(target.repeat(several.numel()), self.family, z.flatten(0, -2)).reshape(
+            len(z), *several
         )
-        explained = _explained(cross, covariance, window, k, u)
-        for _ in range(_PEAKS):
-            power, best = explained.max(-1)
-            rows.append(_rows(family, k[best], width, center))
-            worth.append(power)
-            near = torch.cdist(k[best], k) < 1.0 / max(family.sizes)
-            explained = explained.masked_fill(near, -torch.inf)
-    kept = torch.stack(worth, 1).topk(min(_KEPT, len(worth))).indices
-    z = _pick(torch.stack(rows, 1), kept)  # (batch, candidates, columns)
-    z = _stretched(family, z)
-    wide = Target(target.y.unsqueeze(1), target.root)
-    cost = misfit(wide, family, z)
-    chosen = cost.topk(min(n_starts, z.shape[1]), largest=False).indices
-    return _pick(z, chosen)
+
+    def explained(self, target: Target) -> Tensor:
+        """Power that the best round Gabor function of the grid explains: ``(batch,)``."""
+        cross = target.seen_from(target.y, self.family.n_channels)
+        each = [_explained(windows, target, cross).amax(-1) for windows in self._windows]
+        return torch.stack(each).amax(0)
+
+    @property
+    def size(self) -> int:
+        """How many round Gabor functions are compared."""
+        return sum(windows.pairs.shape[1] for windows in self._windows)
+
+
+def _windows(family: Family, width: float, like: Tensor, covariance: Tensor | None) -> _Windows:
+    axes = []
+    for size in reversed(family.sizes):
+        reach = size / 4 if family.free_center else 0.0
+        n = math.ceil(reach / (1.5 * width))
+        axes.append([reach * i / max(n, 1) for i in range(-n, n + 1)])
+    centers = torch.tensor(list(itertools.product(*axes))).to(like)
+    # A narrow window has a wide spectrum: there is no need to look at it as closely.
+    step = max(0.5 / max(family.sizes), 0.1 / width)
+    k = _wave_vectors(family, step).to(like)
+    u = offsets(family.sizes, like.dtype, like.device)
+    envelope = (-0.5 * (u - centers.unsqueeze(-1)).square().sum(1) / width**2).exp()
+    angle = 2 * math.pi * k @ u
+    waves = torch.stack([angle.cos(), angle.sin()])
+    pairs = (waves.unsqueeze(1) * envelope.unsqueeze(1)).flatten(1, 2)  # (2, centres · K, N)
+    return _Windows(
+        width,
+        centers,
+        k,
+        near=torch.cdist(k, k) < 1.9 * step,
+        pairs=pairs,
+        duals=_orthonormal(pairs, covariance),
+    )
+
+
+def _orthonormal(pairs: Tensor, covariance: Tensor | None) -> Tensor:
+    """Two rows for every pair whose squared products with a target are what it explains."""
+    n, rows = pairs.shape[-1], []
+    blocks: list[Tensor | None] = [None]
+    if covariance is not None:
+        parts = [slice(i, i + n) for i in range(0, len(covariance), n)]
+        blocks = [covariance[part, part] for part in parts]
+    for block in blocks:
+        seen = pairs if block is None else pairs @ block.to(pairs)
+        a, b = (pairs * seen).sum(-1)
+        c = (pairs[0] * seen[1]).sum(-1)
+        rest = torch.stack([pairs[0], pairs[1] - pairs[0] * (c / a).unsqueeze(-1)])
+        rows.append((rest * torch.stack(_inverse_lengths(a, b, c)).unsqueeze(-1)).flatten(0, 1))
+    return torch.stack(rows)
+
+
+def _explained(windows: _Windows, target: Target, cross: Tensor) -> Tensor:
+    """Power that each pair explains, summed over channels: ``(batch, centres · K)``."""
+    if target.weight is None:
+        inside = cross.transpose(0, 1) @ windows.duals.mT  # (channels, batch, 2 · centres · K)
+        return inside.square_().sum(0).unflatten(-1, (2, -1)).sum(1)
+    # Every pixel of every problem has a weight of its own, and every pair other lengths.
+    cos, sin = windows.pairs
+    weight = target.weight.square()
+    a, b, c = (weight @ (one * other).mT for one, other in ((cos, cos), (sin, sin), (cos, sin)))
+    x, y = cross @ cos.mT, cross @ sin.mT
+    first, second = _inverse_lengths(a, b, c)
+    return ((x * first).square() + ((y - x * c / a) * second).square()).sum(1)
+
+
+def _inverse_lengths(a: Tensor, b: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
+    """Inverse lengths of the cosine, and of the sine's part that is orthogonal to it.
+
+    From their squared lengths a, b and inner product c; a lone sine of zero explains nothing.
+    """
+    rest = b - c.square() / a
+    return a.rsqrt(), torch.where(rest > 1e-6 * a, rest, torch.inf).rsqrt()
 
 
 def _pick(rows: Tensor, chosen: Tensor) -> Tensor:
@@ -68,75 +180,50 @@ def _pick(rows: Tensor, chosen: Tensor) -> Tensor:
     return rows.gather(1, chosen.unsqueeze(-1).expand(-1, -1, rows.shape[-1]))
 
 
-def _wave_vectors(family: Family, like: Tensor) -> Tensor:
-    """Half of the wave vectors up to 0.5 cycles/px, twice as fine as the kernel resolves."""
-    axes = [
-        torch.arange(-size, size + 1).to(like) / (2 * size) if size > 1 else torch.zeros(1).to(like)
-        for size in family.sizes
-    ]
+def _wave_vectors(family: Family, step: float) -> Tensor:
+    """Half of the wave vectors up to 0.5 cycles/px, on a grid of this step."""
+    n = math.floor(0.5 / step + 1e-9)
+    line = torch.arange(-n, n + 1, dtype=torch.float64) * step
+    axes = [line if size > 1 else torch.zeros(1, dtype=line.dtype) for size in family.sizes]
     grid = torch.stack([axis.flatten() for axis in torch.meshgrid(*axes, indexing="ij")], -1)
     k = grid.flip(-1)  # x first
     # k and -k are the same wave: keep the one whose last non-zero component is positive.
-    order = torch.tensor([1e-3**i for i in range(k.shape[-1])]).to(like)
-    return k[((k.sign() * order).sum(-1) >= 0) & (k.norm(dim=-1) <= 0.5)]
+    order = torch.tensor([1e-3**i for i in range(k.shape[-1])], dtype=k.dtype)
+    return k[((k.sign() * order).sum(-1) >= 0) & (k.norm(dim=-1) <= 0.5 + 1e-9)]
 
 
-def _windows(family: Family) -> list[tuple[float, tuple[float, ...]]]:
-    """Widths, each with the centres worth trying."""
-    sizes = [size for size in family.sizes if size > 1] or [1]
-    smallest, largest = max(0.4, min(sizes) / 14), max(sizes) / 2
-    ratio = (largest / smallest) ** (1 / (_N_WINDOWS - 1))
-    windows = []
-    for width in (smallest * ratio**i for i in range(_N_WINDOWS)):
-        axes = []
-        for size in reversed(family.sizes):
-            reach = size / 4 if family.free_center else 0.0
-            n = math.ceil(reach / (1.5 * width))
-            axes.append([reach * i / max(n, 1) for i in range(-n, n + 1)])
-        windows += [(width, center) for center in itertools.product(*axes)]
-    return windows
-
-
-def _explained(
-    cross: Tensor, covariance: Tensor | None, window: Tensor, k: Tensor, u: Tensor
-) -> Tensor:
-    """Power that the pair of wave vector k explains, summed over channels: ``(batch, k)``."""
-    angle = 2 * math.pi * k @ u
-    cos, sin = angle.cos() * window, angle.sin() * window  # (K, N)
-    total = torch.zeros(len(cross), len(k), dtype=cross.dtype, device=cross.device)
-    n_channels, n = cross.shape[1:]
-    for channel in range(n_channels):
-        here = slice(channel * n, (channel + 1) * n)
-        seen_cos = cos if covariance is None else cos @ covariance[here, here]
-        seen_sin = sin if covariance is None else sin @ covariance[here, here]
-        a, b, c = (seen_cos * cos).sum(-1), (seen_sin * sin).sum(-1), (seen_cos * sin).sum(-1)
-        x, y = cross[:, channel] @ cos.T, cross[:, channel] @ sin.T
-        # With x, y along the pair's orthogonal directions; a lone sine of zero explains nothing.
-        rest = b - c.square() / a
-        part = (y - x * c / a).square() / torch.where(rest > 1e-6 * a, rest, torch.inf)
-        total = total + x.square() / a + part
-    return total
-
-
-def _rows(family: Family, k: Tensor, width: float, center: tuple[float, ...]) -> Tensor:
+def _rows(family: Family, k: Tensor, width: float, center: Tensor) -> Tensor:
     columns = family.columns
     z = k.new_zeros(len(k), columns["center"] + family.n_dims)
     if family.n_dims > 1:
         z[:, columns["orientation"]] = torch.atan2(k[:, 1], k[:, 0])
     if family.n_dims == 3:
         z[:, columns["elevation"]] = torch.atan2(k[:, 2], k[:, :2].norm(dim=-1))
-    z[:, columns["frequency"]] = k[:, 0] if family.n_dims == 1 else k.norm(dim=-1)
+    frequency = k[:, 0] if family.n_dims == 1 else k.norm(dim=-1)
+    # A blob is a point of rest: the misfit is even in the frequency there.
+    least = 0.5 / (2 * math.pi * width)
+    z[:, columns["frequency"]] = torch.where(frequency.abs() < least, least, frequency)
     z[:, columns["sigma"]] = math.log(width)
-    z[:, columns["center"] :] = torch.tensor(center).to(k)
+    z[:, columns["center"] :] = center
     return z
 
 
-def _stretched(family: Family, z: Tensor) -> Tensor:
-    shapes = _SHAPES if family.n_dims > 1 and not family.isotropic else _SHAPES[:1]
-    rows = []
-    for scale, ratio in shapes:
-        row = z.clone()
-        row[..., family.columns["sigma"]] += math.log(scale)
-        row[..., family.columns["aspect_ratio"]] = math.log(ratio)
-        rows.append(row)
-    return torch.cat(rows, 1)
+def _shaped(family: Family, z: Tensor, shape: tuple[float, float]) -> Tensor:
+    scale, ratio = shape
+    z = z.clone()
+    if family.columns["aspect_ratio"] in family.free:
+        z[..., family.columns["sigma"]] += math.log(scale)
+        z[..., family.columns["aspect_ratio"]] = math.log(ratio)
+    return z
+
+
+def _turned(family: Family, z: Tensor) -> Tensor:
+    """Narrow across and in four directions: ``(batch, 4 · waves, columns)``.
+
+    A wave that hardly turns within its envelope narrows the kernel along itself. If the envelope is
+    narrow across, the whole is nearly round, and its spectrum does not tell the wave's direction.
+    """
+    z = _shaped(family, z, _SHAPES[-1]).repeat(1, 4, 1)
+    turns = torch.arange(4, device=z.device).repeat_interleave(z.shape[1] // 4)
+    z[..., family.columns["orientation"]] += turns * math.pi / 4
+    return z
