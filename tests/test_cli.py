@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import hashlib
 import json
 import os
 import signal
@@ -20,9 +22,9 @@ FAST = ["--crop", "40", "--kernel-size", "9", "--sigma", "1.5", "--wavelength", 
 FAST += ["--steps", "2", "--learning-rate", "0.1", "--momentum", "0"]
 
 
-def run(*tokens: str) -> int:
+def run(*tokens: str, command: str = "recover") -> int:
     with pytest.raises(SystemExit) as stop:
-        main(["recover", *tokens])
+        main([command, *tokens])
     return int(stop.value.code)
 
 
@@ -170,3 +172,153 @@ def test_without_the_extra_it_says_what_to_install(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "cyclopts", None)
     assert run() == 2
     assert 'pip install "gaborium[cli]"' in one_line(capsys)
+
+
+# -- fit --------------------------------------------------------------------------------------
+
+
+def bank(path: Path, *shape: int, **fields: object) -> Path:
+    """Save planted kernels under a little noise."""
+    from gaborium import Gabor2d, gabor
+
+    kernels = gabor(Gabor2d.of(**{"wavelength": 4.0, "sigma": 1.6, **fields}), 9)
+    kernels = kernels + 0.02 * torch.randn(*shape, 9, 9, generator=torch.Generator().manual_seed(0))
+    torch.save({"weight": kernels}, path)
+    return path
+
+
+def result_of(folder: Path) -> dict[str, object]:
+    return json.loads((folder / "result.json").read_text(encoding="utf-8"))
+
+
+def test_fit_writes_result_table_report_and_figures(empty_folder, capsys):
+    path = bank(empty_folder / "bank.pt", 5, orientation=[0.1, 0.7, 1.3, 1.9, 2.5])
+    assert run(str(path), command="fit") == 0
+    folder = empty_folder / "runs" / "fit"
+    record = result_of(folder)
+    assert record["facts"]["file"] == "bank.pt"
+    assert record["facts"]["array"] == "weight"
+    assert record["facts"]["SHA-256"] == hashlib.sha256(path.read_bytes()).hexdigest()
+    assert record["shape"] == [5, 9, 9]
+    fields = record["result"]["params"]["fields"]
+    assert fields["orientation"] == pytest.approx([0.1, 0.7, 1.3, 1.9, 2.5], abs=0.05)
+    assert any(any(center) for center in fields["center"])  # searched for
+    with (folder / "result.csv").open(encoding="utf-8", newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["parameter"] == "wavelength"]
+    assert [float(row["value"]) for row in rows] == fields["wavelength"]
+    assert "</html>" in (folder / "report.html").read_text(encoding="utf-8")
+    assert len(list(folder.glob("*.png"))) == 2
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "A Gabor function was found for 5 of 5 filters" in shown
+    assert "CONVERGED 5 Converged." in shown
+    low, median, _ = (f"{100 * q:.1f} %" for q in record["summary"]["explained_variance"])
+    assert f"quartiles {low}, {median} and" in shown
+    assert f"converged: {record['summary']['wavelength']:.3g} px" in shown
+    assert "report.html" in shown
+    assert [p.name for p in (empty_folder / "runs").iterdir()] == ["fit"]
+
+
+def test_channels_share_a_geometry_unless_told_otherwise(empty_folder):
+    path = bank(empty_folder / "bank.pt", 2, 3, orientation=[[0.5], [1.0]], phase=[0.0, 1.0, 2.0])
+    assert run(str(path), command="fit") == 0
+    assert run(str(path), "--geometry", "pair", "--name", "pair", command="fit") == 0
+    runs = empty_folder / "runs"
+    assert len(result_of(runs / "fit")["result"]["outcome"]) == 2
+    assert len(result_of(runs / "pair")["result"]["outcome"]) == 6
+
+
+def test_switches_reach_the_fit(empty_folder):
+    path = bank(empty_folder / "bank.pt", 2, orientation=[0.5, 1.0], aspect_ratio=1.5)
+    assert run(str(path), "--no-center", "--isotropic", "--key", "weight", command="fit") == 0
+    fields = result_of(empty_folder / "runs" / "fit")["result"]["params"]["fields"]
+    assert fields["center"] == [[0.0, 0.0]] * 2
+    assert fields["aspect_ratio"] == [1.0] * 2
+
+
+def test_pieces_of_a_file_give_what_the_whole_gives(empty_folder, monkeypatch):
+    path = bank(empty_folder / "bank.pt", 5, orientation=[0.1, 0.7, 1.3, 1.9, 2.5])
+    assert run(str(path), command="fit") == 0
+    monkeypatch.setattr("gaborium.cli._PIECE", 2)
+    assert run(str(path), "--name", "pieces", command="fit") == 0
+    whole, pieces = (result_of(empty_folder / "runs" / name) for name in ("fit", "pieces"))
+    assert pieces["shape"] == whole["shape"]
+    assert pieces["result"]["outcome"] == whole["result"]["outcome"]
+    for name, value in whole["result"]["params"]["fields"].items():
+        expected = torch.tensor(value, dtype=torch.float64)
+        found = torch.tensor(pieces["result"]["params"]["fields"][name], dtype=torch.float64)
+        # The order of sums in a batch of another size changes the last digits.
+        assert torch.allclose(found, expected, rtol=1e-6, atol=1e-6), name
+
+
+def test_kernels_that_are_no_gabor_functions_are_told_apart(empty_folder, capsys):
+    kernels = torch.randn(3, 9, 9, generator=torch.Generator().manual_seed(0))
+    kernels[1], kernels[2, 0, 0] = 0.0, torch.nan
+    torch.save(kernels, empty_folder / "bank.pt")
+    assert run("bank.pt", command="fit") == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "BAD_INPUT 2 The target is zero or not finite" in shown
+    assert "No Gabor function was found for any of 3 filters" in shown
+    assert "nan" not in shown
+
+
+@pytest.mark.filterwarnings("default")  # shown, as to a user
+def test_a_folder_of_images_and_its_note(empty_folder, capsys):
+    (empty_folder / "images").mkdir()
+    for i in range(2):
+        save(noise(9, 9), empty_folder / "images" / f"{i}.png")
+    assert run("images", "--no-center", "--n-starts", "1", command="fit") == 0
+    assert one_line(capsys).startswith("Note: Each image in 'images'")
+    assert result_of(empty_folder / "runs" / "fit")["shape"] == [2, 1, 9, 9]
+
+
+@pytest.mark.parametrize(
+    ("tokens", "words"),
+    [
+        ([], ["FILE"]),
+        (["missing.npy"], ["missing.npy", "check the path"]),
+        (["notes.txt"], ["notes.txt", ".safetensors"]),
+        (["bank.pt", "--key", "wieght"], ["no array 'wieght'", "'weight'"]),
+        (["bank.pt", "--geometry", "both"], ["--geometry", "both"]),
+        (["bank.pt", "--geometry", "filter"], ["--geometry", "channels", "2 × 9 × 9"]),
+        (["bank.pt", "--n-dims", "4"], ["--n-dims", "4"]),
+        (["bank.pt", "--n-starts", "0"], ["--n-starts", "at least 1"]),
+        (["bank.pt", "--limit", "2"], ["--limit", "at least 3"]),
+        (["bank.pt", "--name", "../elsewhere"], ["--name", "elsewhere"]),
+        (["bank.pt", "--out", "notes.txt/inside"], ["notes.txt", "not a folder"]),
+        (["model.pt"], ["model.pt", "unpickling", "state dict"]),
+        (["bank.pt", "--centre"], ["--centre"]),
+    ],
+)
+def test_fit_refuses_in_one_line_and_writes_nothing(empty_folder, capsys, tokens, words):
+    (empty_folder / "notes.txt").write_text("words", encoding="utf-8")
+    bank(empty_folder / "bank.pt", 2, orientation=[0.5, 1.0])
+    torch.save(torch.nn.Conv2d(1, 2, 3), empty_folder / "model.pt")
+    assert run(*tokens, command="fit") == 2
+    line = one_line(capsys)
+    assert all(word in line for word in words), line
+    assert not (empty_folder / "runs").exists()
+
+
+def test_an_earlier_fit_is_kept_unless_told_otherwise(empty_folder, capsys):
+    bank(empty_folder / "bank.pt", 2, orientation=[0.5, 1.0])
+    assert run("bank.pt", command="fit") == 0
+    before = (empty_folder / "runs/fit/result.json").read_bytes()
+    capsys.readouterr()
+    assert run("bank.pt", "--isotropic", command="fit") == 2
+    assert "--overwrite" in one_line(capsys)
+    assert (empty_folder / "runs/fit/result.json").read_bytes() == before
+    assert run("bank.pt", "--isotropic", "--overwrite", command="fit") == 0
+    assert (empty_folder / "runs/fit/result.json").read_bytes() != before
+
+
+def test_an_interrupted_fit_leaves_nothing(empty_folder, capsys, monkeypatch):
+    bank(empty_folder / "bank.pt", 2, orientation=[0.5, 1.0])
+
+    def interrupted(*args: object, **kwargs: object) -> None:
+        assert list(empty_folder.glob("runs/.gaborium-*"))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("gaborium.fitting.fit", interrupted)
+    assert run("bank.pt", command="fit") == 130
+    assert one_line(capsys) == "Interrupted; nothing was written.\n"
+    assert not (empty_folder / "runs").exists()

@@ -10,13 +10,15 @@ import time
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn
 
 from gaborium import __version__
 from gaborium.errors import require
 
 _BAD_INPUT = 2
 _INTERRUPTED = 130
+_PIECE = 1024  # kernels between two steps of the progress bar
+_PIECE_VALUES = 4_000_000  # numbers in them: large kernels take as much memory as many small ones
 
 
 def main(tokens: Sequence[str] | None = None) -> NoReturn:
@@ -108,8 +110,7 @@ def recover(
     for what, values in (("--learning-rate", learning_rate), ("--momentum", momentum)):
         if not all(0 <= value < math.inf for value in values):
             raise ValueError(f"{what} must not be negative, got {min(values)}.")
-    if not name or Path(name).name != name or name.startswith("."):
-        raise ValueError(f"--name must be a plain folder name, got {name!r}.")
+    _check_name(name)
 
     with console.status("Loading PyTorch"):
         import torch
@@ -151,14 +152,121 @@ def recover(
             facts = {
                 "photograph": ", ".join(names),
                 "crop": f"{crop} px" if crop else "none",
-                "command": shlex.join(["gaborium", *sys.argv[1:]]),
+                "command": _command(),
                 "seed": str(seed),
                 "steps": str(steps),
             }
             write_recovery(result, folder, facts=facts)
     _print_recovery(console, result, names)
-    console.print(f"Report: {out / name / 'report.html'}", soft_wrap=True, highlight=False)
-    console.print(f"Took {time.monotonic() - begun:.0f} s.", highlight=False)
+    _print_end(console, out / name, begun)
+
+
+def fit(
+    file: Path,
+    /,
+    *,
+    key: str | None = None,
+    geometry: Literal["pair", "filter"] | None = None,
+    n_dims: Literal[1, 2, 3] = 2,
+    center: bool = True,
+    isotropic: bool = False,
+    n_starts: int = 8,
+    limit: int = 96,
+    name: str = "fit",
+    out: Path = Path("runs"),
+    overwrite: bool = False,
+) -> None:
+    """Find the Gabor functions nearest to the kernels in a file.
+
+    Writes result.json, result.csv with a row for each filter and parameter, report.html and
+    figures.
+
+    Args:
+        file: A .npy, .npz, .safetensors, .pt or .pth file, or a folder of images. Axes are
+            (filters, height, width) or (filters, channels, height, width). Nothing is unpickled.
+        key: Name of the array in a file with several.
+        geometry: "filter": the channels of a filter share orientation, wavelength, sigma, aspect
+            ratio and centre. "pair": every channel for itself. By default "filter" where there
+            is an axis of channels.
+        n_dims: Spatial dimensions of a kernel.
+        center: Search for the envelope's centre; otherwise it is the kernel's middle.
+        isotropic: Keep the aspect ratio at 1.
+        n_starts: Candidates that are followed for each filter at most.
+        limit: Filters in the report's gallery; of more, the best, the middle and the worst.
+        name: Name of the run.
+        out: Folder of all runs.
+        overwrite: Replace an earlier run of this name.
+    """
+    begun = time.monotonic()
+    console = require("rich.console", extra="cli", purpose="Commands").Console()
+    for what, value, least in (("--n-starts", n_starts, 1), ("--limit", limit, 3)):
+        if value < least:
+            raise ValueError(f"{what} must be at least {least}, got {value}.")
+    _check_name(name)
+
+    with console.status("Loading PyTorch"):
+        import torch
+
+        from gaborium.files import new_folder
+        from gaborium.fitting import FitResult
+        from gaborium.fitting import fit as fit_kernels
+        from gaborium.kernel_files import read_kernels
+        from gaborium.reporting import write_fit
+
+    torch.set_num_threads(1)  # as in recover
+    found = read_kernels(file, key=key, n_dims=n_dims)
+    values, shape = found.values, " × ".join(map(str, found.values.shape))
+    if geometry is None:
+        geometry = "filter" if values.ndim == n_dims + 2 else "pair"
+    if geometry == "filter" and values.ndim < n_dims + 2:
+        raise ValueError(
+            f"--geometry filter needs an axis of channels, got kernels of shape {shape}; leave it "
+            "out or use --geometry pair."
+        )
+    # One filter to an entry, so that pieces of the file are pieces of the result.
+    kernels = values.reshape(-1, *values.shape[-n_dims - (geometry == "filter") :])
+    step = max(1, min(_PIECE, _PIECE_VALUES // kernels[0].numel()))
+    with new_folder(out / name, overwrite=overwrite) as folder:
+        results = []
+        with _progress(console) as on_progress:
+            on_progress("Fitting", 0, len(kernels))
+            for piece in kernels.split(step):
+                results.append(
+                    fit_kernels(
+                        piece,
+                        n_dims=n_dims,
+                        geometry=geometry,
+                        center=center,
+                        isotropic=isotropic,
+                        n_starts=n_starts,
+                    )
+                )
+                on_progress("Fitting", sum(map(len, results)), len(kernels))
+        result = FitResult.cat(results)
+        with console.status("Writing the report"):
+            facts = {
+                "file": found.name,
+                **({"array": found.key} if found.key else {}),
+                "shape": shape,
+                "SHA-256": found.sha256,
+                "command": _command(),
+                "geometry": geometry,
+                "centre": "searched for" if center else "the kernel's middle",
+                **({"aspect ratio": "1"} if isotropic else {}),
+                "starts": str(n_starts),
+            }
+            write_fit(result, kernels, folder, limit=limit, facts=facts)
+    _print_fit(console, result, found.name)
+    _print_end(console, out / name, begun)
+
+
+def _check_name(name: str) -> None:
+    if not name or Path(name).name != name or name.startswith("."):
+        raise ValueError(f"--name must be a plain folder name, got {name!r}.")
+
+
+def _command() -> str:
+    return shlex.join(["gaborium", *sys.argv[1:]])
 
 
 def _photographs(image: Path | None, crop: int, max_images: int) -> list[tuple[str, Any]]:
@@ -249,6 +357,31 @@ def _print_recovery(console: Any, result: Any, names: list[str]) -> None:
     )
 
 
+def _print_fit(console: Any, result: Any, name: str) -> None:
+    from gaborium.reporting import fit_headline, fit_summary, percent
+
+    summary = fit_summary(result)
+    console.print(f"{name}: {fit_headline(result)}", highlight=False)
+    outcomes = _table("", ("filters",), first=("outcome",))
+    outcomes.add_column("what it means")
+    for outcome in sorted(set(result.outcome), key=result.outcome.count, reverse=True):
+        count = summary["outcomes"][outcome.name]
+        outcomes.add_row(outcome.name, str(count), outcome.value)
+    console.print(outcomes)
+    if summary["wavelength"] is not None and len(result) > 1:
+        low, median, high = map(percent, summary["explained_variance"])
+        console.print(
+            f"Explained variance: quartiles {low}, {median} and {high}.\n"
+            f"Median wavelength of the filters that converged: {summary['wavelength']:.3g} px.",
+            highlight=False,
+        )
+
+
+def _print_end(console: Any, folder: Path, begun: float) -> None:
+    console.print(f"Report: {folder / 'report.html'}", soft_wrap=True, highlight=False)
+    console.print(f"Took {time.monotonic() - begun:.0f} s.", highlight=False)
+
+
 def _table(
     title: str, numbers: Sequence[str], last: Sequence[str] = (), *, first: Sequence[str] = ()
 ) -> Any:
@@ -276,6 +409,8 @@ def _app(cyclopts: Any) -> Any:
         suppress_keyboard_interrupt=False,  # main tells what it means for the files
     )
     app.command(recover)
+    # A default that is on needs a way to turn it off.
+    app.command(fit, default_parameter=cyclopts.Parameter(negative=None, negative_bool=("no-",)))
     return app
 
 

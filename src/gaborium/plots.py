@@ -1,4 +1,4 @@
-"""Figures for papers: kernels, and what an experiment with a planted kernel found.
+"""Figures for papers: kernels, their fits, and what an experiment with a planted kernel found.
 
 Every function returns a matplotlib ``Figure`` that belongs to no window: save it with
 ``figure.savefig("kernels.pdf")``, or end a notebook cell with it.
@@ -12,18 +12,27 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from gaborium.errors import require
 from gaborium.experiments import Descent, Recovery
+from gaborium.fitting import FitResult, Outcome
 from gaborium.kernels import gabor
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["plot_kernels", "plot_landscape", "plot_orientation", "plot_recovery"]
+__all__ = [
+    "plot_fit",
+    "plot_kernels",
+    "plot_landscape",
+    "plot_orientation",
+    "plot_parameters",
+    "plot_recovery",
+]
 
 # Okabe and Ito's colours, which differ for every kind of colour vision. Step sizes run from blue
 # (small) to vermilion (large); green is the layer that arrives.
@@ -31,6 +40,7 @@ INK, MUTED, SHADE = "#222222", "#666666", "#d9d9d9"
 TRAINED = "#009E73"
 _RATES = ("#0072B2", "#56B4E9", "#E69F00", "#D55E00")
 DIVERGING = "RdBu_r"
+SEQUENTIAL = "viridis"
 
 _WIDTH = 7.2  # inches: both columns of a paper
 _STYLE = {
@@ -133,6 +143,137 @@ def plot_kernels(
                 place.set_title(titles[index])
         if bar:
             _color_bar(figure, image, list(axes.flat), scales[0], orientation="vertical")
+    return figure
+
+
+def plot_fit(result: FitResult, kernels: Tensor, *, limit: int = 24) -> Figure:
+    """Draw kernels beside their fits and what these leave, best first.
+
+    Convention:
+        - kernel, fit and residual of a filter share one colour scale, symmetric about 0
+        - channels as in ``plot_kernels``; of other numbers than 1 or 3 only that of most power is
+          drawn; volumes are drawn by their middle slice, 1-D kernels as strips
+        - more filters than ``limit`` are drawn by their best, middle and worst thirds of it
+
+    Args:
+        result: from ``fit``.
+        kernels: what it was given.
+        limit: filters to draw at most, at least 3.
+
+    Returns:
+        The figure.
+
+    Raises:
+        ValueError: ``kernels`` are not those of ``result``, or ``limit`` is below 3.
+        ImportError: matplotlib is not installed.
+
+    Example:
+        >>> from gaborium import Gabor2d, fit, gabor
+        >>> bank = gabor(Gabor2d.of(orientation=[0.0, 0.8], wavelength=6.0, sigma=2.0), 13)
+        >>> figure = plot_fit(fit(bank), bank)
+        >>> [axes.get_title(loc="left") for axes in figure.axes if axes.images][:3]
+        ['0: 100 %', 'fit', 'residual']
+    """
+    groups = gallery(best_first(result), limit)
+    chosen = [number for _, numbers in groups for number in numbers]
+    images = panels(result, kernels, chosen)
+    height, width = images.shape[-2:]
+    in_row = min(3, max(1, len(chosen) // 2))
+    rows = max(1, math.ceil(len(chosen) / in_row))
+    flat = max(height / width, 0.15)
+    with _style():
+        cell = _WIDTH / 3 / 3.2
+        figure = _figure(_WIDTH / 3 * in_row, rows * (cell * flat + 0.2) + 0.1)
+        for column, part in enumerate(figure.subfigures(1, in_row, squeeze=False).flat):
+            for row, places in enumerate(part.subplots(rows, 3, squeeze=False)):
+                index = column * rows + row
+                for place in places:
+                    _frame(place, visible=index < len(chosen))
+                if index >= len(chosen):
+                    continue
+                explained = result.explained_variance[chosen[index]].item()
+                titles = (
+                    f"{chosen[index]}: {100 * explained:.3g} %",
+                    *(("fit", "residual") if row == 0 else ("", "")),
+                )
+                colors = colored(images[index])
+                for place, image, title in zip(places, colors, titles, strict=True):
+                    place.imshow(image.numpy(), interpolation="nearest", aspect="auto")
+                    place.set_box_aspect(flat)
+                    place.set_title(title, fontsize=6.5)
+    return figure
+
+
+def plot_parameters(result: FitResult) -> Figure:
+    """Draw where the filters lie: their wave vectors, coloured by explained variance.
+
+    Convention:
+        - a filter stands at the orientation of its wave, at a distance of its frequency from the
+          middle; circles are labelled with the wavelength, and blobs lie in the middle
+        - a wave and its reverse are the same orientation: a filter stands on both sides
+        - angles grow clockwise, as they do in an image whose y runs down
+        - dots are filters that converged, rings are the others
+        - in 1-D, which has no orientation, sigma is drawn against the wavelength
+
+    Args:
+        result: from ``fit``.
+
+    Returns:
+        The figure.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+
+    Example:
+        >>> from gaborium import Gabor2d, fit, gabor
+        >>> bank = gabor(Gabor2d.of(orientation=[0.0, 0.8], wavelength=6.0, sigma=2.0), 13)
+        >>> plot_parameters(fit(bank)).axes[0].name
+        'polar'
+    """
+    params = result.params
+    explained = result.explained_variance.cpu()
+    found = torch.tensor([outcome is not Outcome.BAD_INPUT for outcome in result.outcome])
+    wavelength, sigma = params.wavelength.flatten().cpu(), params.sigma.flatten().cpu()
+    look: dict[str, Any] = {
+        "cmap": SEQUENTIAL, "vmin": lowest_explained(explained), "vmax": 1.0, "s": 14,
+        "linewidths": 0.7,
+    }  # fmt: skip
+    with _style():
+        figure = _figure(_WIDTH / 2 + 0.6, _WIDTH / 2)
+        place: Any
+        image: Any = None
+        if params.n_dims == 1:
+            place = figure.add_subplot()
+            place.set(xscale="log", yscale="log", xlabel="wavelength, px", ylabel="sigma, px")
+            drawn = [(wavelength, sigma)]
+        else:
+            place = figure.add_subplot(projection="polar")
+            place.set_theta_direction(-1)
+            frequency = params.frequency.flatten().cpu()
+            orientation = params.as_dict()["orientation"].flatten().cpu()
+            drawn = [(orientation + turn, frequency) for turn in (0.0, math.pi)]
+            highest = highest_frequency(frequency)
+            ticks = wavelength_ticks(highest)
+            place.set_ylim(0, highest)
+            place.set_yticks([1 / tick for tick in ticks], [f"{tick:g} px" for tick in ticks])
+            place.set_rlabel_position(-22.5)
+            place.set_xticks(
+                [math.radians(angle) for angle in range(0, 360, 45)],
+                [f"{angle % 180}°" for angle in range(0, 360, 45)],
+            )
+            place.tick_params(axis="y", labelsize=6.5)
+            place.grid(color=SHADE, linewidth=0.5)
+            place.spines["polar"].set_color(SHADE)
+        for converged in (False, True):
+            shown = found & (result.converged == converged)
+            for x, y in drawn if shown.any() else []:
+                image = place.scatter(x[shown], y[shown], c=explained[shown], **look)
+                if not converged:
+                    # Rings keep the colour in their edge.
+                    image.set(edgecolors=image.cmap(image.norm(explained[shown])), facecolor="none")
+        if image is not None:
+            bar = figure.colorbar(image, ax=place, shrink=0.6, pad=0.12, label="explained variance")
+            bar.outline.set_visible(False)
     return figure
 
 
@@ -361,6 +502,103 @@ def plot_orientation(recovery: Recovery) -> Figure:
 
 
 # -- what the figures and the report share ----------------------------------------------------
+
+
+def best_first(result: FitResult) -> list[int]:
+    """The numbers of the filters by explained variance, less those with nothing to fit."""
+    order = result.explained_variance.nan_to_num(-math.inf).sort(descending=True, stable=True)
+    return [
+        number
+        for number in order.indices.tolist()
+        if result.outcome[number] is not Outcome.BAD_INPUT
+    ]
+
+
+def gallery(order: list[int], limit: int) -> list[tuple[str, list[int]]]:
+    """All of a list under no name or, of more than ``limit``, the best, middle and worst of it.
+
+    Example:
+        >>> gallery([5, 4, 3], 3), gallery([5, 4, 3, 2, 1, 0], 3)
+        ([('', [5, 4, 3])], [('best', [5]), ('middle', [3]), ('worst', [0])])
+    """
+    if limit < 3:
+        raise ValueError(f"limit must be at least 3: a best, a middle and a worst; got {limit}.")
+    if len(order) <= limit:
+        return [("", order)]
+    third = limit // 3
+    first = (len(order) - third) // 2
+    return [
+        ("best", order[:third]),
+        ("middle", order[first : first + third]),
+        ("worst", order[-third:]),
+    ]
+
+
+def panels(result: FitResult, kernels: Tensor, chosen: Sequence[int]) -> Tensor:
+    """Kernel, fit and residual of the chosen filters as images ``(n, 3, 1 or 3, height, width)``.
+
+    Of other numbers of channels than 1 or 3 the one of most power, of volumes the middle slice.
+    """
+    n_dims = result.params.n_dims
+    size = tuple(kernels.shape[-n_dims:])
+    whole = kernels.detach().cpu()
+    if whole.numel() != result.params.phase.numel() * math.prod(size):
+        raise ValueError(
+            f"kernels must be those of the {len(result)} filters of the result, got shape "
+            f"{tuple(kernels.shape)}."
+        )
+    kernel = whole.reshape(len(result), -1, *size)[list(chosen)].double()
+    found = gabor(result[chosen].params, size).reshape(kernel.shape).cpu()
+    three = torch.stack([kernel, found, kernel - found], 1)
+    if kernel.shape[1] not in (1, 3):
+        strongest = kernel.flatten(2).square().sum(-1).argmax(1)
+        three = three[torch.arange(len(three)), :, strongest].unsqueeze(2)
+    if n_dims == 3:
+        three = three[..., size[0] // 2, :, :]
+    return three.unsqueeze(-2) if n_dims == 1 else three
+
+
+def colored(images: Tensor) -> Tensor:
+    """Signed images ``(n, 1 or 3, height, width)`` on one scale as colours ``(n, h, w, 3)``.
+
+    A single channel runs from blue through white to red; three are red, green and blue with
+    mid-grey for 0. What is not a number is grey.
+    """
+    matplotlib = require("matplotlib", extra="plot", purpose="Figures")
+    shares = 0.5 + 0.5 * (images / largest(images)).clamp(-1, 1)
+    if images.shape[1] == 3:
+        return shares.nan_to_num(0.5).movedim(1, -1)
+    colors = matplotlib.colormaps[DIVERGING].with_extremes(bad="#888888")(shares[:, 0].numpy())
+    return torch.from_numpy(colors)[..., :3]
+
+
+def lowest_explained(explained: Tensor) -> float:
+    """The lower end of a colour scale for explained variances whose upper end is 1."""
+    finite = explained[explained.isfinite()]
+    return max(0.0, math.floor(10 * min(finite.tolist(), default=0.0) - 1e-9) / 10)
+
+
+def highest_frequency(frequency: Tensor) -> float:
+    """The rim of a polar plot, cycles/px."""
+    finite = frequency[frequency.isfinite()]
+    return 1.06 * max(finite.tolist(), default=0.0) or 0.5
+
+
+def wavelength_ticks(highest: float) -> list[float]:
+    """Wavelengths to write at circles of radius 1/wavelength, not too near to one another.
+
+    Example:
+        >>> wavelength_ticks(0.53)
+        [2.0, 3.0, 4.0, 6.0, 12.0]
+    """
+    steps = [m * 2.0**e for e in range(1, 12) for m in (1, 1.5)]
+    ticks: list[float] = []
+    last, apart = 2 * highest, 0.14 * highest
+    for tick in steps:
+        if apart <= 1 / tick <= min(highest, last - apart):
+            ticks.append(tick)
+            last = 1 / tick
+    return ticks
 
 
 def residual(recovery: Recovery) -> Tensor:

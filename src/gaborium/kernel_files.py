@@ -1,0 +1,391 @@
+"""Reading kernels from files: arrays, state dicts and folders of images."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import stat
+import warnings
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gaborium.errors import require
+from gaborium.images import read_images
+
+_IMAGES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
+_MAX_SIDE = 256  # px; what is larger is a photograph, or a table of flattened kernels
+_LISTED = 12  # arrays in a message before "and more"
+
+
+@dataclass(frozen=True, eq=False)
+class KernelFile:
+    """Kernels with what tells where they came from.
+
+    Args:
+        values: floating, ``(filters, *size)``, ``(filters, channels, *size)`` or a single kernel;
+            NaN and infinity as they stand in the file.
+        name: of the file or folder, without its parents.
+        key: the array's name in the file, or ``None`` where arrays have no names.
+        sha256: of the file's bytes; of a folder, of its images one after another.
+    """
+
+    values: Tensor
+    name: str
+    key: str | None
+    sha256: str
+
+
+def read_kernels(
+    path: str | os.PathLike[str], *, key: str | None = None, n_dims: int = 2
+) -> KernelFile:
+    """Read kernels from a file, or from a folder of images.
+
+    Reads NumPy's ``.npy`` and ``.npz``, ``.safetensors``, tensors and state dicts in ``.pt`` or
+    ``.pth``, and images, of which each is one kernel. Nothing in a file is ever executed: what
+    needs unpickling is refused.
+
+    Convention:
+        - axes are PyTorch's: ``(filters, channels, height, width)``, where leading ones may be
+          missing
+        - of several arrays, the one that holds kernels is taken: floating rather than whole
+          numbers, and of ``n_dims`` axes of at least 2 px. Where several do, the only one with a
+          convolution's axes and 1 or 3 input channels is, with a warning that names it
+        - whole numbers become floating as they are, with a warning
+        - of images, mid-grey is 0, black -1 and white 1; grey ones among colours get 3 channels
+
+    Args:
+        path: the file or folder.
+        key: name of the array in a file with several; entries of nested dicts are joined by dots,
+            as ``"state_dict.conv1.weight"``.
+        n_dims: spatial dimensions of a kernel: 1, 2 or 3.
+
+    Returns:
+        The kernels. Their values are float64 of images and of whole numbers, otherwise in the
+        floating type of the file.
+
+    Raises:
+        FileNotFoundError: there is no such path, or the folder has no images.
+        OSError: it cannot be opened, as ``PermissionError`` or what else the system says.
+        ValueError: the file is empty, damaged, of another kind, or needs unpickling; it has no
+            array of kernels or none called ``key``, or which one is meant is not clear; the
+            images differ in size.
+        ImportError: safetensors or Pillow is needed and not installed.
+
+    Example:
+        >>> from tempfile import TemporaryDirectory
+        >>> with TemporaryDirectory() as folder:
+        ...     file = Path(folder, "model.pt")
+        ...     torch.save(torch.nn.Conv2d(3, 8, 5).state_dict(), file)
+        ...     kernels = read_kernels(file)
+        >>> kernels.key, tuple(kernels.values.shape)
+        ('weight', (8, 3, 5, 5))
+    """
+    file, shown = Path(path), repr(os.fspath(path))
+    suffix = file.suffix.lower()
+    _check(file, shown)
+    if file.is_dir() or suffix in _IMAGES:
+        if key is not None:
+            raise ValueError(f"{shown} holds images, which have no names; leave out key (--key).")
+        values, files = _read_folder(file, shown)
+        return KernelFile(values, _name(file), None, _sha256(files))
+    if suffix not in _READERS:
+        raise ValueError(
+            f"{shown} must be {', '.join(_READERS)}, an image or a folder of images; save the "
+            "kernels with numpy.save."
+        )
+    with _reading(file, shown):
+        arrays = _READERS[suffix](file)
+    chosen, array = _choose(arrays, key, n_dims, shown)
+    what = f"{chosen!r} of {shown}" if chosen else shown
+    values = _floating(array, what)
+    _check_kernels(values, n_dims, what)
+    return KernelFile(values, _name(file), chosen or None, _sha256([file]))
+
+
+# -- before reading ---------------------------------------------------------------------------
+
+
+def _check(file: Path, shown: str) -> None:
+    try:
+        found = file.stat()
+    except OSError as error:
+        raise _cannot_read(shown, error) from None
+    if stat.S_ISDIR(found.st_mode):
+        return
+    if not stat.S_ISREG(found.st_mode):
+        # Opening a pipe would wait for its writer, perhaps for ever.
+        raise ValueError(f"{shown} is a pipe or device; save the kernels to a file.")
+    if found.st_size == 0:
+        raise ValueError(f"{shown} is empty (0 bytes); copy or save it again.")
+
+
+def _cannot_read(shown: str, error: OSError) -> OSError:
+    """One line that says what is in the way, as the same kind of error."""
+    if isinstance(error, FileNotFoundError):
+        message = f"No kernels at {shown}; check the path (this runs in {str(Path.cwd())!r})."
+    elif isinstance(error, PermissionError):
+        message = f"Cannot read {shown}: permission denied; make it readable or copy it elsewhere."
+    else:
+        message = f"Cannot read {shown}: {error.strerror or error}; check the path."
+    clear = type(error)(message)
+    clear.errno = error.errno
+    return clear
+
+
+def _name(file: Path) -> str:
+    return file.name or file.resolve().name  # of "." and ".."
+
+
+def _sha256(files: list[Path]) -> str:
+    digest = hashlib.sha256()
+    for file in files:
+        with file.open("rb") as content:
+            while block := content.read(1 << 20):
+                digest.update(block)
+    return digest.hexdigest()
+
+
+# -- reading ----------------------------------------------------------------------------------
+
+
+@contextmanager
+def _reading(file: Path, shown: str) -> Iterator[None]:
+    """Whatever a reader stumbles over becomes one line; of its warnings nothing is heard."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            yield
+        except (MemoryError, ImportError):
+            raise
+        except OSError as error:
+            if error.errno is None:  # a reader's own
+                raise _damaged(shown, error) from None
+            raise _cannot_read(shown, error) from None
+        except Exception as error:  # damaged files make readers fail in every way there is
+            text = str(error)
+            if "allow_pickle" in text or "weights_only" in text or "Weights only" in text:
+                raise ValueError(
+                    f"{shown} needs unpickling, which can run code, and is not read; save the "
+                    f"{'numbers as a plain array' if file.suffix[:3] == '.np' else 'state dict'} "
+                    "or a .safetensors file instead."
+                ) from None
+            raise _damaged(shown, error) from None
+
+
+def _damaged(shown: str, error: Exception) -> ValueError:
+    detail = " ".join(str(error).split())[:120].rstrip(".")
+    if " " not in detail:  # a number or a key, which tell nothing by themselves
+        detail = type(error).__name__
+    return ValueError(
+        f"{shown} is damaged or not what its name says: {detail}; copy or save it again."
+    )
+
+
+def _read_npy(file: Path) -> dict[str, Any]:
+    npy = require("numpy.lib.format", extra="cli", purpose="Kernel files")
+    with file.open("rb") as content:
+        return {"": npy.read_array(content, allow_pickle=False)}
+
+
+def _read_npz(file: Path) -> dict[str, Any]:
+    numpy = require("numpy", extra="cli", purpose="Kernel files")
+    if not zipfile.is_zipfile(file):
+        raise ValueError("it is no zip archive")
+    arrays = {}
+    with numpy.load(file, allow_pickle=False) as content:
+        for key in content.files:
+            try:
+                arrays[key] = content[key]
+            except ValueError as error:
+                # Texts and the like beside the kernels do not stand in the way of them.
+                if "allow_pickle" not in str(error) or len(content.files) == 1:
+                    raise
+    return arrays
+
+
+def _read_safetensors(file: Path) -> dict[str, Any]:
+    safetensors = require("safetensors", extra="cli", purpose=".safetensors files")
+    with safetensors.safe_open(file, framework="pt") as content:
+        return {key: content.get_tensor(key) for key in content.keys()}  # noqa: SIM118
+
+
+def _read_torch(file: Path) -> dict[str, Any]:
+    with file.open("rb") as content:
+        start = content.read(2)
+    if start != b"PK" and start[:1] != b"\x80":  # an archive or, by older releases, pickles
+        raise ValueError("torch.save has not written it")
+    return dict(_tensors(torch.load(file, map_location="cpu", weights_only=True), ""))
+
+
+def _tensors(content: Any, key: str) -> Iterator[tuple[str, Any]]:
+    """All tensors of nested dicts and lists, with their places joined by dots."""
+    if isinstance(content, Tensor):
+        yield key, content.detach()
+    elif isinstance(content, (dict, list, tuple)):
+        items = content.items() if isinstance(content, dict) else enumerate(content)
+        for name, item in items:
+            yield from _tensors(item, f"{key}.{name}" if key else str(name))
+
+
+_READERS = {
+    ".npy": _read_npy,
+    ".npz": _read_npz,
+    ".safetensors": _read_safetensors,
+    ".pt": _read_torch,
+    ".pth": _read_torch,
+}
+
+
+def _read_folder(path: Path, shown: str) -> tuple[Tensor, list[Path]]:
+    """Kernels ``(filters, channels, height, width)``, with 1 channel or 3, and their files."""
+    if path.is_dir() and any(path.glob("*.npy")):
+        raise ValueError(
+            f"{shown} holds .npy files, expected images; stack the arrays into one file with "
+            "numpy.stack and numpy.save."
+        )
+    images = read_images(path)
+    first, size = images[0][0], images[0][1].shape[1:]
+    for name, image in images:
+        if image.shape[1:] != size:
+            raise ValueError(
+                f"The images in {shown} must have one size, got {_by(size)} px for {first!r} and "
+                f"{_by(image.shape[1:])} px for {name!r}; scale or crop them, or fit them apart."
+            )
+    if max(size) > _MAX_SIDE:
+        raise ValueError(
+            f"{first!r} in {shown} has {_by(size)} px, expected at most {_MAX_SIDE} px a side; "
+            "scale the images down, or cut the kernels out."
+        )
+    channels = max(len(image) for _, image in images)
+    values = torch.stack([image.expand(channels, -1, -1) for _, image in images])
+    what = f"Each image in {shown}" if path.is_dir() else shown
+    warnings.warn(f"{what} is read as a kernel whose 0 is mid-grey.", stacklevel=3)
+    return 2 * values - 1, [path / name for name, _ in images] if path.is_dir() else [path]
+
+
+# -- choosing ---------------------------------------------------------------------------------
+
+
+def _choose(arrays: dict[str, Any], key: str | None, n_dims: int, shown: str) -> tuple[str, Any]:
+    """The name and the array of the kernels; without names, the name is empty."""
+    if list(arrays) == [""]:
+        if key is not None:
+            raise ValueError(f"{shown} holds one array without a name; leave out key (--key).")
+        return "", arrays[""]
+    if not arrays:
+        raise ValueError(f"{shown} holds no arrays; save the kernels with numpy.save.")
+    if key is not None:
+        if key not in arrays:
+            raise ValueError(f"{shown} has no array {key!r}; it has {_listing(arrays)}.")
+        return key, arrays[key]
+    if len(arrays) == 1:
+        return next(iter(arrays.items()))
+
+    shaped = {k: a for k, a in arrays.items() if _is_shaped(a, n_dims)}
+    candidates = {k: a for k, a in shaped.items() if _kind(a) == "floating"} or {
+        k: a for k, a in shaped.items() if _kind(a) == "whole"
+    }
+    if not candidates:
+        raise ValueError(
+            f"{shown} holds no kernels of {n_dims} axes, only {_listing(arrays)}; name an array "
+            "with key (--key) if one of them is meant."
+        )
+    if len(candidates) == 1:
+        return next(iter(candidates.items()))
+    first = [k for k, a in candidates.items() if a.ndim == n_dims + 2 and a.shape[1] in (1, 3)]
+    if len(first) == 1:
+        warnings.warn(
+            f"{shown}: reading {first[0]!r}, {_by(candidates[first[0]].shape)}, the only array "
+            "with 1 or 3 input channels; key (--key) takes another.",
+            stacklevel=3,
+        )
+        return first[0], candidates[first[0]]
+    raise ValueError(
+        f"{shown} holds several arrays that may be kernels: {_listing(candidates)}; choose one "
+        "with key (--key)."
+    )
+
+
+def _is_shaped(array: Any, n_dims: int) -> bool:
+    """Whether the last axes look like those of kernels; a vector is rather a bias."""
+    return array.ndim >= max(n_dims, 2) and all(size > 1 for size in array.shape[-n_dims:])
+
+
+def _kind(array: Any) -> str:
+    """What the numbers are: ``"floating"``, ``"whole"`` or, if no numbers for kernels, else."""
+    if isinstance(array, Tensor):
+        if array.layout is not torch.strided or array.is_quantized:
+            return "sparse or quantized values"
+        if array.is_floating_point():
+            return "floating"
+        return "whole" if not array.is_complex() and array.dtype != torch.bool else _dtype(array)
+    return {"f": "floating", "i": "whole", "u": "whole"}.get(array.dtype.kind, _dtype(array))
+
+
+def _floating(array: Any, what: str) -> Tensor:
+    kind = _kind(array)
+    if kind not in ("floating", "whole"):
+        raise ValueError(f"{what} holds {kind}, expected plain real numbers; convert it.")
+    if isinstance(array, Tensor):
+        values = array
+    else:
+        numpy = require("numpy", extra="cli", purpose="Kernel files")
+        native = array.dtype.newbyteorder("=")
+        wide = numpy.float64 if kind == "whole" or array.dtype.itemsize > 8 else native
+        values = torch.from_numpy(numpy.array(array, wide, order="C"))
+    if kind == "whole":
+        warnings.warn(
+            f"{what} holds {_dtype(array)}: its values are taken as they are, so that 0 is 0; if "
+            "another value stands for 0, subtract it before saving.",
+            stacklevel=3,
+        )
+        values = values.double()
+    return values
+
+
+def _check_kernels(values: Tensor, n_dims: int, what: str) -> None:
+    shape = tuple(values.shape)
+    if values.ndim < n_dims or values.numel() == 0:
+        axes = ("length", "height, width", "depth, height, width")[n_dims - 1]
+        raise ValueError(
+            f"{what} must be (filters, {axes}) or (filters, channels, {axes}) and not empty, got "
+            f"shape {shape}."
+        )
+    size = shape[-n_dims:]
+    if max(size) > _MAX_SIDE:
+        raise ValueError(
+            f"{what} of shape {shape} would be kernels of {_by(size)} px, expected at most "
+            f"{_MAX_SIDE} px a side; give flattened kernels their axes with reshape."
+        )
+    if max(size) == 1:
+        raise ValueError(
+            f"{what} of shape {shape} would be kernels of one pixel, in which there is no wave; "
+            "choose another array with key (--key)."
+        )
+    if n_dims == 2 and len(shape) == 4 and shape[0] == shape[1] and shape[2] in (1, 3):
+        warnings.warn(
+            f"{what} of shape {shape} looks like (height, width, in, out), expected (out, in, "
+            "height, width); if so, transpose it before saving.",
+            stacklevel=3,
+        )
+
+
+def _listing(arrays: dict[str, Any]) -> str:
+    shown = [f"{k!r} ({_by(a.shape)}, {_dtype(a)})" for k, a in list(arrays.items())[:_LISTED]]
+    more = f" and {len(arrays) - _LISTED} more" if len(arrays) > _LISTED else ""
+    return ", ".join(shown) + more
+
+
+def _by(shape: Any) -> str:
+    return " × ".join(map(str, shape)) or "a single value"
+
+
+def _dtype(array: Any) -> str:
+    return str(array.dtype).removeprefix("torch.")
