@@ -53,7 +53,7 @@ def fit(
     metric: Tensor | None = None,
     loss: str = "squared",
     bounds: Mapping[str, tuple[float, float]] | None = None,
-    n_starts: int = 8,
+    n_starts: int = 12,
     max_iterations: int = 200,
     tolerance: float = 1e-9,
     dtype: torch.dtype = torch.float64,
@@ -192,7 +192,7 @@ def recover(
     center: bool = False,
     isotropic: bool = False,
     bounds: Mapping[str, tuple[float, float]] | None = None,
-    n_starts: int = 8,
+    n_starts: int = 12,
     max_iterations: int = 200,
     tolerance: float = 1e-9,
 ) -> FitResult:

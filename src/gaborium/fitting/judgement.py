@@ -15,9 +15,19 @@ from gaborium.kernels import gabor_jacobian
 from gaborium.params import RECORDS, Gabor
 
 _LITTLE = 0.5  # share of the explainable power below which a kernel is called no Gabor
-_MUCH = 0.15  # of the first's power, what a second Gabor function may explain at most
-_CHANCE = 1e-3  # that noise is taken for a second Gabor function
+_NOT_ALL = 0.8  # the same where what is left is more than noise
+_MUCH = 0.1  # of the first's power, what a second Gabor function may explain at most
+_CHANCE = 0.02  # that noise is taken for a second Gabor function
+_KIN = 5  # candidates for it that are nearly one; tried on noise: 7 to 15 px, centre free or not
+_ALIKE = 2.0  # a difference of misfits that says nothing, in units of the noise's variance
 _WEAK = 1e-11  # eigenvalue of the scaled Fisher information that carries none
+# Standard deviation of who knows nothing: of a number between 0 and the period, or, of a positive
+# one, its own size.
+_IGNORANCE = {
+    "orientation": math.pi / math.sqrt(12),
+    "elevation": math.pi / math.sqrt(12),
+    "phase": 2 * math.pi / math.sqrt(12),
+}
 
 
 @dataclass(frozen=True)
@@ -63,7 +73,16 @@ def judge(
     solution = best.solution
     params = record_of(family, solution)  # (B, 1) and (B, C)
     standard_error, correlation, names = _errors(family, params, target, evidence.noise)
-    _doubt(family, params, best.rival, standard_error)
+    # Noise is flat: no single wave has much of it. What is left of two waves is one of them.
+    n_left = evidence.n_left
+    by_chance = 1 - (_CHANCE * _KIN / n_candidates) ** (2 / (n_left - 2).clamp_min(1.0))
+    structured = best.second > by_chance * solution.cost
+    first = target.y.square().sum((-2, -1)) - solution.cost
+    for name, error in standard_error.items():
+        if name != "center":
+            limit = _IGNORANCE.get(name, params.as_dict()[name])
+            standard_error[name] = torch.where(error > limit, torch.inf, error)
+    _doubt(family, params, best, n_left, structured, standard_error)
     scale = evidence.scale.double().unsqueeze(-1)
     params = params.replace(amplitude=params.amplitude * scale)
     standard_error["amplitude"] = standard_error["amplitude"] * scale
@@ -71,11 +90,8 @@ def judge(
     unknown = torch.stack(
         [error.isinf().flatten(1).any(1) for error in standard_error.values()]
     ).any(0)
-    # Noise is flat: no single wave has much of it. What is left of two waves is one of them.
-    by_chance = 2 * math.log(n_candidates / _CHANCE) / evidence.n_left
-    first = target.y.square().sum((-2, -1)) - solution.cost
-    two = (best.second > by_chance * solution.cost) & (best.second > _MUCH * first)
-    off = ~(evidence.share >= _LITTLE) | two
+    off = ~(evidence.share >= torch.where(structured, _NOT_ALL, _LITTLE))
+    off |= structured & (best.second > _MUCH * first)
     code = torch.where(unknown, 3, 4)
     for number, mask in ((2, off), (1, ~solution.converged), (0, evidence.bad)):
         code = torch.where(mask, number, code)
@@ -132,10 +148,21 @@ def record_of(family: Family, solution: Solution) -> Gabor:
 
 
 def _doubt(
-    family: Family, params: Gabor, rival: Solution, standard_error: dict[str, Tensor]
+    family: Family,
+    params: Gabor,
+    best: Best,
+    n_left: Tensor,
+    structured: Tensor,
+    standard_error: dict[str, Tensor],
 ) -> None:
-    """Where another kernel fits as well, what differs between the two is not determined."""
-    doubtful = rival.cost.isfinite().nonzero().flatten()
+    """Where another kernel fits as well, what differs between the two is not determined.
+
+    As well means: to what noise does to misfits. Where more than noise is left, the model is wrong,
+    and says nothing about which of two poor fits is the right one.
+    """
+    rival, cost = best.rival, best.solution.cost
+    alike = rival.cost - cost <= _ALIKE * cost / n_left
+    doubtful = (alike | (structured & rival.cost.isfinite())).nonzero().flatten()
     if len(doubtful) == 0:
         return
     other = record_of(family, Solution(*(value[doubtful] for value in rival)))
@@ -179,7 +206,7 @@ def _errors(
     elif target.weight is not None:
         J = J * target.weight.double().unsqueeze(1)
     J = J.flatten(2)
-    F = J @ J.mT
+    F = torch.nan_to_num(J @ J.mT, nan=0.0, posinf=0.0)  # a search that failed has no information
     size = F.diagonal(dim1=-2, dim2=-1).sqrt()
     silent = size <= 1e-12 * size.amax(-1, keepdim=True)
     safe = torch.where(silent, 1.0, size)

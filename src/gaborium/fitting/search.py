@@ -9,22 +9,25 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from gaborium.fitting.solver import Family, Solution, Target, kernels_of, residual, solve
+from gaborium.fitting.solver import Family, Solution, Target, kernels_of, misfit, residual, solve
 from gaborium.fitting.start import StartGrid
 
 _EXACT = 1e-13  # share of the power below which no other start can do better
 _LOOSE = 1e-4  # tolerance while ends are compared; the best one is then followed closely
-_KEPT = (3, 10)  # round waves that are stretched, at the first look and at the closer one
+_SLOW = 1.0  # rad that a wave turns within a standard deviation, below which a still one is tried
+_REST = 1e-4  # rad that stand for none, where the limit of none is meant
 _ROUND = 30  # steps before a search has to wait for the others that creep
 _AT_ONCE = {"cpu": 2**18}  # bytes of kernels in a batch: they stay in the processor's cache
 _AT_ONCE_ELSEWHERE = 2**27
+_LOOKED_AT = 256  # problems, at least, whose starts are compared in one pass over all waves
 _ALIKE = 2.0  # a difference of misfits that says nothing, in units of the noise's variance
-_OTHER = 0.1  # share of a kernel's power by which another one is different
+_NEARLY = 1.25  # ratio of misfits up to which another kernel is remembered
+_OTHER = 1e-4  # share of a kernel's power by which another one is different
 
 
 @dataclass(frozen=True)
@@ -33,7 +36,7 @@ class Best:
 
     Args:
         solution: where it is.
-        rival: quite another kernel that fits as well; where there is none, its cost is infinite.
+        rival: another kernel that fits nearly as well; where there is none, its cost is infinite.
         second: ``(batch,)``, power that one more Gabor function would explain of what is left.
     """
 
@@ -61,46 +64,55 @@ def search(
     def descend(z: Tensor, owner: Tensor, tolerance: float = tolerance) -> Solution:
         return follow(target, family, z, owner, max_iterations=max_iterations, tolerance=tolerance)
 
-    def look(number: Tensor, n: int, kept: int, *, turned: bool) -> Tensor:
+    def look(number: Tensor, n: int, *, closely: bool) -> Tensor:
         return torch.cat(
             [
-                grid.starts(target.pick(i), n_starts=n, n_kept=kept, turned=turned)
-                for i in _batches(number, family, y)
+                grid.starts(target.pick(i), n_starts=n, closely=closely)
+                for i in _batches(number, family, y, at_least=_LOOKED_AT)
             ]
         )
 
+    def at_rest(ends: Solution, owner: Tensor) -> Solution:
+        return _at_rest(
+            target, family, ends, owner, max_iterations=max_iterations, tolerance=tolerance
+        )
+
     everyone = torch.arange(len(y), device=y.device)
-    loose = tolerance if n_starts == 1 else max(tolerance, _LOOSE)
-    first = look(everyone, 1, _KEPT[0], turned=False)[:, 0]
-    best = descend(first, everyone)
+    first = look(everyone, 1, closely=False)[:, 0]
+    best = at_rest(descend(first, everyone), everyone)
     rival = best._replace(cost=torch.full_like(best.cost, torch.inf))
 
-    exact = max(_EXACT, 1e3 * torch.finfo(y.dtype).eps ** 2)
+    exact = max(_EXACT, 1e5 * torch.finfo(y.dtype).eps ** 2)
     inexact = (best.cost > exact * y.square().sum((-2, -1))).nonzero().flatten()
     if n_starts > 1 and len(inexact):
-        others = _without(first[inexact], look(inexact, n_starts, _KEPT[1], turned=True))
+        others = _without(first[inexact], look(inexact, n_starts, closely=True))
         width = others.shape[1]
-        ends = descend(others.flatten(0, 1), inexact.repeat_interleave(width), loose)
-        ends = Solution(
-            *(
-                torch.cat([a[inexact].unsqueeze(1), b.unflatten(0, (-1, width))], 1)
-                for a, b in zip(best, ends, strict=True)
+        owner = inexact.repeat_interleave(width)
+        ends = descend(others.flatten(0, 1), owner, max(tolerance, _LOOSE))
+        ends = at_rest(ends, owner)
+        ends = _beside(Solution(*(value[inexact] for value in best)), ends, width)
+        if family.n_dims > 1:
+            # Nearly round kernels are as good in the other direction: is there a difference?
+            across = _choose(family, ends, y[0].numel())[0].z
+            across[:, family.columns["orientation"]] += math.pi / 2
+            across_ends = at_rest(descend(across, inexact, max(tolerance, _LOOSE)), inexact)
+            ends = _beside(
+                across_ends, Solution(*(value.flatten(0, 1) for value in ends)), width + 1
             )
-        )
         chosen, other = _choose(family, ends, y[0].numel())
         best, rival = _put(best, inexact, chosen), _put(rival, inexact, other)
-        near = inexact[chosen.converged]
+        near = inexact[chosen.converged & (_turn(family, chosen.z) > 2 * _REST)]
         closer = descend(best.z[near], near)
         steps = best.n_iterations[near] + closer.n_iterations
         best = _put(best, near, closer._replace(n_iterations=steps))
+        best = _set_going(family, best, descend)
 
-    best = _still(best, family, descend)
-    second = torch.cat(
-        [
-            grid.explained(target.pick(i)._replace(y=residual(target.pick(i), family, best.z[i])))
-            for i in _batches(everyone, family, y)
-        ]
-    )
+    second = torch.zeros_like(best.cost)
+    for i in _batches(inexact, family, y):
+        left = target.pick(i)
+        left = left._replace(y=residual(left, family, best.z[i]))
+        z = grid.starts(left, n_starts=1, closely=False)[:, 0]
+        second[i] = left.y.square().sum((-2, -1)) - misfit(left, family, z)
     if precise.y.dtype != y.dtype:
         best = _finish(precise, family, best, tolerance)
     return Best(best, rival, second)
@@ -144,6 +156,16 @@ def _without(first: Tensor, rows: Tensor) -> Tensor:
     return rows.gather(1, order.unsqueeze(-1).expand(-1, -1, rows.shape[-1]))
 
 
+def _beside(first: Solution, rest: Solution, width: int) -> Solution:
+    """One end, and ``width`` others, of every problem: ``(batch, 1 + width, ...)``."""
+    return Solution(
+        *(
+            torch.cat([a.unsqueeze(1), b.unflatten(0, (-1, width))], 1)
+            for a, b in zip(first, rest, strict=True)
+        )
+    )
+
+
 def _choose(family: Family, ends: Solution, n_data: int) -> tuple[Solution, Solution]:
     """The best of the ends ``(batch, n, ...)``, and another kernel that is as good."""
     lowest = ends.cost.amin(1, keepdim=True)
@@ -152,45 +174,93 @@ def _choose(family: Family, ends: Solution, n_data: int) -> tuple[Solution, Solu
     index = (good.long() + (good & ends.converged).long()).argmax(1)
     row = torch.arange(len(index), device=index.device)
     best = Solution(*(value[row, index] for value in ends))
-
-    alike = ends.cost - lowest <= _ALIKE * lowest / max(1, n_data - family.n_parameters)
+    # Of other kernels the one that differs most; one that is quite as good before all of those.
+    alike = lowest * (1 + _ALIKE / max(1, n_data - family.n_parameters))
     rival = best._replace(cost=torch.full_like(best.cost, torch.inf))
+    farthest = torch.full_like(best.cost, _OTHER)
     for m in range(ends.cost.shape[1]):
-        here = (alike[:, m] & (index != m)).nonzero().flatten()
+        here = (ends.cost[:, m] <= lowest[:, 0] * _NEARLY).nonzero().flatten()
         ours = kernels_of(family, best.z[here], best.coefficients[here])
         theirs = kernels_of(family, ends.z[here, m], ends.coefficients[here, m])
-        distance = (ours - theirs).square().sum((-2, -1))
-        here = here[distance > _OTHER * ours.square().sum((-2, -1))]
+        distance = (ours - theirs).square().sum((-2, -1)) / ours.square().sum((-2, -1))
+        as_good = (ends.cost[here, m] <= alike[here, 0]) & (distance > _OTHER)
+        distance = distance + 100.0 * as_good
+        farther = distance > farthest[here]
+        here = here[farther]
+        farthest[here] = distance[farther]
         rival = _put(rival, here, Solution(*(value[here, m] for value in ends)))
     return best, rival
 
 
-def _still(
-    best: Solution, family: Family, descend: Callable[[Tensor, Tensor], Solution]
+def _at_rest(
+    target: Target,
+    family: Family,
+    ends: Solution,
+    owner: Tensor,
+    *,
+    max_iterations: int,
+    tolerance: float,
 ) -> Solution:
-    """Where hardly a wave is left, try none: the misfit is flat there, and the search is slow."""
+    """Where hardly a wave is left, try none: the misfit is flat there, and the search creeps.
+
+    The limit of frequency zero is the envelope times ``a + b x'``. With b it is approached by waves
+    that hardly turn within their envelope, and whose amplitude is large.
+    """
     column = family.columns["frequency"]
-    turn = 2 * math.pi * best.z[:, column].abs() * best.z[:, family.columns["sigma"]].exp()
-    slow = (turn < 0.3).nonzero().flatten()  # rad within a standard deviation
-    if len(slow) == 0:
-        return best
-    z = best.z[slow]
-    z[:, column] = 0.0
-    still = descend(z, slow)
+    slow = (_turn(family, ends.z) < _SLOW).nonzero().flatten()
+    if len(slow) == 0 or family.bounds(ends.z)[0][column] > 0:
+        return ends
+    rest = replace(family, still=True)
+    found = follow(
+        target, rest, ends.z[slow], owner[slow],
+        max_iterations=max_iterations, tolerance=tolerance,
+    )  # fmt: skip
     # The last digits of a cost are rounding: 1e-24 of targets of unit pixels.
-    as_good = still.cost <= best.cost[slow] * (1 + 1e-6) + 1e-24
-    return _put(best, slow[as_good], Solution(*(value[as_good] for value in still)))
+    as_good = found.cost <= ends.cost[slow] * (1 + 1e-6) + 1e-24
+    z, _, coefficients, *_ = found = Solution(*(value[as_good] for value in found))
+    sloping = coefficients.clone()
+    sloping[..., 0] = 0.0
+    slope = kernels_of(rest, z, sloping).square().sum((-2, -1))
+    is_blob = slope < 1e-12 * kernels_of(rest, z, coefficients).square().sum((-2, -1))
+    rate = _REST / z[:, family.columns["sigma"]].exp()  # rad/px
+    z[:, column] = torch.where(is_blob, 0.0, rate / (2 * math.pi))
+    coefficients[..., 1] *= torch.where(is_blob, 0.0, 1 / rate).unsqueeze(-1)
+    return _put(ends, slow[as_good], found)
+
+
+def _set_going(
+    family: Family, best: Solution, descend: Callable[[Tensor, Tensor], Solution]
+) -> Solution:
+    """Where a wave at rest seemed best, see where a slow one leads that is followed closely."""
+    turn = _turn(family, best.z)
+    resting = ((turn > 0) & (turn < 2 * _REST)).nonzero().flatten()
+    z = best.z[resting]
+    z[:, family.columns["frequency"]] *= 0.5 * _SLOW / _REST
+    going = descend(z, resting)
+    better = going.cost < best.cost[resting] * (1 - 1e-6)
+    return _put(best, resting[better], Solution(*(value[better] for value in going)))
+
+
+def _turn(family: Family, z: Tensor) -> Tensor:
+    """Of the wave within a standard deviation of its envelope, rad: ``(batch,)``."""
+    sigma = z[:, family.columns["sigma"]].exp()
+    return 2 * math.pi * z[:, family.columns["frequency"]].abs() * sigma
 
 
 def _finish(target: Target, family: Family, best: Solution, tolerance: float) -> Solution:
     """The last steps in the target's own, higher precision."""
-    everyone = torch.arange(len(best.z), device=best.z.device)
-    z = best.z.to(target.y.dtype)
-    end = follow(target, family, z, everyone, max_iterations=2, tolerance=tolerance)
-    return end._replace(
-        converged=end.converged | best.converged,
-        n_iterations=end.n_iterations + best.n_iterations,
+    dtype = target.y.dtype
+    moving = (_turn(family, best.z) > 2 * _REST).nonzero().flatten()
+    end = follow(
+        target, family, best.z[moving].to(dtype), moving, max_iterations=2, tolerance=tolerance
     )
+    end = end._replace(
+        converged=end.converged | best.converged[moving],
+        n_iterations=end.n_iterations + best.n_iterations[moving],
+    )
+    z, cost, coefficients, *others = best
+    whole = Solution(z.to(dtype), cost.to(dtype), coefficients.to(dtype), *others)
+    return _put(whole, moving, end)
 
 
 def _put(whole: Solution, index: Tensor, part: Solution) -> Solution:
@@ -198,9 +268,9 @@ def _put(whole: Solution, index: Tensor, part: Solution) -> Solution:
     return Solution(*(a.index_copy(0, index, b) for a, b in zip(whole, part, strict=True)))
 
 
-def _batches(number: Tensor, family: Family, like: Tensor) -> Iterator[Tensor]:
+def _batches(number: Tensor, family: Family, like: Tensor, at_least: int = 16) -> Iterator[Tensor]:
     """Numbers of problems that are solved at once."""
     size = like.element_size() * family.n_channels * math.prod(family.sizes)
     largest = _AT_ONCE.get(like.device.type, _AT_ONCE_ELSEWHERE)
     if len(number):
-        yield from number.split(min(max(largest // size, 16), 2**18))
+        yield from number.split(min(max(largest // size, at_least), 2**18))

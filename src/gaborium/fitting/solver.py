@@ -42,6 +42,8 @@ class Family:
         isotropic: whether the aspect ratio stays at 1.
         offset: whether a constant is added to every kernel, of no interest but free.
         limits: narrower ranges of columns, ``((name, lowest, highest), ...)`` in the units of z.
+        still: the limit of frequency zero instead, where the pair is the envelope and the envelope
+            times the offset along the wave: a blob or an edge, no wave. The frequency is ignored.
     """
 
     sizes: tuple[int, ...]
@@ -50,6 +52,7 @@ class Family:
     isotropic: bool = False
     offset: bool = False
     limits: tuple[tuple[str, float, float], ...] = ()
+    still: bool = False
 
     @property
     def n_dims(self) -> int:
@@ -72,6 +75,7 @@ class Family:
         """Columns of z that are searched."""
         columns = self.columns
         fixed = [] if self.n_dims > 1 and not self.isotropic else [columns["aspect_ratio"]]
+        fixed += [columns["frequency"]] if self.still else []
         last = columns["center"] + (self.n_dims if self.free_center else 0)
         return [i for i in range(last) if i not in fixed]
 
@@ -284,7 +288,9 @@ def linearise(target: Target, family: Family, z: Tensor) -> tuple[Tensor, Tensor
     even, odd = of_channels[..., 0, None], of_channels[..., 1, None]
     cosine, minus_sine = pair.parts[:, :1], pair.parts[:, 1:2]
     kernel = even * cosine + odd * minus_sine  # (batch, channels, pixels)
-    slope = even * minus_sine - odd * cosine  # by the carrier's angle
+    slope = -odd * cosine  # by the carrier's angle
+    if not family.still:
+        slope += even * minus_sine
     of_envelope, of_angle = pair.slopes(family)
     J = kernel.unsqueeze(-2) * of_envelope.unsqueeze(1)
     turning = of_angle.shape[1]
@@ -320,7 +326,9 @@ def _project(y: Tensor, basis: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """
     gram = basis @ basis.mT
     size = gram.diagonal(dim1=-2, dim2=-1).sqrt()
-    silent = size <= 1e-10 * size.amax(-1, keepdim=True)
+    # Nothing to speak of: beside the others, or because the envelope lies outside of the kernel.
+    least = torch.finfo(y.dtype).tiny ** 0.25
+    silent = size <= (1e-10 * size.amax(-1, keepdim=True)).clamp_min(least)
     scale = torch.where(silent, 0.0, 1 / torch.where(silent, 1.0, size))
     scales = scale.unsqueeze(-1) * scale.unsqueeze(-2)
     gram = gram * scales  # ones on the diagonal, or zeros
@@ -366,8 +374,12 @@ class _Pair(NamedTuple):
         monomials = _monomials(family.sizes, z.dtype, z.device)
         center = z[:, columns["center"] :]
         envelope = (_quadratic(precision, center) @ monomials).exp_()
-        angle = (2 * math.pi * frequency.unsqueeze(-1) * n) @ monomials[1 : 1 + family.n_dims]
-        parts = torch.stack([angle.cos(), angle.sin().neg_()], 1)
+        rate = torch.ones_like(frequency) if family.still else 2 * math.pi * frequency
+        angle = (rate.unsqueeze(-1) * n) @ monomials[1 : 1 + family.n_dims]
+        if family.still:
+            parts = torch.stack([torch.ones_like(angle), angle.neg_()], 1)
+        else:
+            parts = torch.stack([angle.cos(), angle.sin().neg_()], 1)
         parts *= envelope.unsqueeze(1)
         return cls(parts, z, n, across, outer, precision)
 
@@ -386,7 +398,9 @@ class _Pair(NamedTuple):
 
         squeezed = (scale * (1 - ratio))[:, None, None, None]
         tilt = turns.unsqueeze(-1) * n[:, None, None, :]
-        bends = [squeezed * (tilt + tilt.mT), torch.zeros_like(precision).unsqueeze(1)]
+        bends = [squeezed * (tilt + tilt.mT)]
+        if not family.still:
+            bends.append(torch.zeros_like(precision).unsqueeze(1))  # by the frequency
         bends.append(-2 * precision.unsqueeze(1))
         if columns["aspect_ratio"] in family.free:
             bends.append((2 * (precision - scale[:, None, None] * self.outer)).unsqueeze(1))
@@ -396,11 +410,10 @@ class _Pair(NamedTuple):
             moved[:, :, 0] = -(precision @ center.unsqueeze(-1)).squeeze(-1)
             moved[:, :, 1 : 1 + d] = precision
             rows.append(moved)
-        waves = torch.cat([frequency.unsqueeze(-1) * turns.expand(-1, -1, d), n.unsqueeze(1)], 1)
-        return (
-            torch.cat(rows, 1) @ monomials,
-            (2 * math.pi * waves) @ monomials[1 : 1 + d],
-        )
+        waves = turns.expand(-1, -1, d)
+        if not family.still:
+            waves = 2 * math.pi * torch.cat([frequency.unsqueeze(-1) * waves, n.unsqueeze(1)], 1)
+        return torch.cat(rows, 1) @ monomials, waves @ monomials[1 : 1 + d]
 
 
 @lru_cache(maxsize=32)

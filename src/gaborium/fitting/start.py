@@ -20,8 +20,9 @@ from gaborium.kernels import offsets
 
 # A round window of width s finds envelopes of these (σ / s, γ): longer, as they are, wider.
 _SHAPES = ((1.0, 1.0), (0.7, 0.5), (0.55, 0.3), (1.2, 1.6))
+_RARE = ((2.0, 3.0), (4.0, 8.0))  # and these, seldom: waves along a line
 _N_WIDTHS = 5
-_PEAKS = 2  # wave vectors taken from each width
+_KEPT, _KEPT_CLOSELY = 3, 10  # round waves that are stretched, at a first look and at a closer one
 _TURNED = 2  # of the best, how many are tried in other directions
 
 
@@ -33,6 +34,7 @@ class _Windows:
     centers: Tensor  # (centres, d)
     k: Tensor  # wave vectors, (K, d)
     near: Tensor  # which of them are one peak, (K, K)
+    close: Tensor  # and which centres, (centres, centres)
     pairs: Tensor  # windows times cosine and times sine, (2, centres · K, pixels)
     duals: Tensor  # orthonormal in the metric, (channels or 1, 2 · centres · K, pixels)
 
@@ -53,40 +55,43 @@ class StartGrid:
         widths = [narrow * (wide / narrow) ** (i / (_N_WIDTHS - 1)) for i in range(_N_WIDTHS)]
         self._windows = [_windows(family, width, like, covariance) for width in widths]
 
-    def starts(self, target: Target, *, n_starts: int, n_kept: int, turned: bool) -> Tensor:
+    def starts(self, target: Target, *, n_starts: int, closely: bool) -> Tensor:
         """The most promising geometries of each problem, best first.
 
         Args:
             target: targets in the metric's coordinates.
             n_starts: how many are wanted.
-            n_kept: how many round ones are stretched.
-            turned: whether to try the best ones in other directions, too, as waves that hardly
-                turn within their envelope may need it.
+            closely: whether to stretch more of the round ones into more shapes, and to try the best
+                ones in other directions, too.
 
         Returns:
             ``(batch, n_starts, columns)`` rows of z.
         """
         cross = target.seen_from(without_offset(target, self.family), self.family.n_channels)
         rows, worth = [], []
+        n_kept = max(_KEPT_CLOSELY, n_starts) if closely else _KEPT
+        n_peaks = max(2, math.ceil(n_kept / len(self._windows)))
         for windows in self._windows:
-            table = _explained(windows, target, cross).unflatten(-1, (len(windows.centers), -1))
-            table, center = table.max(1)  # (batch, K)
-            for _ in range(_PEAKS):
+            table = _explained(windows, target, cross)  # (batch, centres · K)
+            for _ in range(n_peaks):
                 power, best = table.max(-1)
-                where = windows.centers[center.gather(1, best.unsqueeze(-1)).squeeze(-1)]
-                rows.append(_rows(self.family, windows.k[best], windows.width, where))
+                at, wave = best // len(windows.k), best % len(windows.k)
+                rows.append(_rows(self.family, windows.k[wave], windows.width, windows.centers[at]))
                 worth.append(power)
-                table = table.masked_fill(windows.near[best], -torch.inf)
+                near = windows.close[at].unsqueeze(-1) & windows.near[wave].unsqueeze(-2)
+                table = table.masked_fill(near.flatten(1), -torch.inf)
         kept = torch.stack(worth, 1).topk(min(n_kept, len(worth))).indices
         best = _pick(torch.stack(rows, 1), kept)
-        shapes = _SHAPES if self.family.columns["aspect_ratio"] in self.family.free else _SHAPES[:1]
+        shapes: tuple[tuple[float, float], ...] = _SHAPES + (_RARE if closely else ())
+        if self.family.columns["aspect_ratio"] not in self.family.free:
+            shapes = _SHAPES[:1]
         z = torch.stack([_shaped(self.family, best, shape) for shape in shapes], 2)
         cost = self._misfit(target, z)
         # Every wave in its best shape comes before any in its second best: they lead elsewhere.
         again = cost > cost.amin(-1, keepdim=True)
         cost = (cost + again * cost.amax((1, 2), keepdim=True)).flatten(1)
         z = z.flatten(1, 2)
-        if turned and self.family.n_dims > 1:
+        if closely and self.family.n_dims > 1:
             near_blobs = _turned(self.family, best[:, :_TURNED])
             z = torch.cat([z, near_blobs], 1)
             cost = torch.cat([cost, self._misfit(target, near_blobs)], 1)
@@ -98,12 +103,6 @@ class StartGrid:
         return misfit(target.repeat(several.numel()), self.family, z.flatten(0, -2)).reshape(
             len(z), *several
         )
-
-    def explained(self, target: Target) -> Tensor:
-        """Power that the best round Gabor function of the grid explains: ``(batch,)``."""
-        cross = target.seen_from(target.y, self.family.n_channels)
-        each = [_explained(windows, target, cross).amax(-1) for windows in self._windows]
-        return torch.stack(each).amax(0)
 
     @property
     def size(self) -> int:
@@ -131,6 +130,7 @@ def _windows(family: Family, width: float, like: Tensor, covariance: Tensor | No
         centers,
         k,
         near=torch.cdist(k, k) < 1.9 * step,
+        close=torch.cdist(centers, centers) < 2.0 * width,
         pairs=pairs,
         duals=_orthonormal(pairs, covariance),
     )
