@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from gaborium.fitting.result import FitResult, Outcome
-from gaborium.fitting.search import Best
+from gaborium.fitting.search import Best, is_structured
 from gaborium.fitting.solver import Family, Solution, Target
 from gaborium.kernels import gabor_jacobian
 from gaborium.params import RECORDS, Gabor
@@ -17,8 +17,6 @@ from gaborium.params import RECORDS, Gabor
 _LITTLE = 0.5  # share of the explainable power below which a kernel is called no Gabor
 _NOT_ALL = 0.8  # the same where what is left is more than noise
 _MUCH = 0.1  # of the first's power, what a second Gabor function may explain at most
-_CHANCE = 0.02  # that noise is taken for a second Gabor function
-_KIN = 5  # candidates for it that are nearly one; tried on noise: 7 to 15 px, centre free or not
 _ALIKE = 2.0  # a difference of misfits that says nothing, in units of the noise's variance
 _WEAK = 1e-11  # eigenvalue of the scaled Fisher information that carries none
 # Standard deviation of who knows nothing: of a number between 0 and the period, or, of a positive
@@ -73,11 +71,10 @@ def judge(
     solution = best.solution
     params = record_of(family, solution)  # (B, 1) and (B, C)
     standard_error, correlation, names = _errors(family, params, target, evidence.noise)
-    # Noise is flat: no single wave has much of it. What is left of two waves is one of them.
-    n_left = evidence.n_left
-    by_chance = 1 - (_CHANCE * _KIN / n_candidates) ** (2 / (n_left - 2).clamp_min(1.0))
-    structured = best.second > by_chance * solution.cost
-    first = target.y.square().sum((-2, -1)) - solution.cost
+    # What is left of two waves is one of them.
+    n_left, cost = evidence.n_left, solution.cost
+    structured = is_structured(best.second, cost, n_left, n_candidates)
+    first = target.y.square().sum((-2, -1)) - cost
     for name, error in standard_error.items():
         if name != "center":
             limit = _IGNORANCE.get(name, params.as_dict()[name])

@@ -18,6 +18,9 @@ from gaborium.fitting.solver import Family, Solution, Target, kernels_of, misfit
 from gaborium.fitting.start import StartGrid
 
 _EXACT = 1e-13  # share of the power below which no other start can do better
+_SETTLED = 0.9  # share of the power explained, with nothing but noise left: the same
+_CHANCE = 0.02  # that noise is taken for a second Gabor function
+_KIN = 5  # candidates for it that are nearly one; tried on noise: 5 to 15 px, centre free or not
 _LOOSE = 1e-4  # tolerance while ends are compared; the best one is then followed closely
 _SLOW = 1.0  # rad that a wave turns within a standard deviation, below which a still one is tried
 _REST = 1e-4  # rad that stand for none, where the limit of none is meant
@@ -77,6 +80,13 @@ def search(
             target, family, ends, owner, max_iterations=max_iterations, tolerance=tolerance
         )
 
+    def look_again(number: Tensor) -> None:
+        for i in _batches(number, family, y, at_least=_LOOKED_AT):
+            left = target.pick(i)
+            left = left._replace(y=residual(left, family, best.z[i]))
+            z = grid.starts(left, n_starts=1, closely=False)[:, 0]
+            second[i] = left.y.square().sum((-2, -1)) - misfit(left, family, z)
+
     everyone = torch.arange(len(y), device=y.device)
     first = look(everyone, 1, closely=False)[:, 0]
     best = at_rest(descend(first, everyone), everyone)
@@ -84,6 +94,12 @@ def search(
 
     exact = max(_EXACT, 1e5 * torch.finfo(y.dtype).eps ** 2)
     inexact = (best.cost > exact * y.square().sum((-2, -1))).nonzero().flatten()
+    second = torch.zeros_like(best.cost)
+    look_again(inexact)
+    n_left = torch.full_like(best.cost, max(1, y[0].numel() - family.n_parameters))
+    settled = best.cost <= (1 - _SETTLED) * y.square().sum((-2, -1))
+    settled &= ~is_structured(second, best.cost, n_left, grid.size)
+    inexact = inexact[~settled[inexact]]
     if n_starts > 1 and len(inexact):
         others = _without(first[inexact], look(inexact, n_starts, closely=True))
         width = others.shape[1]
@@ -106,16 +122,26 @@ def search(
         steps = best.n_iterations[near] + closer.n_iterations
         best = _put(best, near, closer._replace(n_iterations=steps))
         best = _set_going(family, best, descend)
+        look_again(inexact)
 
-    second = torch.zeros_like(best.cost)
-    for i in _batches(inexact, family, y):
-        left = target.pick(i)
-        left = left._replace(y=residual(left, family, best.z[i]))
-        z = grid.starts(left, n_starts=1, closely=False)[:, 0]
-        second[i] = left.y.square().sum((-2, -1)) - misfit(left, family, z)
     if precise.y.dtype != y.dtype:
         best = _finish(precise, family, best, tolerance)
     return Best(best, rival, second)
+
+
+def is_structured(second: Tensor, cost: Tensor, n_left: Tensor, n_candidates: int) -> Tensor:
+    """Whether more than noise is left, of which the best of many waves has only a small share.
+
+    Each pair of a cosine and a sine explains a share of noise that has a beta distribution.
+
+    Args:
+        second: power that the best of the waves explains of what is left, ``(batch,)``.
+        cost: power that is left.
+        n_left: numbers in a target that are not used up by parameters.
+        n_candidates: how many waves were compared.
+    """
+    by_chance = 1 - (_CHANCE * _KIN / n_candidates) ** (2 / (n_left - 2).clamp_min(1.0))
+    return second > by_chance * cost
 
 
 def follow(
