@@ -15,7 +15,7 @@ from gaborium.errors import as_sizes, one_of
 from gaborium.fitting.judgement import Evidence, judge
 from gaborium.fitting.result import FitResult
 from gaborium.fitting.robust import LOSSES, reweighted
-from gaborium.fitting.search import search
+from gaborium.fitting.search import Search
 from gaborium.fitting.solver import Family, Target, without_offset
 from gaborium.fitting.start import StartGrid
 from gaborium.fitting.statistics import PatchStatistics, root_of
@@ -130,13 +130,9 @@ def fit(
     if metric is not None:
         metric = metric.detach().to(kernels.device, torch.float64)
         root = _root_of_metric(metric, channels * math.prod(sizes))
-    settings: dict[str, Any] = {
-        "n_starts": n_starts,
-        "max_iterations": max_iterations,
-        "tolerance": tolerance,
-    }
 
     grid = StartGrid(family, flat.new_empty(0, dtype=dtype), metric)
+    search = Search(grid, n_starts, max_iterations, tolerance)
     pieces = []
     for number in torch.arange(len(flat), device=flat.device).split(
         max(1, _PIECE // flat[0].numel())
@@ -158,9 +154,9 @@ def fit(
         bad |= ~(power > 1e-24 * target.y.square().sum((-2, -1)))  # only a constant
         noise = None
         if loss == "squared":
-            best = search(target, grid, **settings)
+            best = search.best(target)
         else:
-            best, noise = reweighted(target, grid, loss, **settings)
+            best, noise = reweighted(target, search, loss)
         n_data = torch.full_like(power, target.y[0].numel())
         if w is not None:
             n_data = (w > 0).sum((-2, -1)).to(power).expand_as(power)
@@ -177,7 +173,7 @@ def fit(
             scale=scale[:, 0, 0],
             bad=bad,
         )
-        pieces.append(judge(family, target, best, evidence, n_candidates=grid.size, shared=shared))
+        pieces.append(judge(family, target, best, evidence, shared=shared))
     return FitResult.cat(pieces)
 
 
@@ -267,16 +263,15 @@ def recover(
     if statistics is None or statistics.count == 0:
         raise ValueError("recover needs at least one image, got none.")
     family = Family(sizes, statistics.n_channels, center, isotropic, limits=limits)
-    settings: dict[str, Any] = {
-        "n_starts": n_starts,
-        "max_iterations": max_iterations,
-        "tolerance": tolerance,
-    }
-    return _solve_statistics(statistics, family, settings)
+    return _solve_statistics(statistics, family, n_starts, max_iterations, tolerance)
 
 
 def _solve_statistics(
-    statistics: PatchStatistics, family: Family, settings: dict[str, Any]
+    statistics: PatchStatistics,
+    family: Family,
+    n_starts: int,
+    max_iterations: int,
+    tolerance: float,
 ) -> FitResult:
     C, c = statistics.covariance(), statistics.cross_covariance()
     variance, count = statistics.response_variance(), statistics.count
@@ -292,8 +287,7 @@ def _solve_statistics(
     y = (c / scale.unsqueeze(-1)) @ inverse.T  # (filters, m)
     y = torch.where(bad.unsqueeze(-1), torch.ones_like(y), y)
     target = Target(y.unsqueeze(1), root)
-    grid = StartGrid(family, y, C)
-    best = search(target, grid, **settings)
+    best = Search(StartGrid(family, y, C), n_starts, max_iterations, tolerance).best(target)
     cost = best.solution.cost
 
     # Of the responses' variance (here 1) a free kernel explains |y|² and leaves noise; the Gabor
@@ -316,7 +310,7 @@ def _solve_statistics(
         scale=scale,
         bad=bad,
     )
-    return judge(family, target, best, evidence, n_candidates=grid.size, shared=True)
+    return judge(family, target, best, evidence, shared=True)
 
 
 def _limits(

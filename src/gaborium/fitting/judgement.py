@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from gaborium.fitting.result import FitResult, Outcome
-from gaborium.fitting.search import Best, is_structured
+from gaborium.fitting.search import Best
 from gaborium.fitting.solver import Family, Solution, Target
 from gaborium.kernels import gabor_jacobian
 from gaborium.params import RECORDS, Gabor
@@ -55,7 +55,6 @@ def judge(
     best: Best,
     evidence: Evidence,
     *,
-    n_candidates: int,
     shared: bool,
 ) -> FitResult:
     """Turn ends into a result.
@@ -65,21 +64,18 @@ def judge(
         target: what for.
         best: the ends.
         evidence: how far they explain it.
-        n_candidates: how many Gabor functions were compared for ``best.second``.
         shared: whether fields keep their channel axis.
     """
     solution = best.solution
     params = record_of(family, solution)  # (B, 1) and (B, C)
     standard_error, correlation, names = _errors(family, params, target, evidence.noise)
-    # What is left of two waves is one of them.
     n_left, cost = evidence.n_left, solution.cost
-    structured = is_structured(best.second, cost, n_left, n_candidates)
     first = target.y.square().sum((-2, -1)) - cost
     for name, error in standard_error.items():
         if name != "center":
             limit = _IGNORANCE.get(name, params.as_dict()[name])
             standard_error[name] = torch.where(error > limit, torch.inf, error)
-    _doubt(family, params, best, n_left, structured, standard_error)
+    _doubt(family, params, best, n_left, standard_error)
     scale = evidence.scale.double().unsqueeze(-1)
     params = params.replace(amplitude=params.amplitude * scale)
     standard_error["amplitude"] = standard_error["amplitude"] * scale
@@ -87,8 +83,8 @@ def judge(
     unknown = torch.stack(
         [error.isinf().flatten(1).any(1) for error in standard_error.values()]
     ).any(0)
-    off = ~(evidence.share >= torch.where(structured, _NOT_ALL, _LITTLE))
-    off |= structured & (best.second > _MUCH * first)
+    off = ~(evidence.share >= torch.where(best.structured, _NOT_ALL, _LITTLE))
+    off |= best.structured & (best.second > _MUCH * first)
     code = torch.where(unknown, 3, 4)
     for number, mask in ((2, off), (1, ~solution.converged), (0, evidence.bad)):
         code = torch.where(mask, number, code)
@@ -149,7 +145,6 @@ def _doubt(
     params: Gabor,
     best: Best,
     n_left: Tensor,
-    structured: Tensor,
     standard_error: dict[str, Tensor],
 ) -> None:
     """Where another kernel fits as well, what differs between the two is not determined.
@@ -159,7 +154,7 @@ def _doubt(
     """
     rival, cost = best.rival, best.solution.cost
     alike = rival.cost - cost <= _ALIKE * cost / n_left
-    doubtful = (alike | (structured & rival.cost.isfinite())).nonzero().flatten()
+    doubtful = (alike | (best.structured & rival.cost.isfinite())).nonzero().flatten()
     if len(doubtful) == 0:
         return
     other = record_of(family, Solution(*(value[doubtful] for value in rival)))

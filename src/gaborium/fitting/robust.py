@@ -10,13 +10,14 @@ Reference:
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gaborium.fitting.search import Best, follow, search
+from gaborium.fitting.search import Best, Search
 from gaborium.fitting.solver import Family, Solution, Target, kernels_of
-from gaborium.fitting.start import StartGrid
 
 LOSSES = ("squared", "huber", "cauchy")
 _TUNING = {"huber": 1.345, "cauchy": 2.385}  # 95 % efficient where the noise is normal after all
@@ -25,30 +26,19 @@ _SEARCHES = 2  # of these rounds, how many look at all starts
 _ARRIVED = 1e-6  # change of the kernel, as a share of the residuals' scale
 
 
-def reweighted(
-    target: Target,
-    grid: StartGrid,
-    loss: str,
-    *,
-    n_starts: int,
-    max_iterations: int,
-    tolerance: float,
-) -> tuple[Best, Tensor]:
+def reweighted(target: Target, search: Search, loss: str) -> tuple[Best, Tensor]:
     """Search under a robust loss.
 
     Args:
         target: kernels, weighted or not.
-        grid: where starts come from, and what is searched.
+        search: how to search for each weighting.
         loss: ``"huber"`` or ``"cauchy"``.
-        n_starts: candidates that are followed at most.
-        max_iterations: steps at most, for each of them and each round.
-        tolerance: relative step of the kernel at which a search has arrived.
 
     Returns:
         The best ends, whose cost is that of the last weights, and the variance of noise that gives
         the right standard errors in the metric of ``target``, ``(batch,)``.
     """
-    family, y = grid.family, target.y
+    family, y = search.family, target.y
     own = torch.ones_like(y) if target.weight is None else target.weight.expand_as(y)
     counted = own > 0
     # Residuals are looked at as the target weighs them: in units of each pixel's own noise.
@@ -63,15 +53,10 @@ def reweighted(
         root = trust.sqrt()
         here = Target(y * root, None, own * root)
         if best is None or round_ < _SEARCHES:
-            best = search(
-                here, grid, n_starts=n_starts, max_iterations=max_iterations, tolerance=tolerance
-            )
+            best = search.best(here)
         else:
-            solution = follow(
-                here, family, best.solution.z, everyone,
-                max_iterations=max_iterations, tolerance=tolerance,
-            )  # fmt: skip
-            best = Best(solution, best.rival, best.second)
+            z = best.solution.z
+            best = replace(best, solution=search.follow(here, z, everyone, search.tolerance))
         now = own * _with_offset(family, best.solution)
         residual = y - now
         scale = _spread(residual, counted)
