@@ -28,6 +28,7 @@ from gaborium.fitting.start import StartGrid
 
 _EXACT = 1e-13  # share of the power below which no other start can do better
 _SETTLED = 0.1  # the same, if nothing but noise is left
+_ENOUGH = 100  # numbers left in a target that can tell noise from the rest of a poor fit
 _CHANCE = 0.02  # that noise is taken for a second Gabor function
 _KIN = 5  # candidates for it that are nearly one; tried on noise: 5 to 15 px, centre free or not
 _LOOSE = 1e-4  # tolerance while ends are compared; the best one is then followed closely
@@ -92,8 +93,9 @@ class Search:
         exact = max(_EXACT, 1e5 * torch.finfo(power.dtype).eps ** 2)
         inexact = (best.cost > exact * power).nonzero().flatten()
         second = self._second(target, best, inexact, torch.zeros_like(power))
-        noise = ~self._is_structured(target, best.cost, second) & (best.cost <= _SETTLED * power)
-        unsettled = inexact[~noise[inexact]]
+        settled = ~self._is_structured(target, best.cost, second) & (best.cost <= _SETTLED * power)
+        settled &= self._n_left(target) >= _ENOUGH
+        unsettled = inexact[~settled[inexact]]
 
         if self.n_starts > 1 and len(unsettled):
             ends = self._ends(target, best, first, unsettled)
@@ -192,12 +194,16 @@ class Search:
 
         Each pair of a cosine and a sine explains a share of noise that has a beta distribution.
         """
-        n_data: Tensor | int = target.y[0].numel()
-        if target.weight is not None:
-            n_data = (target.weight > 0).sum((-2, -1))
-        n_left = torch.zeros_like(cost) + n_data - self.family.n_parameters
+        n_left = self._n_left(target)
         by_chance = 1 - (_CHANCE * _KIN / self.grid.size) ** (2 / (n_left - 2).clamp_min(1.0))
         return second > by_chance * cost
+
+    def _n_left(self, target: Target) -> Tensor:
+        """Numbers in each target that parameters do not use up."""
+        n = torch.full_like(target.y[:, 0, 0], target.y[0].numel())
+        if target.weight is not None:
+            n = (target.weight > 0).sum((-2, -1)).to(n).expand_as(n)
+        return n - self.family.n_parameters
 
     def _ends(self, target: Target, best: Solution, first: Tensor, number: Tensor) -> Solution:
         """The first end, those of all other starts, and one across: ``(problems, n, ...)``."""
