@@ -40,6 +40,7 @@ from gaborium import FitResult, Gabor2d, Outcome, fit, gabor, gabor_jacobian, re
 
 F64 = torch.float64
 EXACT = 1e-6  # kernel error below which a planted kernel counts as found
+REAL_STARTS = 40  # candidates that are followed for the kernels of trained networks
 FIELDS = tuple(name for name in Gabor2d.field_names() if name != "center")
 SINGLE = {"dtype": torch.float32} if "dtype" in inspect.signature(fit).parameters else None
 NO_WAVE = 0.3  # rad that a wave turns within one standard deviation
@@ -138,7 +139,7 @@ def at_most(n_events: int, n: int, confidence: float = 0.95) -> float:
 
 def planted_section(options: Options) -> Row:
     rows = []
-    n = options.count(10_000)
+    n = options.count(2_000)
     for size in (7, 11, 15, 21, 31):
         for free in (False, True):
             params = planted(n, size, seed=size, reach=size / 8 if free else 0.0)
@@ -417,9 +418,9 @@ def beside_bound(result: FitResult, params: Gabor2d, covariance: Tensor, varianc
 def wrong_section(options: Options) -> Row:
     rows = []
     for size in (7, 11, 15):
-        models = wrong_models(size, options.count(200), seed=size)
+        models = wrong_models(size, options.count(50), seed=size)
         generator = torch.Generator().manual_seed(size)
-        n = options.count(10_000)
+        n = options.count(2_000)
         models["white noise"] = torch.randn(n, size, size, generator=generator, dtype=F64)
         if size == 7:
             models["hardly trained network, k = 9"] = negative_control(options)
@@ -615,7 +616,7 @@ def real_section(options: Options) -> Row:
             print(f"{name}: no reference yet; run python benchmarks/fit_scipy.py")
             continue
         kernels = torch.from_numpy(weight[: options.count(len(weight))])
-        result, seconds = timed(fit, kernels, geometry="filter", center=True)
+        result, seconds = timed(fit, kernels, geometry="filter", center=True, n_starts=REAL_STARTS)
         explained = result.explained_variance.nan_to_num(nan=0.0)
         best = torch.tensor(theirs["explained_variance"], dtype=F64)[: len(kernels)]
         lost = best - explained

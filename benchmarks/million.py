@@ -33,6 +33,7 @@ from gaborium import Gabor2d, gabor
 from gaborium.fitting import FitShards, fit_shards
 
 SIZE, NOISE = 11, 0.1  # px, share of each kernel's standard deviation
+OPTIONS = {"n_starts": 1}  # enough for kernels that are nearly Gabor functions
 CHUNK = 10_000  # kernels of one seed, which is the chunk's number
 RANGES = {  # of uniform distributions, as in tests/test_fitting.py
     "orientation": (0.0, math.pi),
@@ -76,6 +77,7 @@ def fit_with_progress(path: Path, folder: Path, shard_size: int, n_jobs: int) ->
             folder,
             shard_size=shard_size,
             n_jobs=n_jobs,
+            options=OPTIONS,
             on_progress=lambda done, total: progress.update(bar, completed=done, total=total),
         )
 
@@ -140,6 +142,7 @@ def measure(scratch: Path, n: int, shard_size: int, n_jobs: int) -> dict[str, ob
         "kernel_size": [SIZE, SIZE],
         "noise_share": NOISE,
         "ranges": RANGES,
+        "options": OPTIONS,
         "seeds": f"0 to {math.ceil(n / CHUNK) - 1}, one for every {CHUNK} kernels",
         "shard_size": shard_size,
         "jobs": n_jobs,

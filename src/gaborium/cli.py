@@ -170,7 +170,7 @@ def fit(
     n_dims: Literal[1, 2, 3] = 2,
     center: bool = True,
     isotropic: bool = False,
-    n_starts: int = 8,
+    n_starts: int = 12,
     limit: int = 96,
     name: str = "fit",
     out: Path = Path("runs"),

@@ -84,8 +84,8 @@ def fit(
         bounds: narrower ranges, as ``{"wavelength": (3.0, 8.0)}``: of wavelength, sigma (px),
             aspect ratio and centre (px from the middle, for every axis).
         n_starts: candidates that are followed at most; the best end is returned. After an exact
-            fit no other is tried.
-        max_iterations: steps at most, for each start.
+            fit, or one that leaves nothing but noise, no other is tried.
+        max_iterations: steps at most, for each search.
         tolerance: a search has arrived when a step changes the kernel by less than this share.
         dtype: what to search in. ``torch.float32`` is faster, and still takes the last steps in
             double precision.
@@ -108,7 +108,7 @@ def fit(
     """
     one_of("geometry", geometry, ("pair", "filter"))
     one_of("loss", loss, LOSSES)
-    _check_search(n_starts, dtype)
+    _check_search(n_starts, max_iterations, tolerance, dtype)
     shared = geometry == "filter"
     if n_dims not in RECORDS:
         raise ValueError(f"n_dims must be 1, 2 or 3, got {n_dims}.")
@@ -121,7 +121,8 @@ def fit(
         raise ValueError("metric goes with neither weights nor a robust loss; use one of them.")
     sizes = tuple(kernels.shape[-n_dims:])
     channels = kernels.shape[-n_dims - 1] if shared else 1
-    family = Family(sizes, channels, center, isotropic, offset, _limits(bounds))
+    family = Family(sizes, channels, center, isotropic, offset, _limits(bounds, center, isotropic))
+    _check_limits(family, bounds)
     flat = kernels.reshape(-1, channels, math.prod(sizes))
     weight = None
     if weights is not None:
@@ -132,7 +133,8 @@ def fit(
         root = _root_of_metric(metric, channels * math.prod(sizes))
 
     grid = StartGrid(family, flat.new_empty(0, dtype=dtype), metric)
-    search = Search(grid, n_starts, max_iterations, tolerance)
+    rounding = 0.25 * torch.finfo(kernels.dtype).eps ** 2
+    search = Search(grid, n_starts, max_iterations, tolerance, rounding)
     pieces = []
     for number in torch.arange(len(flat), device=flat.device).split(
         max(1, _PIECE // flat[0].numel())
@@ -152,14 +154,20 @@ def fit(
             target = Target((y.flatten(1) @ root.T).unsqueeze(1), root)
         power = without_offset(target, family).square().sum((-2, -1))
         bad |= ~(power > 1e-24 * target.y.square().sum((-2, -1)))  # only a constant
+        n_data = torch.full_like(power, target.y[0].numel())
+        if w is not None:
+            n_data = (w > 0).sum((-2, -1)).to(power).expand_as(power)
         noise = None
         if loss == "squared":
             best = search.best(target)
         else:
-            best, noise = reweighted(target, search, loss)
-        n_data = torch.full_like(power, target.y[0].numel())
-        if w is not None:
-            n_data = (w > 0).sum((-2, -1)).to(power).expand_as(power)
+            # Pixels that are not believed count neither in what is explained nor in what is not.
+            best, noise, trust = reweighted(target, search, loss)
+            believed = Target(
+                target.y * trust.sqrt(), None, trust.sqrt() * (1.0 if w is None else w)
+            )
+            power = without_offset(believed, family).square().sum((-2, -1))
+            n_data = (n_data / target.y[0].numel()) * trust.sum((-2, -1))
         n_left = (n_data - family.n_parameters).clamp_min(1.0)
         cost = best.solution.cost
         variance = cost / n_left
@@ -209,8 +217,8 @@ def recover(
         center: search for the envelope's centre as well.
         isotropic: keep the aspect ratio at 1.
         bounds: narrower ranges, as for ``fit``.
-        n_starts: candidates that are followed; the best end is returned.
-        max_iterations: steps at most, for each start.
+        n_starts: candidates that are followed at most; the best end is returned.
+        max_iterations: steps at most, for each search.
         tolerance: a search has arrived when a step changes the responses by less than this share.
 
     Returns:
@@ -230,8 +238,8 @@ def recover(
         >>> round(result.params.wavelength.item(), 3)
         5.0
     """
-    limits = _limits(bounds)
-    _check_search(n_starts, torch.float64)
+    limits = _limits(bounds, center, isotropic)
+    _check_search(n_starts, max_iterations, tolerance)
     if isinstance(images, Tensor):
         images = [images]
     if isinstance(responses, Tensor):
@@ -263,6 +271,7 @@ def recover(
     if statistics is None or statistics.count == 0:
         raise ValueError("recover needs at least one image, got none.")
     family = Family(sizes, statistics.n_channels, center, isotropic, limits=limits)
+    _check_limits(family, bounds)
     return _solve_statistics(statistics, family, n_starts, max_iterations, tolerance)
 
 
@@ -314,14 +323,20 @@ def _solve_statistics(
 
 
 def _limits(
-    bounds: Mapping[str, tuple[float, float]] | None,
+    bounds: Mapping[str, tuple[float, float]] | None, center: bool, isotropic: bool
 ) -> tuple[tuple[str, float, float], ...]:
     """Ranges of fields as ranges of the solver's columns."""
     limits = []
     for name, pair in (bounds or {}).items():
         one_of("A name in bounds", name, ("wavelength", "sigma", "aspect_ratio", "center"))
-        low, high = pair
+        if (name == "center" and not center) or (name == "aspect_ratio" and isotropic):
+            option = "center=True" if name == "center" else "isotropic=False"
+            raise ValueError(f"bounds of {name} need {option}: it is not searched.")
         least = -math.inf if name == "center" else 0.0
+        try:
+            low, high = (float(value) for value in pair)
+        except (TypeError, ValueError):
+            low, high = math.nan, math.nan
         if not (least <= low <= high and high > least):
             raise ValueError(
                 f"bounds of {name} must be (lowest, highest){'' if name == 'center' else ' > 0'}, "
@@ -338,9 +353,24 @@ def _limits(
     return tuple(limits)
 
 
-def _check_search(n_starts: int, dtype: torch.dtype) -> None:
-    if n_starts < 1:
-        raise ValueError(f"n_starts must be at least 1, got {n_starts}.")
+def _check_limits(family: Family, bounds: Mapping[str, tuple[float, float]] | None) -> None:
+    low, high = family.bounds(torch.zeros(1, dtype=torch.float64))
+    if (low > high).any():
+        raise ValueError(
+            f"bounds must leave something of what kernels of {family.sizes} px can tell: "
+            f"wavelength from 2 px, sigma from 0.2 to {4 * max(family.sizes)} px, aspect_ratio "
+            f"from 0.05 to 20, center within the kernel; got {dict(bounds or {})}."
+        )
+
+
+def _check_search(
+    n_starts: int, max_iterations: int, tolerance: float, dtype: torch.dtype = torch.float64
+) -> None:
+    for name, value in (("n_starts", n_starts), ("max_iterations", max_iterations)):
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}.")
+    if not tolerance > 0:
+        raise ValueError(f"tolerance must be positive, got {tolerance}.")
     if dtype not in (torch.float32, torch.float64):
         raise ValueError(f"dtype must be torch.float32 or torch.float64, got {dtype}.")
 
@@ -372,6 +402,13 @@ def _root_of_metric(metric: Tensor, n: int) -> Tensor:
         raise ValueError(
             f"metric must be finite and of shape ({n}, {n}), channels times pixels, got shape "
             f"{tuple(metric.shape)}."
+        )
+    size = metric.abs().max()
+    least = torch.linalg.eigvalsh(metric)[0]
+    if not ((metric - metric.T).abs().max() <= 1e-6 * size and least >= -1e-6 * size and size > 0):
+        raise ValueError(
+            "metric must be symmetric and without negative eigenvalues, such as a covariance or "
+            f"the inverse of one; the least eigenvalue is {least:.3g}."
         )
     return root_of(metric)[0]
 

@@ -29,10 +29,13 @@ class Outcome(enum.Enum):
 
     CONVERGED = "Converged."
     STALLED = "Stopped improving before the tolerance; try more starts."
-    OFF_MODEL = "Converged, but a Gabor explains little of this kernel; see explained_variance."
+    OFF_MODEL = (
+        "Converged, but to no Gabor function: too little of the kernel is explained, or a second "
+        "wave is left; see explained_variance."
+    )
     NOT_IDENTIFIABLE = (
         "Converged, but the data do not determine every parameter: those of infinite "
-        "standard_error can take any value."
+        "standard_error could have other values."
     )
     BAD_INPUT = "The target is zero or not finite; there is nothing to fit."
 
@@ -52,7 +55,7 @@ class FitResult:
             determine the field.
         correlation: ``(filters, p, p)`` of the parameters' errors, in the order of ``names``.
         names: the p parameters, such as ``"orientation"`` or ``"amplitude[0]"``.
-        n_iterations: ``(filters,)`` steps of the solver.
+        n_iterations: ``(filters,)`` steps of the search that found it.
     """
 
     params: Gabor

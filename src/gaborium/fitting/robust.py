@@ -26,7 +26,7 @@ _SEARCHES = 2  # of these rounds, how many look at all starts
 _ARRIVED = 1e-6  # change of the kernel, as a share of the residuals' scale
 
 
-def reweighted(target: Target, search: Search, loss: str) -> tuple[Best, Tensor]:
+def reweighted(target: Target, search: Search, loss: str) -> tuple[Best, Tensor, Tensor]:
     """Search under a robust loss.
 
     Args:
@@ -35,8 +35,9 @@ def reweighted(target: Target, search: Search, loss: str) -> tuple[Best, Tensor]
         loss: ``"huber"`` or ``"cauchy"``.
 
     Returns:
-        The best ends, whose cost is that of the last weights, and the variance of noise that gives
-        the right standard errors in the metric of ``target``, ``(batch,)``.
+        The best ends, whose cost is that of the last weights; the variance of noise that gives the
+        right standard errors in the metric of ``target``, ``(batch,)``; and those last weights,
+        between 0 and 1, ``(batch, channels, pixels)``.
     """
     family, y = search.family, target.y
     own = torch.ones_like(y) if target.weight is None else target.weight.expand_as(y)
@@ -50,6 +51,7 @@ def reweighted(target: Target, search: Search, loss: str) -> tuple[Best, Tensor]
     everyone = torch.arange(len(y), device=y.device)
     residual, scale = y, y[:, 0, 0]
     for round_ in range(_ROUNDS):
+        last = trust
         root = trust.sqrt()
         here = Target(y * root, None, own * root)
         if best is None or round_ < _SEARCHES:
@@ -66,7 +68,8 @@ def reweighted(target: Target, search: Search, loss: str) -> tuple[Best, Tensor]
             break
         before = now
     assert best is not None
-    return best, _noise(residual / scale[:, None, None], loss, counted, family) * scale.square()
+    noise = _noise(residual / scale[:, None, None], loss, counted, family) * scale.square()
+    return best, noise, torch.where(counted, last, 0.0)
 
 
 def _with_offset(family: Family, solution: Solution) -> Tensor:

@@ -69,12 +69,14 @@ class Search:
         n_starts: candidates that are followed at most.
         max_iterations: steps at most, for each of them.
         tolerance: relative step of the kernel at which a search has arrived.
+        rounding: share of a target's power that is nothing but the rounding of its numbers.
     """
 
     grid: StartGrid
     n_starts: int
     max_iterations: int
     tolerance: float
+    rounding: float = 0.0
 
     @property
     def family(self) -> Family:
@@ -167,8 +169,8 @@ class Search:
             return ends
         rest = replace(self.family, still=True)
         found = self.follow(target, ends.z[slow], owner[slow], self.tolerance, rest)
-        # The last digits of a cost are rounding: 1e-24 of targets of unit pixels.
-        as_good = found.cost <= ends.cost[slow] * (1 + 1e-6) + 1e-24
+        rounding = max(self.rounding, 1e-26) * target.y.square().sum((-2, -1))[owner[slow]]
+        as_good = found.cost <= ends.cost[slow] * (1 + 1e-6) + rounding
         z, _, coefficients, *_ = found = _pick(found, as_good)
         sloping = coefficients.clone()
         sloping[..., 0] = 0.0

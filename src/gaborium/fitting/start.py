@@ -2,8 +2,8 @@
 
 For an envelope E, the inner products of a target with ``E cos 2πk·u`` and ``E sin 2πk·u`` for all
 wave vectors k are one Fourier transform of target times E. With the 2 x 2 matrix of the pair's own
-inner products, which no target changes, they give what the pair explains: the exact misfit of
-every round Gabor on the grid. The best ones are stretched in both directions, and compared again.
+inner products, which no target changes, they give what the pair explains: for kernels, the misfit
+of every round Gabor on the grid. The best are stretched in both directions, and compared again.
 """
 
 from __future__ import annotations
