@@ -16,7 +16,7 @@ from gaborium.fitting.judgement import Evidence, judge
 from gaborium.fitting.result import FitResult
 from gaborium.fitting.robust import LOSSES, reweighted
 from gaborium.fitting.search import Search
-from gaborium.fitting.solver import Family, Target, without_offset
+from gaborium.fitting.solver import Family, Target, misfit, without_offset
 from gaborium.fitting.start import StartGrid
 from gaborium.fitting.statistics import PatchStatistics, root_of
 from gaborium.params import RECORDS
@@ -160,16 +160,15 @@ def fit(
         noise = None
         if loss == "squared":
             best = search.best(target)
+            cost = best.solution.cost
         else:
-            # Pixels that are not believed count neither in what is explained nor in what is not.
             best, noise, trust = reweighted(target, search, loss)
-            believed = Target(
-                target.y * trust.sqrt(), None, trust.sqrt() * (1.0 if w is None else w)
-            )
+            # Pixels that are not believed count neither in what is explained nor in what is not.
+            believed = Target(target.y * trust, None, trust if w is None else trust * w)
             power = without_offset(believed, family).square().sum((-2, -1))
+            cost = misfit(believed, family, best.solution.z)
             n_data = (n_data / target.y[0].numel()) * trust.sum((-2, -1))
         n_left = (n_data - family.n_parameters).clamp_min(1.0)
-        cost = best.solution.cost
         variance = cost / n_left
         evidence = Evidence(
             explained=1 - cost / power,
@@ -329,19 +328,19 @@ def _limits(
     limits = []
     for name, pair in (bounds or {}).items():
         one_of("A name in bounds", name, ("wavelength", "sigma", "aspect_ratio", "center"))
-        if (name == "center" and not center) or (name == "aspect_ratio" and isotropic):
-            option = "center=True" if name == "center" else "isotropic=False"
-            raise ValueError(f"bounds of {name} need {option}: it is not searched.")
         least = -math.inf if name == "center" else 0.0
         try:
             low, high = (float(value) for value in pair)
         except (TypeError, ValueError):
             low, high = math.nan, math.nan
-        if not (least <= low <= high and high > least):
+        if not (least <= low <= high and high > least and low < math.inf):
             raise ValueError(
                 f"bounds of {name} must be (lowest, highest){'' if name == 'center' else ' > 0'}, "
                 f"got {pair}."
             )
+        if (name == "center" and not center) or (name == "aspect_ratio" and isotropic):
+            option = "center=True" if name == "center" else "isotropic=False"
+            raise ValueError(f"bounds of {name} need {option}: it is not searched.")
         if name == "wavelength":
             # Without a longest wave a blob is in the range, and both signs lead there.
             rates = (-math.inf if low == 0 else -1 / low) if high == math.inf else 1 / high
@@ -357,7 +356,8 @@ def _check_limits(family: Family, bounds: Mapping[str, tuple[float, float]] | No
     low, high = family.bounds(torch.zeros(1, dtype=torch.float64))
     if (low > high).any():
         raise ValueError(
-            f"bounds must leave something of what kernels of {family.sizes} px can tell: "
+            f"bounds of {', '.join(bounds or {})} must leave something of what kernels of "
+            f"{family.sizes} px can tell: "
             f"wavelength from 2 px, sigma from 0.2 to {4 * max(family.sizes)} px, aspect_ratio "
             f"from 0.05 to 20, center within the kernel; got {dict(bounds or {})}."
         )

@@ -207,7 +207,7 @@ def _errors(
     inverse = torch.where(weak, 0.0, 1 / torch.where(weak, 1.0, values))
     covariance = (vectors * inverse.unsqueeze(-2)) @ vectors.mT
     # A parameter that takes part in a direction without information is not determined.
-    free = (vectors.square() * weak.unsqueeze(-2)).sum(-1) > 1e-2
+    free = (vectors.square() * weak.unsqueeze(-2)).sum(-1) > 1e-3
     spread = covariance.diagonal(dim1=-2, dim2=-1).clamp_min(0.0).sqrt()
     error = torch.where(
         free | silent, torch.inf, spread / safe * noise.double().unsqueeze(-1).sqrt()

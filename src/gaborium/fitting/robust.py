@@ -43,13 +43,15 @@ def reweighted(target: Target, search: Search, loss: str) -> tuple[Best, Tensor,
     own = torch.ones_like(y) if target.weight is None else target.weight.expand_as(y)
     counted = own > 0
     # Residuals are looked at as the target weighs them: in units of each pixel's own noise.
-    trust = _trust(
-        _unlike_neighbours(torch.where(counted, y / own, 0.0), family) * own, loss, counted
-    )
+    difference, spread = _beside_neighbours(torch.where(counted, y / own, 0.0), family)
+    difference, spread = difference * own, spread * own
+    scale = _spread(difference, counted)
+    # Before anything is fitted, rather too little trust than too much.
+    trust = _trust(difference, "cauchy", torch.maximum(scale[:, None, None], spread)).square()
     before = torch.zeros_like(y)
     best: Best | None = None
     everyone = torch.arange(len(y), device=y.device)
-    residual, scale = y, y[:, 0, 0]
+    residual, last = y, trust
     for round_ in range(_ROUNDS):
         last = trust
         root = trust.sqrt()
@@ -62,7 +64,7 @@ def reweighted(target: Target, search: Search, loss: str) -> tuple[Best, Tensor,
         now = own * _with_offset(family, best.solution)
         residual = y - now
         scale = _spread(residual, counted)
-        trust = _trust(residual, loss, counted, scale)
+        trust = _trust(residual, loss, scale[:, None, None])
         change = (now - before).square().sum((-2, -1)).sqrt()
         if round_ >= _SEARCHES and (change <= _ARRIVED * scale).all():
             break
@@ -77,16 +79,21 @@ def _with_offset(family: Family, solution: Solution) -> Tensor:
     return kernels + solution.coefficients[..., 2:3] if family.offset else kernels
 
 
-def _unlike_neighbours(kernels: Tensor, family: Family) -> Tensor:
-    """Differences from the median over a pixel and its neighbours: ``(batch, C, pixels)``."""
+def _beside_neighbours(kernels: Tensor, family: Family) -> tuple[Tensor, Tensor]:
+    """Differences from the median of a pixel and its neighbours, and how much these spread.
+
+    Both ``(batch, channels, pixels)``. Where the kernel waves, all differ, and none is wild.
+    """
     d = family.n_dims
     around = kernels.unflatten(-1, family.sizes).flatten(0, 1).unsqueeze(1)
     # Replicate padding knows one to three axes, the reflecting one not single pixels.
     around = F.pad(around, (1, 1) * d, mode="replicate")
     for axis in range(2, 2 + d):
         around = around.unfold(axis, 3, 1)
-    middle = around.flatten(2 + d).median(-1).values
-    return kernels - middle.reshape(kernels.shape)
+    around = around.flatten(2 + d)
+    middle = around.median(-1, keepdim=True).values
+    spread = 1.4826 * (around - middle).abs().median(-1).values
+    return kernels - middle.reshape(kernels.shape), spread.reshape(kernels.shape)
 
 
 def _spread(residual: Tensor, counted: Tensor) -> Tensor:
@@ -96,11 +103,9 @@ def _spread(residual: Tensor, counted: Tensor) -> Tensor:
     return (1.4826 * size.nanmedian(1).values).clamp_min(least)
 
 
-def _trust(residual: Tensor, loss: str, counted: Tensor, scale: Tensor | None = None) -> Tensor:
+def _trust(residual: Tensor, loss: str, scale: Tensor) -> Tensor:
     """Weights ``ρ'(r) / r`` in [0, 1]."""
-    if scale is None:
-        scale = _spread(residual, counted)
-    t = residual.abs() / (_TUNING[loss] * scale[:, None, None])
+    t = residual.abs() / (_TUNING[loss] * scale)
     return 1 / t.clamp_min(1.0) if loss == "huber" else 1 / (1 + t.square())
 
 

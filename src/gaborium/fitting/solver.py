@@ -95,7 +95,8 @@ class Family:
         for name, lowest, highest in self.limits:
             for i in range(columns[name], len(low) if name == "center" else columns[name] + 1):
                 low[i], high[i] = max(low[i], lowest), min(high[i], highest)
-        return torch.tensor(low).to(like), torch.tensor(high).to(like)
+        bounds = torch.tensor([low, high], dtype=torch.float64).to(like)
+        return bounds[0], bounds[1]
 
 
 class Target(NamedTuple):
