@@ -139,7 +139,7 @@ def at_most(n_events: int, n: int, confidence: float = 0.95) -> float:
 
 def planted_section(options: Options) -> Row:
     rows = []
-    n = options.count(2_000)
+    n = options.count(10_000)
     for size in (7, 11, 15, 21, 31):
         for free in (False, True):
             params = planted(n, size, seed=size, reach=size / 8 if free else 0.0)
