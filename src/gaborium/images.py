@@ -94,7 +94,7 @@ def read_image(path: str | os.PathLike[str], *, max_pixels: int = _MAX_PIXELS) -
     except OSError as error:
         if error.strerror is None:  # ours
             raise
-        raise _cannot_read(shown, error) from None
+        raise cannot_read(shown, error) from None
     if array.ndim == 2:
         array = array[:, :, None]
     values = torch.from_numpy(numpy.array(array.transpose(2, 0, 1), numpy.float64, order="C"))
@@ -140,7 +140,7 @@ def read_images(
     try:
         entries = sorted(folder.iterdir(), key=lambda entry: entry.name)
     except OSError as error:
-        raise _cannot_read(shown, error) from None
+        raise cannot_read(shown, error) from None
     files, skipped = [], []
     for entry in entries:
         if entry.suffix.lower() in _SUFFIXES and entry.is_file() and entry.name[0] != ".":
@@ -229,14 +229,14 @@ def _check_size(height: int, width: int, max_pixels: int, shown: str) -> None:
         )
 
 
-def _cannot_read(shown: str, error: OSError) -> OSError:
+def cannot_read(shown: str, error: OSError, *, what: str = "image") -> OSError:
     """One line that says what is in the way, as the same kind of error."""
     if isinstance(error, FileNotFoundError):
-        message = f"No image at {shown}; check the path (this runs in {str(Path.cwd())!r})."
+        message = f"No {what} at {shown}; check the path (this runs in {str(Path.cwd())!r})."
     elif isinstance(error, PermissionError):
         message = f"Cannot read {shown}: permission denied; make it readable or copy it elsewhere."
     else:
-        message = f"Cannot read {shown}: {error.strerror}; check the path."
+        message = f"Cannot read {shown}: {error.strerror or error}; check the path."
     clear = type(error)(message)
     clear.errno = error.errno
     return clear

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from gaborium.errors import require
-from gaborium.images import read_images
+from gaborium.images import cannot_read, read_images
 
 _IMAGES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 _MAX_SIDE = 256  # px; what is larger is a photograph, or a table of flattened kernels
@@ -116,7 +116,7 @@ def _check(file: Path, shown: str) -> None:
     try:
         found = file.stat()
     except OSError as error:
-        raise _cannot_read(shown, error) from None
+        raise cannot_read(shown, error, what="kernels") from None
     if stat.S_ISDIR(found.st_mode):
         return
     if not stat.S_ISREG(found.st_mode):
@@ -124,19 +124,6 @@ def _check(file: Path, shown: str) -> None:
         raise ValueError(f"{shown} is a pipe or device; save the kernels to a file.")
     if found.st_size == 0:
         raise ValueError(f"{shown} is empty (0 bytes); copy or save it again.")
-
-
-def _cannot_read(shown: str, error: OSError) -> OSError:
-    """One line that says what is in the way, as the same kind of error."""
-    if isinstance(error, FileNotFoundError):
-        message = f"No kernels at {shown}; check the path (this runs in {str(Path.cwd())!r})."
-    elif isinstance(error, PermissionError):
-        message = f"Cannot read {shown}: permission denied; make it readable or copy it elsewhere."
-    else:
-        message = f"Cannot read {shown}: {error.strerror or error}; check the path."
-    clear = type(error)(message)
-    clear.errno = error.errno
-    return clear
 
 
 def _name(file: Path) -> str:
@@ -167,7 +154,7 @@ def _reading(file: Path, shown: str) -> Iterator[None]:
         except OSError as error:
             if error.errno is None:  # a reader's own
                 raise _damaged(shown, error) from None
-            raise _cannot_read(shown, error) from None
+            raise cannot_read(shown, error, what="kernels") from None
         except Exception as error:  # damaged files make readers fail in every way there is
             text = str(error)
             if "allow_pickle" in text or "weights_only" in text or "Weights only" in text:

@@ -102,7 +102,7 @@ def gabor_jacobian(params: Gabor, kernel_size: int | tuple[int, ...]) -> dict[st
     even, odd = (part.flatten(-params.n_dims) for part in even_odd(wave, sizes))
     a, b = wave.even.unsqueeze(-1), wave.odd.unsqueeze(-1)
     kernel, slope = a * even - b * odd, -a * odd - b * even  # g, and dg/dφ
-    slopes = log_slopes(
+    slopes = _log_slopes(
         {name: fields[name] for name in params.angle_names},
         params.frequency,
         params.sigma,
@@ -154,7 +154,7 @@ def offsets(sizes: tuple[int, ...], dtype: torch.dtype, device: torch.device) ->
     return torch.stack([axis.flatten() for axis in reversed(torch.meshgrid(*axes, indexing="ij"))])
 
 
-def log_slopes(
+def _log_slopes(
     angles: dict[str, Tensor],
     frequency: Tensor,
     sigma: Tensor,

@@ -392,7 +392,7 @@ class Gabor:
             "dtype": str(self.dtype).removeprefix("torch."),
             "units": {name: UNITS[name] for name in names},
             "fields": {
-                name: _plain(value.detach().double().tolist())
+                name: plain(value.detach().double().tolist())
                 for name, value in self.as_dict().items()
             },
         }
@@ -546,15 +546,17 @@ def _half_turn(angle: Tensor) -> tuple[Tensor, Tensor]:
     return torch.where(over, 0.0, rest).clamp_min(0.0), (turns + over) % 2 != 0
 
 
-def _plain(value: Any) -> Any:
-    """Nested lists with infinities as the text "inf": JSON has no word for them."""
-    if isinstance(value, list):
-        return [_plain(item) for item in value]
-    return value if math.isfinite(value) else str(value)
+def plain(value: Any) -> Any:
+    """The same with numbers that JSON has no word for as the texts "inf", "-inf" and "nan"."""
+    if isinstance(value, dict):
+        return {key: plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in value]
+    return value if not isinstance(value, float) or math.isfinite(value) else str(value)
 
 
 def _parsed(value: Any) -> Any:
-    """The inverse of ``_plain``."""
+    """The inverse of ``plain`` for a record's numbers."""
     if isinstance(value, list):
         return [_parsed(item) for item in value]
     if value != "inf" and (isinstance(value, bool) or not isinstance(value, int | float)):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import enum
 import hashlib
 import json
-import math
 import os
 from collections import Counter
 from collections.abc import Sequence
@@ -18,7 +17,7 @@ from torch import Tensor
 
 from gaborium.errors import require
 from gaborium.files import write_bytes
-from gaborium.params import RECORDS, UNITS, Gabor
+from gaborium.params import RECORDS, UNITS, Gabor, plain
 
 _FORMAT = 1  # of saved results
 _NO_DIGEST = "0" * 64  # stands where the checksum comes, and is part of what it is taken of
@@ -129,12 +128,12 @@ class FitResult:
             {
                 "params": json.loads(self.params.to_json()),
                 "outcome": [outcome.name for outcome in self.outcome],
-                "explained_variance": _plain(self.explained_variance.tolist()),
+                "explained_variance": plain(self.explained_variance.tolist()),
                 "standard_error": {
-                    name: _plain(value.tolist()) for name, value in self.standard_error.items()
+                    name: plain(value.tolist()) for name, value in self.standard_error.items()
                 },
                 "names": self.names,
-                "correlation": _plain(self.correlation.tolist()),
+                "correlation": plain(self.correlation.tolist()),
                 "n_iterations": self.n_iterations.tolist(),
             },
             indent=indent,
@@ -282,9 +281,3 @@ def _verified_facts(data: bytes) -> dict[str, Any]:
     if hashlib.sha256(blank).hexdigest() != digest:
         raise ValueError(f"is damaged: its checksum does not agree with its content; {again}")
     return facts
-
-
-def _plain(value: object) -> object:
-    if isinstance(value, list):
-        return [_plain(item) for item in value]
-    return value if not isinstance(value, float) or math.isfinite(value) else str(value)

@@ -2,6 +2,7 @@
 
 ``recovery`` is the page of an experiment with a planted kernel, with its words in ``wording`` and
 its charts in ``charts``; ``fits`` is the page of kernels and the Gabor functions nearest to them.
+``page`` is what both need.
 """
 
 from gaborium.reporting.fits import (

@@ -72,13 +72,16 @@ def plotly_script() -> str:
 
 def photograph_uri(recovery: Recovery) -> str:
     """The first photograph as a ``data:`` URI of a PNG."""
-    image = require("matplotlib.image", extra="report", purpose="Reports")
     pixels = viewable(recovery.images[0])
     every = _thinning(pixels, 1000)
+    return data_uri(pixels[::every, ::every], cmap="gray", vmin=0, vmax=1)
+
+
+def data_uri(pixels: Tensor, **options: Any) -> str:
+    """A picture as a ``data:`` URI of a PNG; the options are those of ``imsave``."""
+    image = require("matplotlib.image", extra="report", purpose="Reports")
     buffer = io.BytesIO()
-    image.imsave(
-        buffer, pixels[::every, ::every].numpy(), cmap="gray", vmin=0, vmax=1, format="png"
-    )
+    image.imsave(buffer, pixels.numpy(), format="png", **options)
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
@@ -124,7 +127,7 @@ def kernel_maps(recovery: Recovery) -> tuple[list[tuple[str, list[Map]]], str]:
 
 def landscape_chart(recovery: Recovery) -> Chart:
     """RMSE with the path of every descent, and MSE, over the whole circle of orientation."""
-    objects, subplots = _plotly()
+    objects, subplots = plotly_parts()
     figure = subplots.make_subplots(
         rows=2, cols=1, shared_xaxes=True, row_heights=[0.62, 0.38], vertical_spacing=0.07
     )
@@ -189,13 +192,13 @@ def landscape_chart(recovery: Recovery) -> Chart:
     return Chart(
         "landscape",
         "RMSE and MSE against the orientation, with the path of each descent on the RMSE",
-        _json(figure),
+        chart_json(figure),
     )
 
 
 def orientation_chart(recovery: Recovery) -> Chart:
     """Orientation against step: one half turn with the truth in its middle."""
-    objects, _ = _plotly()
+    objects, _ = plotly_parts()
     truth = recovery.target.orientation[0, 0].item() % math.pi
     middle, basin = math.degrees(truth), math.degrees(recovery.basin)
     figure = objects.Figure()
@@ -247,11 +250,12 @@ def orientation_chart(recovery: Recovery) -> Chart:
     return Chart(
         "orientation",
         "Orientation against the step, for each descent and for the trained layer",
-        _json(figure),
+        chart_json(figure),
     )
 
 
-def _plotly() -> tuple[Any, Any]:
+def plotly_parts() -> tuple[Any, Any]:
+    """Plotly's graph objects and its subplots."""
     return (
         require("plotly.graph_objects", extra="report", purpose="Reports"),
         require("plotly.subplots", extra="report", purpose="Reports"),
@@ -288,7 +292,7 @@ def line_styles(recovery: Recovery) -> list[tuple[Descent, dict[str, Any]]]:
 
 def _map(name: str, label: str, values: Tensor, scale: float, *, middle: bool) -> Chart:
     """A heat map with rows downwards and square pixels; ``middle`` counts px from its middle."""
-    objects, _ = _plotly()
+    objects, _ = plotly_parts()
     every = _thinning(values, _MAX_SIDE)
     height, width = values.shape
     x0, y0 = ((1 - width) / 2, (1 - height) / 2) if middle else (0, 0)
@@ -330,7 +334,7 @@ def _style(figure: Any) -> None:
     )  # fmt: skip
 
 
-def _json(figure: Any) -> str:
+def chart_json(figure: Any) -> str:
     """A chart of lines: style, legend below, room for what stands around."""
     _style(figure)
     figure.update_layout(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import csv
 import io
 import json
@@ -10,7 +9,6 @@ import math
 import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from importlib.resources import files
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,10 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gaborium.errors import require
 from gaborium.files import write_bytes, write_text
 from gaborium.fitting import FitResult, Outcome
-from gaborium.params import UNITS
+from gaborium.params import UNITS, plain
 from gaborium.plots import (
     INK,
     MUTED,
@@ -36,8 +33,16 @@ from gaborium.plots import (
     plot_parameters,
     wavelength_ticks,
 )
-from gaborium.reporting.charts import DARK, GRID, Chart, _json, _plotly, plotly_script
-from gaborium.reporting.recovery import _plain, _unbroken, _versions
+from gaborium.reporting.charts import (
+    DARK,
+    GRID,
+    Chart,
+    chart_json,
+    data_uri,
+    plotly_parts,
+    plotly_script,
+)
+from gaborium.reporting.page import png, render, versions
 from gaborium.reporting.wording import degrees, number
 
 _JSON_VERSION = 1
@@ -146,12 +151,12 @@ def fit_record(result: FitResult, kernels: Tensor, *, facts: Mapping[str, str]) 
         >>> record["shape"], record["result"]["outcome"]
         ([2, 13, 13], ['CONVERGED', 'CONVERGED'])
     """
-    return _plain(
+    return plain(
         {
             "format": "gaborium.fit",
             "version": _JSON_VERSION,
             "facts": dict(facts),
-            "versions": _versions(),
+            "versions": versions(),
             "shape": list(kernels.shape),
             "summary": fit_summary(result),
             "result": json.loads(result.to_json()),
@@ -194,19 +199,14 @@ def report_fit(
         >>> "found for 2 of 2 filters" in page, "&lt;bank&gt;" in page
         (True, True)
     """
-    jinja2 = require("jinja2", extra="report", purpose="Reports")
-    environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters |= {"number": number, "percent": percent, "unbroken": _unbroken}
-    source = files("gaborium.reporting").joinpath("fits.html.j2").read_text(encoding="utf-8")
     order = best_first(result)
     n_dims = result.params.n_dims
     size = kernels.shape[-n_dims:]
-    page: str = environment.from_string(source).render(
+    return render(
+        "fits.html.j2",
+        {"number": number, "percent": percent},
         title=title,
         facts=facts,
-        versions=_versions(),
         headline=fit_headline(result),
         summary=fit_summary(result),
         sentences={outcome.name: outcome.value for outcome in Outcome},
@@ -227,7 +227,6 @@ def report_fit(
         dark=DARK,
         plotly=plotly_script(),
     )
-    return page
 
 
 def write_fit(
@@ -272,9 +271,7 @@ def write_fit(
     for name, text in texts.items():
         write_text(Path(folder, name), text)
     for name, figure in figures.items():
-        buffer = io.BytesIO()
-        figure.savefig(buffer, format="png")
-        write_bytes(Path(folder, name), buffer.getvalue())
+        write_bytes(Path(folder, name), png(figure))
     return (*texts, *figures)
 
 
@@ -374,7 +371,8 @@ def _rows(result: FitResult, kernels: Tensor, numbers: Sequence[int]) -> list[Ro
                 "" if result.outcome[index] is Outcome.CONVERGED
                 else _OUTCOMES[result.outcome[index].name]
             ),
-            pictures=[_picture(colors) for colors in colored(_small(three))],
+            pictures=[
+                data_uri((255 * colors).round().byte()) for colors in colored(_small(three))],
             values=_values(result, index),
         )
         for index, three in zip(numbers, images, strict=True)
@@ -387,13 +385,6 @@ def _small(images: Tensor) -> Tensor:
     return F.interpolate(images, sides, mode="area")
 
 
-def _picture(colors: Tensor) -> str:
-    image = require("matplotlib.image", extra="report", purpose="Reports")
-    buffer = io.BytesIO()
-    image.imsave(buffer, (255 * colors).round().byte().numpy(), format="png")
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
-
-
 def parameter_chart(result: FitResult, order: Sequence[int]) -> Chart:
     """Every filter at its wave vector; in 1-D at its wavelength and sigma.
 
@@ -401,7 +392,7 @@ def parameter_chart(result: FitResult, order: Sequence[int]) -> Chart:
         result: from ``fit``.
         order: the filters to draw; of more than 3000, as many at equal distances in the list.
     """
-    objects, _ = _plotly()
+    objects, _ = plotly_parts()
     chosen = order[:: _thinning(order)][::-1]  # the best on top
     params = result.params
     explained = result.explained_variance[chosen].tolist()
@@ -431,7 +422,9 @@ def parameter_chart(result: FitResult, order: Sequence[int]) -> Chart:
         figure.add_trace(objects.Scatter(x=_finite(wavelength), y=_finite(sigma), **shared))
         figure.update_xaxes(type="log", title_text="wavelength, px")
         figure.update_yaxes(type="log", title_text="sigma, px")
-        return Chart("parameters", "Sigma against the wavelength of every filter", _json(figure))
+        return Chart(
+            "parameters", "Sigma against the wavelength of every filter", chart_json(figure)
+        )
 
     frequency = params.frequency.flatten()
     radius = frequency[chosen].tolist()
@@ -462,7 +455,7 @@ def parameter_chart(result: FitResult, order: Sequence[int]) -> Chart:
     return Chart(
         "parameters",
         "Orientation and wavelength of every filter, as polar coordinates of its wave vector",
-        _json(figure),
+        chart_json(figure),
     )
 
 

@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import io
 import json
 import math
 import os
-import platform
 from collections.abc import Mapping
-from importlib.metadata import version
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from gaborium import __version__
-from gaborium.errors import require
 from gaborium.experiments import Recovery
 from gaborium.files import write_bytes, write_text
+from gaborium.params import plain
 from gaborium.plots import plot_landscape, plot_orientation, plot_recovery
 from gaborium.reporting.charts import (
     DARK,
@@ -28,6 +23,7 @@ from gaborium.reporting.charts import (
     plotly_script,
     signal_maps,
 )
+from gaborium.reporting.page import png, render, versions
 from gaborium.reporting.wording import (
     degrees,
     explain,
@@ -87,7 +83,7 @@ def recovery_record(recovery: Recovery, *, facts: Mapping[str, str]) -> dict[str
         "format": "gaborium.recovery",
         "version": _JSON_VERSION,
         "facts": dict(facts),
-        "versions": _versions(),
+        "versions": versions(),
         "setup": {
             "n_images": n_images,
             "n_channels": n_channels,
@@ -127,7 +123,7 @@ def recovery_record(recovery: Recovery, *, facts: Mapping[str, str]) -> dict[str
         },
         "landscape": recovery.landscape,
     }
-    return _plain(record)
+    return plain(record)
 
 
 def report_recovery(recovery: Recovery, *, title: str = _TITLE, facts: Mapping[str, str]) -> str:
@@ -160,27 +156,16 @@ def report_recovery(recovery: Recovery, *, title: str = _TITLE, facts: Mapping[s
         >>> "<title>Stripes</title>" in page, "&lt;noise&gt;" in page
         (True, True)
     """
-    jinja2 = require("jinja2", extra="report", purpose="Reports")
-    environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters |= {
-        "number": number,
-        "share": share,
-        "degrees": degrees,
-        "listing": listing,
-        "unbroken": _unbroken,
-    }
-    source = files("gaborium.reporting").joinpath("report.html.j2").read_text(encoding="utf-8")
     kernels, kernel_scale = kernel_maps(recovery)
     explanation = explain(recovery)
     rates = sorted({descent.learning_rate for descent in recovery.descents})
     momenta = sorted({descent.momentum for descent in recovery.descents})
     n_images, n_channels, height, width = recovery.images.shape
-    page: str = environment.from_string(source).render(
+    return render(
+        "report.html.j2",
+        {"number": number, "share": share, "degrees": degrees, "listing": listing},
         title=title,
         facts=facts,
-        versions=_versions(),
         headline=headline(recovery),
         sentences=outcome_sentences(recovery),
         verdicts=verdicts(recovery),
@@ -211,7 +196,6 @@ def report_recovery(recovery: Recovery, *, title: str = _TITLE, facts: Mapping[s
         dark=DARK,
         plotly=plotly_script(),
     )
-    return page
 
 
 def write_recovery(
@@ -251,9 +235,7 @@ def write_recovery(
         ("landscape.png", plot_landscape),
         ("orientation.png", plot_orientation),
     ):
-        buffer = io.BytesIO()
-        plot(recovery).savefig(buffer, format="png")
-        written[name] = buffer.getvalue()
+        written[name] = png(plot(recovery))
     for name, content in written.items():
         path = Path(folder, name)
         if isinstance(content, str):
@@ -263,23 +245,8 @@ def write_recovery(
     return tuple(written)
 
 
-def _unbroken(sentence: str) -> str:
-    """The sentence with numbers and their units on one line."""
-    return sentence.replace(" × 10", "\N{NO-BREAK SPACE}×\N{NO-BREAK SPACE}10").replace(
-        " %", "\N{NO-BREAK SPACE}%"
-    )
-
-
 def _n_steps(recovery: Recovery) -> int:
     return len(recovery.training.orientation) - 1
-
-
-def _versions() -> dict[str, str]:
-    return {
-        "gaborium": __version__,
-        "torch": version("torch"),
-        "python": platform.python_version(),
-    }
 
 
 def _row(row: Mapping[str, Any]) -> dict[str, Any]:
@@ -306,12 +273,3 @@ def _row(row: Mapping[str, Any]) -> dict[str, Any]:
             )
         },
     }
-
-
-def _plain(value: Any) -> Any:
-    """The same with numbers that JSON does not have as texts."""
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    return value if not isinstance(value, float) or math.isfinite(value) else str(value)
