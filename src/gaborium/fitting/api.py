@@ -121,8 +121,7 @@ def fit(
         raise ValueError("metric goes with neither weights nor a robust loss; use one of them.")
     sizes = tuple(kernels.shape[-n_dims:])
     channels = kernels.shape[-n_dims - 1] if shared else 1
-    family = Family(sizes, channels, center, isotropic, offset, _limits(bounds, center, isotropic))
-    _check_limits(family, bounds)
+    family = _family(sizes, channels, center, isotropic, offset, bounds)
     flat = kernels.reshape(-1, channels, math.prod(sizes))
     weight = None
     if weights is not None:
@@ -154,9 +153,7 @@ def fit(
             target = Target((y.flatten(1) @ root.T).unsqueeze(1), root)
         power = without_offset(target, family).square().sum((-2, -1))
         bad |= ~(power > 1e-24 * target.y.square().sum((-2, -1)))  # only a constant
-        n_data = torch.full_like(power, target.y[0].numel())
-        if w is not None:
-            n_data = (w > 0).sum((-2, -1)).to(power).expand_as(power)
+        n_data = target.n_data()
         noise = None
         if loss == "squared":
             best = search.best(target)
@@ -237,15 +234,12 @@ def recover(
         >>> round(result.params.wavelength.item(), 3)
         5.0
     """
-    limits = _limits(bounds, center, isotropic)
     _check_search(n_starts, max_iterations, tolerance)
     if isinstance(images, Tensor):
         images = [images]
     if isinstance(responses, Tensor):
         responses = [responses]
     statistics = None
-    n_dims = 0
-    sizes: tuple[int, ...] = ()
     for image, response in zip_longest(images, responses):
         if image is None or response is None:
             raise ValueError("images and responses must come in equal numbers.")
@@ -257,6 +251,7 @@ def recover(
                     f"{tuple(image.shape)}."
                 )
             sizes = as_sizes("kernel_size", kernel_size, n_dims)
+            family = _family(sizes, image.shape[1], center, isotropic, False, bounds)
             _check_pair(image, response, n_dims)
             statistics = PatchStatistics(
                 sizes,
@@ -269,8 +264,6 @@ def recover(
         statistics.add(image, response)
     if statistics is None or statistics.count == 0:
         raise ValueError("recover needs at least one image, got none.")
-    family = Family(sizes, statistics.n_channels, center, isotropic, limits=limits)
-    _check_limits(family, bounds)
     return _solve_statistics(statistics, family, n_starts, max_iterations, tolerance)
 
 
@@ -321,12 +314,34 @@ def _solve_statistics(
     return judge(family, target, best, evidence, shared=True)
 
 
+def _family(
+    sizes: tuple[int, ...],
+    n_channels: int,
+    center: bool,
+    isotropic: bool,
+    offset: bool,
+    bounds: Mapping[str, tuple[float, float]] | None,
+) -> Family:
+    """What is searched, with the ranges asked for as ranges of the solver's columns."""
+    bounds = bounds or {}
+    limits = _limits(bounds, center, isotropic)
+    family = Family(sizes, n_channels, center, isotropic, offset, limits)
+    low, high = family.bounds(torch.zeros(1, dtype=torch.float64))
+    if (low > high).any():
+        raise ValueError(
+            f"bounds of {', '.join(bounds)} must leave something of what kernels of {sizes} px "
+            f"can tell: wavelength from 2 px, sigma from 0.2 to {4 * max(sizes)} px, aspect_ratio "
+            f"from 0.05 to 20, center within the kernel; got {dict(bounds)}."
+        )
+    return family
+
+
 def _limits(
-    bounds: Mapping[str, tuple[float, float]] | None, center: bool, isotropic: bool
+    bounds: Mapping[str, tuple[float, float]], center: bool, isotropic: bool
 ) -> tuple[tuple[str, float, float], ...]:
     """Ranges of fields as ranges of the solver's columns."""
     limits = []
-    for name, pair in (bounds or {}).items():
+    for name, pair in bounds.items():
         one_of("A name in bounds", name, ("wavelength", "sigma", "aspect_ratio", "center"))
         least = -math.inf if name == "center" else 0.0
         try:
@@ -350,17 +365,6 @@ def _limits(
         else:
             limits.append((name, math.log(low) if low else -math.inf, math.log(high)))
     return tuple(limits)
-
-
-def _check_limits(family: Family, bounds: Mapping[str, tuple[float, float]] | None) -> None:
-    low, high = family.bounds(torch.zeros(1, dtype=torch.float64))
-    if (low > high).any():
-        raise ValueError(
-            f"bounds of {', '.join(bounds or {})} must leave something of what kernels of "
-            f"{family.sizes} px can tell: "
-            f"wavelength from 2 px, sigma from 0.2 to {4 * max(family.sizes)} px, aspect_ratio "
-            f"from 0.05 to 20, center within the kernel; got {dict(bounds or {})}."
-        )
 
 
 def _check_search(

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from gaborium.fitting.result import FitResult, Outcome
-from gaborium.fitting.search import Best
+from gaborium.fitting.search import ALIKE, Best
 from gaborium.fitting.solver import Family, Solution, Target
 from gaborium.kernels import gabor_jacobian
 from gaborium.params import RECORDS, Gabor
@@ -17,7 +17,6 @@ from gaborium.params import RECORDS, Gabor
 _LITTLE = 0.5  # share of the explainable power below which a kernel is called no Gabor
 _NOT_ALL = 0.8  # the same where what is left is more than noise
 _MUCH = 0.1  # of the first's power, what a second Gabor function may explain at most
-_ALIKE = 2.0  # a difference of misfits that says nothing, in units of the noise's variance
 _WEAK = 1e-11  # eigenvalue of the scaled Fisher information that carries none
 # Standard deviation of who knows nothing: of a number between 0 and the period, or, of a positive
 # one, its own size.
@@ -153,11 +152,11 @@ def _doubt(
     and says nothing about which of two poor fits is the right one.
     """
     rival, cost = best.rival, best.solution.cost
-    alike = rival.cost - cost <= _ALIKE * cost / n_left
+    alike = rival.cost - cost <= ALIKE * cost / n_left
     doubtful = (alike | (best.structured & rival.cost.isfinite())).nonzero().flatten()
     if len(doubtful) == 0:
         return
-    other = record_of(family, Solution(*(value[doubtful] for value in rival)))
+    other = record_of(family, rival.pick(doubtful))
     difference = params[doubtful.tolist()].difference(other)
     for name, error in standard_error.items():
         far = difference[name].abs() > 3 * error[doubtful]

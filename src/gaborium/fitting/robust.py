@@ -51,7 +51,6 @@ def reweighted(target: Target, search: Search, loss: str) -> tuple[Best, Tensor,
     before = torch.zeros_like(y)
     best: Best | None = None
     everyone = torch.arange(len(y), device=y.device)
-    residual, last = y, trust
     for round_ in range(_ROUNDS):
         last = trust
         root = trust.sqrt()

@@ -34,7 +34,7 @@ _KIN = 5  # candidates for it that are nearly one; tried on noise: 5 to 15 px, c
 _LOOSE = 1e-4  # tolerance while ends are compared; the best one is then followed closely
 _SLOW = 1.0  # rad that a wave turns within a standard deviation, below which a still one is tried
 _REST = 1e-4  # rad that stand for none, where the limit of none is meant
-_ALIKE = 2.0  # a difference of misfits that says nothing, in units of the noise's variance
+ALIKE = 2.0  # a difference of misfits that says nothing, in units of the noise's variance
 _NEARLY = 1.25  # ratio of misfits up to which another kernel is remembered
 _OTHER = 1e-4  # share of a kernel's power by which another one is different
 _ROUND = 30  # steps before a search has to wait for the others that creep
@@ -101,9 +101,9 @@ class Search:
 
         if self.n_starts > 1 and len(unsettled):
             ends = self._ends(target, best, first, unsettled)
-            chosen, other = self._choose(ends, target.y[0].numel())
-            rival = _put(rival, unsettled, other)
-            best = self._closely(target, _put(best, unsettled, chosen), unsettled)
+            chosen, other = self._choose(ends, self._n_left(target.pick(unsettled)))
+            rival = rival.put(unsettled, other)
+            best = self._closely(target, best.put(unsettled, chosen), unsettled)
             second = self._second(target, best, unsettled, second)
 
         structured = self._is_structured(target, best.cost, second)
@@ -135,7 +135,7 @@ class Search:
                 here = target.pick(owner[i])
                 found = solve(here, family, ends.z[i], max_iterations=steps, tolerance=tolerance)
                 used = ends.n_iterations[i] + found.n_iterations
-                ends = _put(ends, i, found._replace(n_iterations=used))
+                ends = ends.put(i, found._replace(n_iterations=used))
             # A search that has neither arrived nor used its steps is stuck, and would be again.
             unfinished = ~ends.converged[waiting] & (ends.n_iterations[waiting] >= steps)
             waiting = waiting[unfinished]
@@ -171,7 +171,7 @@ class Search:
         found = self.follow(target, ends.z[slow], owner[slow], self.tolerance, rest)
         rounding = max(self.rounding, 1e-26) * target.y.square().sum((-2, -1))[owner[slow]]
         as_good = found.cost <= ends.cost[slow] * (1 + 1e-6) + rounding
-        z, _, coefficients, *_ = found = _pick(found, as_good)
+        z, _, coefficients, *_ = found = found.pick(as_good)
         sloping = coefficients.clone()
         sloping[..., 0] = 0.0
         slope = kernels_of(rest, z, sloping).square().sum((-2, -1))
@@ -179,7 +179,7 @@ class Search:
         rate = _REST / z[:, self.family.columns["sigma"]].exp()  # rad/px
         z[:, column] = torch.where(is_blob, 0.0, rate / (2 * math.pi))
         coefficients[..., 1] *= torch.where(is_blob, 0.0, 1 / rate).unsqueeze(-1)
-        return _put(ends, slow[as_good], found)
+        return ends.put(slow[as_good], found)
 
     def _second(self, target: Target, best: Solution, number: Tensor, before: Tensor) -> Tensor:
         """Power that the most promising start for what is left explains, for some problems."""
@@ -202,10 +202,7 @@ class Search:
 
     def _n_left(self, target: Target) -> Tensor:
         """Numbers in each target that parameters do not use up."""
-        n = torch.full_like(target.y[:, 0, 0], target.y[0].numel())
-        if target.weight is not None:
-            n = (target.weight > 0).sum((-2, -1)).to(n).expand_as(n)
-        return n - self.family.n_parameters
+        return target.n_data() - self.family.n_parameters
 
     def _ends(self, target: Target, best: Solution, first: Tensor, number: Tensor) -> Solution:
         """The first end, those of all other starts, and one across: ``(problems, n, ...)``."""
@@ -213,7 +210,7 @@ class Search:
         width, loose = others.shape[1], max(self.tolerance, _LOOSE)
         owner = number.repeat_interleave(width)
         ends = self._follow_all(target, others.flatten(0, 1), owner, loose)
-        ends = _beside(_pick(best, number), ends, width)
+        ends = _beside(best.pick(number), ends, width)
         if self.family.n_dims > 1:
             # Nearly round kernels are as good in the other direction: is there a difference?
             across = _best_of(ends).z
@@ -223,11 +220,11 @@ class Search:
             ends = _beside(across_ends, flat, width + 1)
         return ends
 
-    def _choose(self, ends: Solution, n_data: int) -> tuple[Solution, Solution]:
+    def _choose(self, ends: Solution, n_left: Tensor) -> tuple[Solution, Solution]:
         """The best of the ends ``(batch, n, ...)``, and another kernel that is nearly as good."""
         best = _best_of(ends)
         # Of other kernels the one that differs most; one that is quite as good before all of those.
-        alike = best.cost * (1 + _ALIKE / max(1, n_data - self.family.n_parameters))
+        alike = best.cost * (1 + ALIKE / n_left.clamp_min(1.0))
         rival = best._replace(cost=torch.full_like(best.cost, torch.inf))
         farthest = torch.full_like(best.cost, _OTHER)
         for m in range(ends.cost.shape[1]):
@@ -240,7 +237,7 @@ class Search:
             farther = distance > farthest[here]
             here = here[farther]
             farthest[here] = distance[farther]
-            rival = _put(rival, here, Solution(*(value[here, m] for value in ends)))
+            rival = rival.put(here, ends.pick((here, torch.full_like(here, m))))
         return best, rival
 
     def _closely(self, target: Target, best: Solution, number: Tensor) -> Solution:
@@ -249,14 +246,14 @@ class Search:
         near = number[best.converged[number] & (turn > 2 * _REST)]
         closer = self.follow(target, best.z[near], near, self.tolerance)
         steps = best.n_iterations[near] + closer.n_iterations
-        best = _put(best, near, closer._replace(n_iterations=steps))
+        best = best.put(near, closer._replace(n_iterations=steps))
         # Where none seemed best, see where a slow wave leads that is followed closely.
         resting = number[(turn > 0) & (turn < 2 * _REST)]
         z = best.z[resting]
         z[:, self.family.columns["frequency"]] *= 0.5 * _SLOW / _REST
         going = self.follow(target, z, resting, self.tolerance)
         better = going.cost < best.cost[resting] * (1 - 1e-6)
-        return _put(best, resting[better], _pick(going, better))
+        return best.put(resting[better], going.pick(better))
 
     def _finish(self, target: Target, best: Solution) -> Solution:
         """The last steps in the target's own, higher precision."""
@@ -270,7 +267,7 @@ class Search:
             converged=end.converged | best.converged[moving],
             n_iterations=end.n_iterations + best.n_iterations[moving],
         )
-        return _put(whole, moving, end)
+        return whole.put(moving, end)
 
     def _turn(self, z: Tensor) -> Tensor:
         """Of the wave within a standard deviation of its envelope, rad: ``(batch,)``."""
@@ -299,17 +296,7 @@ def _best_of(ends: Solution) -> Solution:
     """Of ends ``(batch, n, ...)`` that of least misfit; among equals one that arrived."""
     good = ends.cost <= ends.cost.amin(1, keepdim=True) * (1 + 1e-6)
     index = (good.long() + (good & ends.converged).long()).argmax(1)
-    row = torch.arange(len(index), device=index.device)
-    return Solution(*(value[row, index] for value in ends))
-
-
-def _pick(whole: Solution, index: Tensor) -> Solution:
-    return Solution(*(value[index] for value in whole))
-
-
-def _put(whole: Solution, index: Tensor, part: Solution) -> Solution:
-    """``whole`` with ``part`` in the places ``index``."""
-    return Solution(*(a.index_copy(0, index, b) for a, b in zip(whole, part, strict=True)))
+    return ends.pick((torch.arange(len(index), device=index.device), index))
 
 
 def _batches(number: Tensor, family: Family, like: Tensor, at_least: int = 16) -> Iterator[Tensor]:

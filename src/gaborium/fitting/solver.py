@@ -123,10 +123,12 @@ class Target(NamedTuple):
 
     def repeat(self, n: int) -> Target:
         """Every target ``n`` times in a row."""
-        weight = self.weight
-        if weight is not None and len(weight) > 1:
-            weight = weight.repeat_interleave(n, 0)
-        return Target(self.y.repeat_interleave(n, 0), self.root, weight)
+        return self.pick(torch.arange(len(self.y), device=self.y.device).repeat_interleave(n))
+
+    def n_data(self) -> Tensor:
+        """How many numbers count in each target: ``(batch,)``."""
+        n = torch.full_like(self.y[:, 0, 0], self.y[0].numel())
+        return n if self.weight is None else (self.weight > 0).sum((-2, -1)).to(n).expand_as(n)
 
     def see(self, rows: Tensor) -> Tensor:
         """Kernels ``(batch, channels or 1, r, pixels)`` in the metric's coordinates.
@@ -154,6 +156,14 @@ class Solution(NamedTuple):
     coefficients: Tensor  # (batch, channels, 2), and the offset where there is one
     converged: Tensor  # (batch,), bool
     n_iterations: Tensor  # (batch,)
+
+    def pick(self, index: Tensor | tuple[Tensor, Tensor]) -> Solution:
+        """The ends at ``index``."""
+        return Solution(*(value[index] for value in self))
+
+    def put(self, index: Tensor, part: Solution) -> Solution:
+        """These with ``part`` in the places ``index``."""
+        return Solution(*(a.index_copy(0, index, b) for a, b in zip(self, part, strict=True)))
 
 
 class _State(NamedTuple):
@@ -188,7 +198,7 @@ def solve(
     tolerance = max(tolerance, 10 * eps)
     size_of = target.y.square().sum((-2, -1))
 
-    state = _look(target, family, torch.minimum(torch.maximum(start, low), high))
+    state = _look(target, family, start.clamp(low, high))
     ends = Solution(
         *(state.z, state.cost, state.coefficients),
         converged=torch.zeros_like(state.cost, dtype=torch.bool),
@@ -213,7 +223,7 @@ def solve(
         step = torch.nan_to_num(torch.linalg.solve_ex(damped, gradient)[0])
         moved = state.z.clone()
         moved[:, free] += step
-        moved = torch.minimum(torch.maximum(moved, low), high)
+        moved = moved.clamp(low, high)
         new = _look(target, family, moved)
 
         better = is_open & (new.cost < state.cost)
@@ -266,9 +276,8 @@ def without_offset(target: Target, family: Family) -> Tensor:
     """What the best constants leave of the targets, where the family has any."""
     if not family.offset:
         return target.y
-    pixels = math.prod(family.sizes)
-    flat = target.see(target.y.new_ones(1, 1, 1, pixels))
-    return _project(target.y, flat if target.root is None else flat.flatten(1, 2).unsqueeze(1))[1]
+    constant = target.y.new_ones(1, 1, math.prod(family.sizes))
+    return _project(target.y, _columns(target, constant))[1]
 
 
 def kernels_of(family: Family, z: Tensor, coefficients: Tensor) -> Tensor:
@@ -315,7 +324,12 @@ def _basis(target: Target, family: Family, parts: Tensor) -> Tensor:
     """What coefficients multiply, in the metric: ``(batch, groups or 1, columns, m)``."""
     if family.offset:
         parts = torch.cat([parts, torch.ones_like(parts[:, :1])], 1)
-    seen = target.see(parts.unsqueeze(1))
+    return _columns(target, parts)
+
+
+def _columns(target: Target, rows: Tensor) -> Tensor:
+    """Kernels that all channels have, ``(batch, r, pixels)``, as columns of the problem."""
+    seen = target.see(rows.unsqueeze(1))
     return seen if target.root is None else seen.flatten(1, 2).unsqueeze(1)
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import itertools
 import math
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -36,7 +37,12 @@ class _Windows:
     near: Tensor  # which of them are one peak, (K, K)
     close: Tensor  # and which centres, (centres, centres)
     pairs: Tensor  # windows times cosine and times sine, (2, centres · K, pixels)
-    duals: Tensor  # orthonormal in the metric, (channels or 1, 2 · centres · K, pixels)
+    covariance: Tensor | None
+
+    @cached_property
+    def duals(self) -> Tensor:
+        """Orthonormal in the metric, ``(channels or 1, 2 · centres · K, pixels)``."""
+        return _orthonormal(self.pairs, self.covariance)
 
 
 class StartGrid:
@@ -132,7 +138,7 @@ def _windows(family: Family, width: float, like: Tensor, covariance: Tensor | No
         near=torch.cdist(k, k) < 1.9 * step,
         close=torch.cdist(centers, centers) < 2.0 * width,
         pairs=pairs,
-        duals=_orthonormal(pairs, covariance),
+        covariance=covariance,
     )
 
 
