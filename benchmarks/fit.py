@@ -418,7 +418,7 @@ def beside_bound(result: FitResult, params: Gabor2d, covariance: Tensor, varianc
 def wrong_section(options: Options) -> Row:
     rows = []
     for size in (7, 11, 15):
-        models = wrong_models(size, options.count(50), seed=size)
+        models = wrong_models(size, options.count(200), seed=size)
         generator = torch.Generator().manual_seed(size)
         n = options.count(2_000)
         models["white noise"] = torch.randn(n, size, size, generator=generator, dtype=F64)

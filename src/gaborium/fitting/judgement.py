@@ -9,14 +9,12 @@ import torch
 from torch import Tensor
 
 from gaborium.fitting.result import FitResult, Outcome
-from gaborium.fitting.search import ALIKE, Best
+from gaborium.fitting.search import ALIKE, MUCH, NOT_ALL, Best
 from gaborium.fitting.solver import Family, Solution, Target
 from gaborium.kernels import gabor_jacobian
 from gaborium.params import RECORDS, Gabor
 
 _LITTLE = 0.5  # share of the explainable power below which a kernel is called no Gabor
-_NOT_ALL = 0.8  # the same where what is left is more than noise
-_MUCH = 0.1  # of the first's power, what a second Gabor function may explain at most
 _WEAK = 1e-11  # eigenvalue of the scaled Fisher information that carries none
 # Standard deviation of who knows nothing: of a number between 0 and the period, or, of a positive
 # one, its own size.
@@ -82,8 +80,8 @@ def judge(
     unknown = torch.stack(
         [error.isinf().flatten(1).any(1) for error in standard_error.values()]
     ).any(0)
-    off = ~(evidence.share >= torch.where(best.structured, _NOT_ALL, _LITTLE))
-    off |= best.structured & (best.second > _MUCH * first)
+    off = ~(evidence.share >= torch.where(best.structured, NOT_ALL, _LITTLE))
+    off |= best.structured & (best.second > MUCH * first) | best.other
     code = torch.where(unknown, 3, 4)
     for number, mask in ((2, off), (1, ~solution.converged), (0, evidence.bad)):
         code = torch.where(mask, number, code)

@@ -29,8 +29,8 @@ class Outcome(enum.Enum):
     CONVERGED = "Converged."
     STALLED = "Stopped improving before the tolerance; try more starts."
     OFF_MODEL = (
-        "Converged, but to no Gabor function: too little of the kernel is explained, or a second "
-        "wave is left; see explained_variance."
+        "Converged, but to no Gabor function: too little of the kernel is explained, or two waves "
+        "or a centre with its surround explain more; see explained_variance."
     )
     NOT_IDENTIFIABLE = (
         "Converged, but the data do not determine every parameter: those of infinite "

@@ -15,14 +15,22 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from gaborium.fitting.alternatives import (
+    CentreSurround,
+    TwoGabors,
+    crossing,
+    is_better,
+)
 from gaborium.fitting.solver import (
     Family,
+    Model,
     Solution,
     Target,
     kernels_of,
     misfit,
     residual,
     solve,
+    without_offset,
 )
 from gaborium.fitting.start import StartGrid
 
@@ -31,6 +39,11 @@ _SETTLED = 0.1  # the same, if nothing but noise is left
 _ENOUGH = 100  # numbers left in a target that can tell noise from the rest of a poor fit
 _CHANCE = 0.02  # that noise is taken for a second Gabor function
 _KIN = 5  # candidates for it that are nearly one; tried on noise: 5 to 15 px, centre free or not
+_NOTHING = 1e-5  # share of the power below which what is left does not matter
+_HARDLY = 0.6  # share of the power above which so much is left that nothing need be compared
+NOT_ALL = 0.8  # share of the power that a Gabor function explains, where more than noise is left
+MUCH = 0.1  # of a Gabor function's power, from which on another one beside it counts
+_PAIRS = 4  # of waves that are followed together
 _LOOSE = 1e-4  # tolerance while ends are compared; the best one is then followed closely
 _SLOW = 1.0  # rad that a wave turns within a standard deviation, below which a still one is tried
 _REST = 1e-4  # rad that stand for none, where the limit of none is meant
@@ -52,12 +65,15 @@ class Best:
         rival: another kernel that fits nearly as well; where there is none, its cost is infinite.
         structured: ``(batch,)``, whether more than noise is left.
         second: ``(batch,)``, power that one more Gabor function would explain of what is left.
+        other: ``(batch,)``, whether two Gabor functions, each of its own, or a centre with its
+            surround explain the target better.
     """
 
     solution: Solution
     rival: Solution
     structured: Tensor
     second: Tensor
+    other: Tensor
 
 
 @dataclass(frozen=True)
@@ -98,18 +114,22 @@ class Search:
         settled = ~self._is_structured(target, best.cost, second) & (best.cost <= _SETTLED * power)
         settled &= self._n_left(target) >= _ENOUGH
         unsettled = inexact[~settled[inexact]]
+        other = torch.zeros_like(settled)
 
         if self.n_starts > 1 and len(unsettled):
             ends = self._ends(target, best, first, unsettled)
-            chosen, other = self._choose(ends, self._n_left(target.pick(unsettled)))
-            rival = rival.put(unsettled, other)
+            chosen, nearly = self._choose(ends, self._n_left(target.pick(unsettled)))
+            rival = rival.put(unsettled, nearly)
             best = self._closely(target, best.put(unsettled, chosen), unsettled)
             second = self._second(target, best, unsettled, second)
+            poor = best.cost[unsettled] > _NOTHING * power[unsettled]
+            close = poor & (best.cost[unsettled] < _HARDLY * power[unsettled])
+            other[unsettled[close]] = self._is_other(target, best, unsettled[close])
 
         structured = self._is_structured(target, best.cost, second)
         if precise.y.dtype != target.y.dtype:
             best = self._finish(precise, best)
-        return Best(best, rival, structured, second)
+        return Best(best, rival, structured, second, other)
 
     def follow(
         self,
@@ -117,13 +137,13 @@ class Search:
         z: Tensor,
         owner: Tensor,
         tolerance: float,
-        family: Family | None = None,
+        model: Model | None = None,
     ) -> Solution:
         """Solve from rows of z, each for the target number ``owner``, in rounds of batches."""
-        family = family or self.family
+        model = model or self.family
         ends = Solution(
             *(z.clone(), z.new_zeros(len(z))),
-            coefficients=z.new_zeros(len(z), family.n_channels, 2 + family.offset),
+            coefficients=z.new_zeros(len(z), model.n_channels, model.n_coefficients),
             converged=torch.zeros(len(z), dtype=torch.bool, device=z.device),
             n_iterations=torch.zeros(len(z), dtype=torch.int64, device=z.device),
         )
@@ -131,9 +151,9 @@ class Search:
         for steps in (min(_ROUND, self.max_iterations), self.max_iterations - _ROUND):
             if steps <= 0:
                 break
-            for i in _batches(waiting, family, z):
+            for i in _batches(waiting, model, z):
                 here = target.pick(owner[i])
-                found = solve(here, family, ends.z[i], max_iterations=steps, tolerance=tolerance)
+                found = solve(here, model, ends.z[i], max_iterations=steps, tolerance=tolerance)
                 used = ends.n_iterations[i] + found.n_iterations
                 ends = ends.put(i, found._replace(n_iterations=used))
             # A search that has neither arrived nor used its steps is stuck, and would be again.
@@ -190,6 +210,41 @@ class Search:
             z = self.grid.starts(left, n_starts=1, closely=False)[:, 0]
             second[i] = left.y.square().sum((-2, -1)) - misfit(left, self.family, z)
         return second
+
+    def _is_other(self, target: Target, best: Solution, number: Tensor) -> Tensor:
+        """Whether problems are better explained otherwise than by one Gabor function.
+
+        In one dimension a Gabor function has a surround of its own, and no two waves cross.
+        """
+        family = self.family
+        if family.n_dims == 1 or len(number) == 0:
+            return torch.zeros_like(best.converged[number])
+        here, ours = target.pick(number), best.pick(number)
+        n_data = here.n_data()
+
+        pair = TwoGabors(family)
+        everyone = torch.arange(len(number), device=number.device)
+        left = here._replace(y=residual(here, family, ours.z))
+        beside = self._look(left, everyone, 1, closely=False)
+        waves = self._look(here, everyone, self.n_starts, closely=True)
+        starts = pair.starts(here, ours.z, torch.cat([beside, waves], 1), _PAIRS)
+        ends = self._ends_of(pair, here, starts)
+        plaid = crossing(pair, ends.z, ends.coefficients) > MUCH
+        plaid |= ours.cost > (1 - NOT_ALL) * here.y.square().sum((-2, -1))
+        other = plaid & is_better(pair, ends.cost, family, ours.cost, n_data)
+
+        rings = CentreSurround(family.sizes, family.n_channels, family.offset)
+        shown = here.seen_from(without_offset(here, family), family.n_channels)
+        kernels = kernels_of(family, ours.z, ours.coefficients)
+        loudest = torch.stack([shown, kernels], 1).square().sum(2)
+        ends = self._ends_of(rings, here, rings.starts(here, loudest))
+        return other | is_better(rings, ends.cost, family, ours.cost, n_data)
+
+    def _ends_of(self, model: Model, target: Target, z: Tensor) -> Solution:
+        """Where another model is best, from starts ``(batch, n, columns)``."""
+        owner = torch.arange(len(z), device=z.device).repeat_interleave(z.shape[1])
+        ends = self.follow(target, z.flatten(0, 1), owner, max(self.tolerance, _LOOSE), model)
+        return _best_of(Solution(*(value.unflatten(0, z.shape[:2]) for value in ends)))
 
     def _is_structured(self, target: Target, cost: Tensor, second: Tensor) -> Tensor:
         """Whether more than noise is left, of which the best of many waves has a small share only.
@@ -299,9 +354,9 @@ def _best_of(ends: Solution) -> Solution:
     return ends.pick((torch.arange(len(index), device=index.device), index))
 
 
-def _batches(number: Tensor, family: Family, like: Tensor, at_least: int = 16) -> Iterator[Tensor]:
+def _batches(number: Tensor, model: Model, like: Tensor, at_least: int = 16) -> Iterator[Tensor]:
     """Numbers of problems that are solved at once."""
-    size = like.element_size() * family.n_channels * math.prod(family.sizes)
+    size = like.element_size() * model.n_channels * math.prod(model.sizes)
     largest = _AT_ONCE.get(like.device.type, _AT_ONCE_ELSEWHERE)
     if len(number):
         yield from number.split(min(max(largest // size, at_least), 2**18))

@@ -19,7 +19,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -80,9 +80,18 @@ class Family:
         return [i for i in range(last) if i not in fixed]
 
     @property
+    def n_coefficients(self) -> int:
+        """Numbers per channel that multiply kernels, and the offset."""
+        return 2 + self.offset
+
+    @property
     def n_parameters(self) -> int:
         """Numbers that a fit chooses: geometry and coefficients."""
-        return len(self.free) + (2 + self.offset) * self.n_channels
+        return len(self.free) + self.n_coefficients * self.n_channels
+
+    def at(self, z: Tensor) -> _Pair:
+        """Its kernels for geometries ``(batch, columns)``."""
+        return _Pair.at(self, z)
 
     def bounds(self, like: Tensor) -> tuple[Tensor, Tensor]:
         """Legal range of each column; angles are not bounded."""
@@ -97,6 +106,64 @@ class Family:
                 low[i], high[i] = max(low[i], lowest), min(high[i], highest)
         bounds = torch.tensor([low, high], dtype=torch.float64).to(like)
         return bounds[0], bounds[1]
+
+
+class Sampled(Protocol):
+    """The kernels of a model at a batch of geometries, and how they move."""
+
+    @property
+    def parts(self) -> Tensor:
+        """The kernels that coefficients combine, ``(batch, parts, pixels)``."""
+        ...
+
+    def moves(self, coefficients: Tensor) -> Tensor:
+        """Derivatives of their combinations by each free column.
+
+        ``(batch, channels, parts or more)`` coefficients give ``(batch, channels, p, pixels)``.
+        """
+        ...
+
+
+class Model(Protocol):
+    """What can be searched: kernels that depend on rows of z, and linearly on coefficients."""
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Pixels along each axis."""
+        ...
+
+    @property
+    def n_channels(self) -> int:
+        """Kernels that share a geometry."""
+        ...
+
+    @property
+    def offset(self) -> bool:
+        """Whether a constant is added to every kernel, of no interest but free."""
+        ...
+
+    @property
+    def free(self) -> list[int]:
+        """Columns of z that are searched."""
+        ...
+
+    @property
+    def n_coefficients(self) -> int:
+        """Numbers per channel that multiply kernels, and the offset."""
+        ...
+
+    @property
+    def n_parameters(self) -> int:
+        """Numbers that a fit chooses: geometry and coefficients."""
+        ...
+
+    def bounds(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Legal range of each column."""
+        ...
+
+    def at(self, z: Tensor) -> Sampled:
+        """Its kernels for geometries ``(batch, columns)``."""
+        ...
 
 
 class Target(NamedTuple):
@@ -153,7 +220,7 @@ class Solution(NamedTuple):
 
     z: Tensor  # (batch, columns)
     cost: Tensor  # |y - R K|², (batch,)
-    coefficients: Tensor  # (batch, channels, 2), and the offset where there is one
+    coefficients: Tensor  # (batch, channels, 2 or as many), and the offset where there is one
     converged: Tensor  # (batch,), bool
     n_iterations: Tensor  # (batch,)
 
@@ -173,7 +240,7 @@ class _State(NamedTuple):
     cost: Tensor  # (batch,)
     gradient: Tensor  # (batch, p): half the misfit's, with its sign turned
     hessian: Tensor  # (batch, p, p), by Gauss and Newton
-    coefficients: Tensor  # (batch, channels, 2 or 3)
+    coefficients: Tensor  # (batch, channels, coefficients)
 
     def pick(self, index: Tensor) -> _State:
         return _State(*(value[index] for value in self))
@@ -189,16 +256,16 @@ class _State(NamedTuple):
 
 
 def solve(
-    target: Target, family: Family, start: Tensor, *, max_iterations: int, tolerance: float
+    target: Target, model: Model, start: Tensor, *, max_iterations: int, tolerance: float
 ) -> Solution:
     """Descend from ``start`` ``(batch, columns)``; finished problems leave the batch."""
-    low, high = family.bounds(start)
-    free = family.free
+    low, high = model.bounds(start)
+    free = model.free
     eps = torch.finfo(start.dtype).eps
     tolerance = max(tolerance, 10 * eps)
     size_of = target.y.square().sum((-2, -1))
 
-    state = _look(target, family, start.clamp(low, high))
+    state = _look(target, model, start.clamp(low, high))
     ends = Solution(
         *(state.z, state.cost, state.coefficients),
         converged=torch.zeros_like(state.cost, dtype=torch.bool),
@@ -224,7 +291,7 @@ def solve(
         moved = state.z.clone()
         moved[:, free] += step
         moved = moved.clamp(low, high)
-        new = _look(target, family, moved)
+        new = _look(target, model, moved)
 
         better = is_open & (new.cost < state.cost)
         made = (moved - state.z)[:, free].unsqueeze(-1)
@@ -261,50 +328,41 @@ def _keep(ends: Solution, number: Tensor, state: _State) -> None:
     ends.coefficients[number] = state.coefficients
 
 
-def misfit(target: Target, family: Family, z: Tensor) -> Tensor:
+def misfit(target: Target, model: Model, z: Tensor) -> Tensor:
     """``|y - R K(z)|²`` with the best coefficients, for ``(batch, columns)``: ``(batch,)``."""
-    cost = residual(target, family, z).square().sum((-2, -1))
+    cost = residual(target, model, z).square().sum((-2, -1))
     return torch.where(cost.isfinite(), cost, torch.inf)
 
 
-def residual(target: Target, family: Family, z: Tensor) -> Tensor:
+def residual(target: Target, model: Model, z: Tensor) -> Tensor:
     """``y - R K(z)`` with the best coefficients: ``(batch, groups, m)``."""
-    return _project(target.y, _basis(target, family, _Pair.at(family, z).parts))[1]
+    return _project(target.y, _basis(target, model, model.at(z).parts))[1]
 
 
-def without_offset(target: Target, family: Family) -> Tensor:
-    """What the best constants leave of the targets, where the family has any."""
-    if not family.offset:
+def without_offset(target: Target, model: Model) -> Tensor:
+    """What the best constants leave of the targets, where the model has any."""
+    if not model.offset:
         return target.y
-    constant = target.y.new_ones(1, 1, math.prod(family.sizes))
+    constant = target.y.new_ones(1, 1, math.prod(model.sizes))
     return _project(target.y, _columns(target, constant))[1]
 
 
-def kernels_of(family: Family, z: Tensor, coefficients: Tensor) -> Tensor:
+def kernels_of(model: Model, z: Tensor, coefficients: Tensor) -> Tensor:
     """The kernels themselves, without offset: ``(batch, channels, pixels)``."""
-    return coefficients[..., :2] @ _Pair.at(family, z).parts
+    parts = model.at(z).parts
+    return coefficients[..., : parts.shape[1]] @ parts
 
 
-def linearise(target: Target, family: Family, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def linearise(target: Target, model: Model, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Residual ``(batch, groups, m)``, projected slopes ``(batch, groups, p, m)``, coefficients.
 
     The residual of ``z + dz`` is that of z less ``dz · slopes``, to first order.
     """
-    pair = _Pair.at(family, z)
-    basis = _basis(target, family, pair.parts)
+    sampled = model.at(z)
+    basis = _basis(target, model, sampled.parts)
     coefficients, left, inverse = _project(target.y, basis)
-    of_channels = coefficients.reshape(len(z), family.n_channels, -1)
-
-    even, odd = of_channels[..., 0, None], of_channels[..., 1, None]
-    cosine, minus_sine = pair.parts[:, :1], pair.parts[:, 1:2]
-    kernel = even * cosine + odd * minus_sine  # (batch, channels, pixels)
-    slope = -odd * cosine  # by the carrier's angle
-    if not family.still:
-        slope += even * minus_sine
-    of_envelope, of_angle = pair.slopes(family)
-    J = kernel.unsqueeze(-2) * of_envelope.unsqueeze(1)
-    turning = of_angle.shape[1]
-    J[:, :, :turning] += slope.unsqueeze(-2) * of_angle.unsqueeze(1)
+    of_channels = coefficients.reshape(len(z), model.n_channels, -1)
+    J = sampled.moves(of_channels)
     if target.root is not None:  # each row is a kernel of all channels
         J = (J.transpose(1, 2).flatten(-2) @ target.root.T).unsqueeze(1)
     elif target.weight is not None:
@@ -312,17 +370,17 @@ def linearise(target: Target, family: Family, z: Tensor) -> tuple[Tensor, Tensor
     return left, J - (J @ basis.mT @ inverse) @ basis, of_channels
 
 
-def _look(target: Target, family: Family, z: Tensor) -> _State:
-    left, J, coefficients = linearise(target, family, z)
+def _look(target: Target, model: Model, z: Tensor) -> _State:
+    left, J, coefficients = linearise(target, model, z)
     cost = left.square().sum((-2, -1))
     gradient = (J @ left.unsqueeze(-1)).squeeze(-1).sum(1)
     hessian = (J @ J.mT).sum(1)
     return _State(z, torch.where(cost.isfinite(), cost, torch.inf), gradient, hessian, coefficients)
 
 
-def _basis(target: Target, family: Family, parts: Tensor) -> Tensor:
+def _basis(target: Target, model: Model, parts: Tensor) -> Tensor:
     """What coefficients multiply, in the metric: ``(batch, groups or 1, columns, m)``."""
-    if family.offset:
+    if model.offset:
         parts = torch.cat([parts, torch.ones_like(parts[:, :1])], 1)
     return _columns(target, parts)
 
@@ -365,6 +423,7 @@ def _project(y: Tensor, basis: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 class _Pair(NamedTuple):
     """The two kernels that a geometry combines, and what their derivatives are made of."""
 
+    family: Family
     parts: Tensor  # envelope times cosine and times minus sine, (batch, 2, pixels)
     z: Tensor
     n: Tensor  # direction of the wave, (batch, d)
@@ -396,13 +455,27 @@ class _Pair(NamedTuple):
         else:
             parts = torch.stack([angle.cos(), angle.sin().neg_()], 1)
         parts *= envelope.unsqueeze(1)
-        return cls(parts, z, n, across, outer, precision)
+        return cls(family, parts, z, n, across, outer, precision)
 
-    def slopes(self, family: Family) -> tuple[Tensor, Tensor]:
+    def moves(self, coefficients: Tensor) -> Tensor:
+        """Derivatives of combinations by each free column: ``(batch, channels, p, pixels)``."""
+        even, odd = coefficients[..., 0, None], coefficients[..., 1, None]
+        cosine, minus_sine = self.parts[:, :1], self.parts[:, 1:2]
+        kernel = even * cosine + odd * minus_sine  # (batch, channels, pixels)
+        slope = -odd * cosine  # by the carrier's angle
+        if not self.family.still:
+            slope += even * minus_sine
+        of_envelope, of_angle = self._slopes()
+        J = kernel.unsqueeze(-2) * of_envelope.unsqueeze(1)
+        J[:, :, : of_angle.shape[1]] += slope.unsqueeze(-2) * of_angle.unsqueeze(1)
+        return J
+
+    def _slopes(self) -> tuple[Tensor, Tensor]:
         """How log envelope ``(batch, p, pixels)`` and angle ``(batch, ≤ p, pixels)`` move.
 
         By each free column; of the angle only the first ones, which have an influence on it.
         """
+        family = self.family
         columns, d = family.columns, family.n_dims
         z, n, turns, precision = self.z, self.n, self.turns, self.precision
         center = z[:, columns["center"] :]
