@@ -40,7 +40,7 @@ from gaborium import FitResult, Gabor2d, Outcome, fit, gabor, gabor_jacobian, re
 
 F64 = torch.float64
 EXACT = 1e-6  # kernel error below which a planted kernel counts as found
-REAL_STARTS = 40  # candidates that are followed for the kernels of trained networks
+REAL_STARTS = 100  # candidates that are followed for the kernels of trained networks
 FIELDS = tuple(name for name in Gabor2d.field_names() if name != "center")
 SINGLE = {"dtype": torch.float32} if "dtype" in inspect.signature(fit).parameters else None
 NO_WAVE = 0.3  # rad that a wave turns within one standard deviation

@@ -121,6 +121,7 @@ class Search:
             chosen, nearly = self._choose(ends, self._n_left(target.pick(unsettled)))
             rival = rival.put(unsettled, nearly)
             best = self._closely(target, best.put(unsettled, chosen), unsettled)
+            best = self._at_bounds(target, best, unsettled[~best.converged[unsettled]])
             second = self._second(target, best, unsettled, second)
             poor = best.cost[unsettled] > _NOTHING * power[unsettled]
             close = poor & (best.cost[unsettled] < _HARDLY * power[unsettled])
@@ -309,6 +310,21 @@ class Search:
         going = self.follow(target, z, resting, self.tolerance)
         better = going.cost < best.cost[resting] * (1 - 1e-6)
         return best.put(resting[better], going.pick(better))
+
+    def _at_bounds(self, target: Target, best: Solution, number: Tensor) -> Solution:
+        """Where a search creeps, try what it may creep to: an endless or a thin envelope."""
+        low, high = self.family.bounds(best.z)
+        columns = self.family.columns
+        corners = [("sigma", high), ("aspect_ratio", low), ("aspect_ratio", high)]
+        for name, bound in corners:
+            column = columns[name]
+            if len(number) and column in self.family.free:
+                z = best.z[number]
+                z[:, column] = bound[column]
+                there = self.follow(target, z, number, self.tolerance)
+                better = there.cost < best.cost[number]
+                best = best.put(number[better], there.pick(better))
+        return best
 
     def _finish(self, target: Target, best: Solution) -> Solution:
         """The last steps in the target's own, higher precision."""
