@@ -4,6 +4,7 @@ from gaborium.diagnostics.filters import Duplicate, Health, health, reseed
 from gaborium.diagnostics.findings import Finding, Severity
 from gaborium.diagnostics.gradients import GradientCheck, ParameterCheck, check_gradients
 from gaborium.diagnostics.mending import replace_by_gabor
+from gaborium.diagnostics.recorder import Recorder, watch
 
 __all__ = [
     "Duplicate",
@@ -11,9 +12,11 @@ __all__ = [
     "GradientCheck",
     "Health",
     "ParameterCheck",
+    "Recorder",
     "Severity",
     "check_gradients",
     "health",
     "replace_by_gabor",
     "reseed",
+    "watch",
 ]

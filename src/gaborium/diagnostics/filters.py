@@ -319,6 +319,14 @@ def reseed(layer: Any, filters: list[int], *, seed: int | None = None) -> None:
         layer.params = type(whole)(**fields)
 
 
+def duplicates_of(layer: Any) -> tuple[Duplicate, ...]:
+    """The duplicates of a Gabor layer alone, which cost little more than its kernels."""
+    kernels = layer.weight.detach()
+    members = kernels.reshape(layer.n_filters, -1, *kernels.shape[1:])
+    dead = _is_dead(members.flatten(1).norm(dim=1))
+    return _duplicates(members, dead, any_phase=layer.output == "energy")
+
+
 def _params_of(layer: nn.Module, kernels: Tensor) -> tuple[Gabor, Tensor]:
     """The filters' record ``(filters, channels)``, and which filters it describes."""
     if isinstance(layer, _GABOR_LAYERS):
@@ -373,7 +381,7 @@ def _kind(params: Gabor, heard: Tensor, sizes: tuple[int, ...]) -> str:
 def _duplicates(members: Tensor, dead: Tensor, *, any_phase: bool) -> tuple[Duplicate, ...]:
     flat = members.flatten(1)
     flat = torch.where(dead[:, None], 0.0, flat)
-    unit = flat / flat.norm(dim=1, keepdim=True).clamp_min(1e-300)
+    unit = flat / flat.norm(dim=1, keepdim=True).clamp_min(1e-30)
     cosine = unit @ unit.T
     if any_phase:
         even, odd = (unit.unflatten(1, (2, -1))[:, i] for i in (0, 1))
