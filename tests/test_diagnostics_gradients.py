@@ -548,6 +548,20 @@ def test_constants_in_single_precision_do_not_disturb():
     assert max(parameter.disagreement for parameter in checked.parameters) < 1e-5
 
 
+def test_outputs_and_inputs_of_any_structure():
+    class Several(Sound):
+        def forward(self, images, factor, *, scale=1.0):
+            response = super().forward(images["image"])
+            return {"response": factor * response, "more": [response.sum(), None, "text"]}
+
+    checked = check(
+        Several(), ({"image": image()}, 2), lambda out: energy(out["response"]) + out["more"][0]
+    )
+    assert checked.findings == []
+    lookup = nn.Sequential(nn.Embedding(5, 3), nn.Linear(3, 2))
+    assert check(lookup, torch.tensor([[0, 1, 4]])).findings == []
+
+
 # -- what is the caller's stays -------------------------------------------------------------------
 
 
@@ -615,5 +629,17 @@ def test_inputs_that_do_not_fit_are_refused():
         check(Sound(), optimizer=torch.optim.SGD(Sound().parameters()), learning_rate=0.1)
     with pytest.raises(TypeError, match=r"must be an nn\.Module, got function"):
         check(energy)
-    with pytest.raises(ValueError, match="must compute one convolution"):
-        replace_by_gabor(nn.Sequential(nn.Conv2d(1, 1, 3), nn.Conv2d(1, 1, 3)), "", image())
+    for other in (nn.Conv2d(1, 1, 3), nn.ReLU()):
+        with pytest.raises(ValueError, match="must be one convolution of its input"):
+            replace_by_gabor(nn.Sequential(nn.Conv2d(1, 1, 3), other), "", image())
+    with pytest.raises(ValueError, match="must be one convolution of its input"):
+        replace_by_gabor(nn.Conv2d(1, 1, 3, padding=1, padding_mode="reflect"), "", image())
+
+
+def test_a_network_that_makes_its_kernels_itself_is_not_replaced_whole():
+    class Whole(Detached):
+        def forward(self, x):
+            return super().forward(x).relu().mean((2, 3))
+
+    found = finding(check(Whole()), "no gradient")
+    assert found.remedy == ""

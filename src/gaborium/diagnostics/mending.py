@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gaborium.diagnostics.trials import Convolution, Trace, Trials, copied
+from gaborium.diagnostics.trials import Convolution, Trace, Trials, copied, same
 from gaborium.fitting import fit
 from gaborium.layers import GaborConv1d, GaborConv2d, GaborConv3d
 from gaborium.params import Gabor
@@ -28,8 +28,8 @@ if optimizer is not None:
 def replace_by_gabor(module: nn.Module, name: str, inputs: Any) -> nn.Module:
     """The module with one of its layers replaced by a Gabor layer that learns.
 
-    The layer must be a convolution however it makes its kernels: it is run, and what it convolves
-    with is fitted by Gabor functions, with which the new layer begins.
+    The layer must be a convolution of its input, however it makes its kernels: it is run, and what
+    it convolves with is fitted by Gabor functions, with which the new layer begins.
 
     Args:
         module: any module; it is not changed.
@@ -41,7 +41,7 @@ def replace_by_gabor(module: nn.Module, name: str, inputs: Any) -> nn.Module:
         ``name`` is empty, that layer.
 
     Raises:
-        ValueError: the layer does not compute exactly one convolution.
+        ValueError: what the layer returns is not one convolution of what it gets.
 
     Example:
         >>> from gaborium import GaborConv2d
@@ -52,15 +52,13 @@ def replace_by_gabor(module: nn.Module, name: str, inputs: Any) -> nn.Module:
         True
     """
     given = inputs if isinstance(inputs, tuple) else (inputs,)
-    trial = copied(module)
-    layer = trial.get_submodule(name)
-    found = _convolutions(trial, layer, given)
-    if len(found) != 1:
+    found = _convolution(module, name, given)
+    if found is None:
         raise ValueError(
-            f"{name or type(module).__name__!r} must compute one convolution to be replaced by a "
-            f"Gabor layer, but it computes {len(found)}."
+            f"{name or type(module).__name__!r} must be one convolution of its input, and nothing "
+            "else, to be replaced by a Gabor layer."
         )
-    new = _layer_like(found[0])
+    new = _layer_like(found)
     if not name:
         return new.train(module.training)
     parent, _, last = name.rpartition(".")
@@ -79,8 +77,7 @@ def replacement_code(name: str) -> str:
 
 def is_replaceable(module: nn.Module, name: str, inputs: tuple[Any, ...]) -> bool:
     """Whether ``replace_by_gabor`` can do it."""
-    trial = copied(module)
-    return len(_convolutions(trial, trial.get_submodule(name), inputs)) == 1
+    return _convolution(module, name, inputs) is not None
 
 
 def rebuilding_code(layer: Any, name: str, **changes: str) -> str:
@@ -127,23 +124,28 @@ def rebuilding_code(layer: Any, name: str, **changes: str) -> str:
     return code + RENEW_OPTIMIZER
 
 
-def _convolutions(
-    module: nn.Module, layer: nn.Module, inputs: tuple[Any, ...]
-) -> list[Convolution]:
-    """What ``layer`` convolves with when ``module`` is called; ``module`` may change."""
+def _convolution(module: nn.Module, name: str, inputs: tuple[Any, ...]) -> Convolution | None:
+    """The convolution that a layer is when ``module`` is called; ``None`` if it is something else.
+
+    A layer may convolve and go on, as with a nonlinearity, or pad its input first.
+    """
+    trial = copied(module)
     trace = Trace()
     found: list[Convolution] = []
 
     def before(*_: Any) -> None:
         trace.convolutions.clear()
 
-    def after(*_: Any) -> None:
-        found[:] = list(trace.convolutions)
+    def after(_: nn.Module, given: tuple[Any, ...], output: Any) -> None:
+        found[:] = [
+            one for one in trace.convolutions if same(one.input, given) and same(one.output, output)
+        ]
 
+    layer = trial.get_submodule(name)
     layer.register_forward_pre_hook(before)
     layer.register_forward_hook(after)
-    Trials(module, inputs, lambda _: torch.zeros(())).run(module, trace)
-    return found
+    Trials(trial, inputs, lambda _: torch.zeros(())).run(trial, trace)
+    return found[0] if len(found) == 1 else None
 
 
 def _layer_like(convolution: Convolution) -> Any:

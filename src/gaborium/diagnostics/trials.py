@@ -48,6 +48,8 @@ class Convolution(NamedTuple):
     padding: Any
     dilation: Any
     groups: int
+    input: Tensor
+    output: Tensor
 
 
 @dataclass
@@ -159,7 +161,7 @@ class Trace(TorchFunctionMode):
         sources = frozenset().union(*(self._sources.get(id(one), frozenset()) for one in given))
         linked = any(one.requires_grad and id(one) in self._sources for one in given)
         if last in _CONVOLUTIONS:
-            self._convolution(last, args, kwargs or {})
+            self._convolution(last, args, kwargs or {}, result)
         if last in ("sqrt", "pow", "__pow__", "std", "norm", "vector_norm"):
             self._root(result)
         if name.endswith("data.__get__") or last == "detach":
@@ -193,7 +195,9 @@ class Trace(TorchFunctionMode):
             if tensor.is_floating_point() and tensor.requires_grad and bool((tensor == 0).any()):
                 self.zero_roots.append(_line())
 
-    def _convolution(self, kind: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+    def _convolution(
+        self, kind: str, args: Sequence[Any], kwargs: Mapping[str, Any], result: Tensor
+    ) -> None:
         order = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
         given = dict(zip(order, args, strict=False)) | dict(kwargs)
         self.convolutions.append(
@@ -205,6 +209,8 @@ class Trace(TorchFunctionMode):
                 given.get("padding", 0),
                 given.get("dilation", 1),
                 given.get("groups", 1),
+                given["input"],
+                result,
             )
         )
 
