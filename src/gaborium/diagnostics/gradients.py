@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -21,6 +21,7 @@ _N_DIRECTIONS = 3  # the gradient's own, and two at random
 _STEP = 1e-6  # of a finite difference, as a share of the parameter's size
 _NUDGE = 1e-2  # to see whether the output follows, as a share of the parameter's size
 _TOO_MANY_STEPS = 1e6  # for the loss to fall by its own size
+_FLAT = 1e-3  # of the loss: what a parameter has to do with less of, it cannot lower
 _RATE = 1e-2  # where neither a rate nor an optimiser is given
 
 
@@ -566,7 +567,8 @@ class _Check:
         old = {name: parameters[name].detach().clone() for name in stepped}
         gradients = {name: parameters[name].grad for name in stepped}
         if self.optimizer_copy is not None:
-            self.optimizer_copy.step()
+            # Some, such as L-BFGS, ask for the loss again; it stays what it was.
+            self.optimizer_copy.step(lambda: self.loss)
         else:
             with torch.no_grad():
                 for name in stepped:
@@ -599,7 +601,11 @@ class _Check:
         coarse = any(self.module.get_parameter(n).dtype in _HALF for n in still)
         if not coarse:
             self._too_short([n for n in stepped if n in known], old, gradients, fall)
-        still = [name for name in still if name not in self.states]
+        still = [
+            name
+            for name in still
+            if name not in self.states and self._weight(old[name], gradients[name]) > _FLAT
+        ]
         if still:
             self._does_not_move(still)
         return moved
@@ -641,13 +647,9 @@ class _Check:
         """Steps so short that the loss would take millions of them, though it has a slope."""
         if not names or not math.isfinite(fall) or self.loss == 0 or self.found:
             return
-        elasticity = max(
-            gradient.double().norm().item() * old[name].double().norm().item() / abs(self.loss)
-            for name in names
-            if (gradient := gradients[name]) is not None
-        )
+        weight = max(self._weight(old[name], gradients[name]) for name in names)
         n_steps = abs(self.loss / fall) if fall else math.inf
-        if elasticity < 1e-3 or n_steps < _TOO_MANY_STEPS:
+        if weight < _FLAT or n_steps < _TOO_MANY_STEPS:
             return
         factor = min(n_steps / 1e2, 1e12)
         self._say(
@@ -657,11 +659,17 @@ class _Check:
                 f"A step at the learning rate {self._rate_of(names[0]):g} is too short: the loss "
                 f"would take about {n_steps:.0e} of them to fall by its own size. Gradients are "
                 "small because the loss is scaled down, or the rate is.",
-                {"n_steps": n_steps, "loss": self.loss, "gradient_times_size": elasticity},
+                {"n_steps": n_steps, "loss": self.loss, "gradient_times_size": weight},
                 f"for group in optimizer.param_groups:\n    group['lr'] *= {factor:.3g}\n",
                 tuple(names),
             )
         )
+
+    def _weight(self, value: Tensor, gradient: Tensor | None) -> float:
+        """What share of the loss a parameter has to do with: gradient times size over loss."""
+        if gradient is None or self.loss == 0:
+            return 0.0
+        return gradient.double().norm().item() * value.double().norm().item() / abs(self.loss)
 
     def _rate_of(self, name: str) -> float:
         if self.optimizer is None:
@@ -733,13 +741,15 @@ class _Check:
 
     def _modes_differ(self) -> None:
         """The same parameters, and another output: right for dropout, wrong for a convolution."""
-        meant = (nn.modules.dropout._DropoutNd, nn.modules.batchnorm._NormBase, nn.RReLU)
-        if any(isinstance(part, (*meant, nn.MultiheadAttention)) for part in self.module.modules()):
-            return
-        outputs = [
-            list(tensors_of(self.trials.run(self.trials.fresh().train(mode)).output))
-            for mode in (True, False)
-        ]
+        modules = [self.trials.fresh().train(mode) for mode in (True, False)]
+        buffers = {name: value.clone() for name, value in modules[0].named_buffers()}
+        runs = [self.trials.run(module).output for module in modules]
+        other = replace(self.trials, seed=self.trials.seed + 1)
+        if not same(runs[0], other.run(other.fresh().train()).output):
+            return  # it draws, as dropout does
+        if not all(same(value, buffers.get(n)) for n, value in modules[0].named_buffers()):
+            return  # it keeps statistics, as batch norm does
+        outputs = [list(tensors_of(output)) for output in runs]
         if [one.shape for one in outputs[0]] != [one.shape for one in outputs[1]]:
             return
         distance = math.sqrt(sum(
@@ -753,7 +763,7 @@ class _Check:
                     "stale cache",
                     Severity.WARNING,
                     "The output in eval() mode differs from that in train() mode, though the "
-                    "module has neither dropout nor batch norm: a kernel that was computed "
+                    "module neither draws nor keeps statistics: a kernel that was computed "
                     "earlier may still be in use.",
                     {"relative_difference": distance / size if size else math.inf},
                     "",

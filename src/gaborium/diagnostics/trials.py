@@ -105,6 +105,11 @@ def copied(module: nn.Module, *more: Any) -> Any:
             if value.grad_fn is not None:
                 memo[id(value)] = value.detach().clone()
     result = [copy.deepcopy(thing, memo) for thing in (module, *more)]
+    for thing, other in zip(more, result[1:], strict=True):
+        for key, value in vars(thing).items():
+            # Optimisers leave out of a copy what torch does not know of, such as L-BFGS's list.
+            if key not in vars(other) and not callable(value):
+                setattr(other, key, copy.deepcopy(value, memo))
     for parameter in result[0].parameters():
         parameter.grad = None  # the copy starts without any
     return result if more else result[0]
