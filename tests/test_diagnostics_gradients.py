@@ -607,6 +607,14 @@ def test_a_row_per_parameter():
     assert rows[0]["gradient_norm"] == pytest.approx(slope.norm().item(), rel=1e-5)
 
 
+def test_work_in_place_does_not_reach_the_callers_inputs():
+    inputs = image() - 0.5
+    kept = inputs.clone()
+    module = nn.Sequential(nn.ReLU(inplace=True), nn.Conv2d(1, 2, 3))
+    assert check(module, inputs).findings == []
+    assert torch.equal(inputs, kept)
+
+
 # -- bad input ------------------------------------------------------------------------------------
 
 
