@@ -454,6 +454,7 @@ def test_frozen_parameters_are_noted_and_severe_when_nothing_learns():
 
 def test_fields_left_out_of_learn_are_noted_and_can_be_thawed():
     layer = GaborConv2d(1, 4, 7, seed=0, learn=("amplitude", "phase"), padding=3, stride=2)
+    layer.bias.data += 1
     found = finding(check(nn.Sequential(layer)), "frozen")
     assert found.where == ("orientation", "wavelength", "sigma", "aspect_ratio")
     assert found.severity is Severity.NOTE

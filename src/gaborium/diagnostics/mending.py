@@ -116,6 +116,7 @@ def rebuilding_code(layer: Any, name: str, **changes: str) -> str:
     )
     if layer.bias is not None:
         code += "new.bias.data.copy_(layer.bias.data)\n"
+    code += "new.train(layer.training)\n"
     if name:
         parent, _, last = name.rpartition(".")
         code += f"setattr(module.get_submodule({parent!r}), {last!r}, new)\n"
