@@ -73,6 +73,8 @@ def test_dead_filters():
     nothing = health(layer_of(amplitude=[0.0] * 4))
     assert finding(nothing, "dead filters").severity is Severity.SEVERE
     assert nothing.duplicates == ()
+    faint = health(layer_of(3, orientation=[0.3, 1.0, 0.3], amplitude=[1.0, 1.0, 1e-5]))
+    assert faint.duplicates == ()  # one of the two is dead, which is enough said
 
 
 def test_aliased_wavelengths():
