@@ -98,6 +98,7 @@ def test_truncated_envelopes():
     assert not health(new).truncated.any()
     image = torch.rand(1, 1, 40, 40)
     assert new(image).shape == layer(image).shape
+    assert health(layer, layer.params).truncated.any()  # and it says so without a warning
     moved = layer_of(center=[[0.0, 0.0]] * 3 + [[5.0, 0.0]])
     assert health(moved).truncated.tolist() == [False, False, False, True]
 

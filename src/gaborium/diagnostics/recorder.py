@@ -318,7 +318,7 @@ class Recorder:
             size = step.square().mean(0).sqrt() / self._scale(name, half)
             path, net = step.abs().sum(0), step.sum(0).abs()
             turns = (step[1:] * step[:-1] < 0).double().mean(0)
-            bad = (turns >= 0.75) & (net <= 0.2 * path) & (size > _JUMP)
+            bad = (turns >= 0.85) & (net <= 0.2 * path) & (size > _JUMP)
             if len(step) >= _FEW // 2 - 1 and bool(bad.any()):
                 where[name] = step.square().mean(0).sqrt()[bad].max().item()
                 filters |= set(bad.any(1).nonzero().flatten().tolist())
