@@ -50,6 +50,8 @@ def main() -> int:
     pip_install("torch")
     say("[3/3] Installing gaborium, what it can use, and the tools that check it")
     pip_install("--editable", str(ROOT) + "[dev]")
+    # A package that does not learn, for the test that says so. Its metadata ask for an old torch.
+    pip_install("--no-deps", "GaborNet")
 
     unfinished = READY.with_name(".ready.new")
     unfinished.write_text(fingerprint)

@@ -1,0 +1,969 @@
+"""Does every parameter of a module get a right gradient, does it move, and does that matter?"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from gaborium.diagnostics import mending, units
+from gaborium.diagnostics.findings import Finding, Severity, by_severity
+from gaborium.diagnostics.trials import Break, Loss, Run, Trace, Trials, copied, same, tensors_of
+from gaborium.layers import GaborConv1d, GaborConv2d, GaborConv3d
+
+_GABOR_LAYERS = (GaborConv1d, GaborConv2d, GaborConv3d)
+_HALF = (torch.float16, torch.bfloat16)
+_N_DIRECTIONS = 3  # the gradient's own, and two at random
+_STEP = 1e-6  # of a finite difference, as a share of the parameter's size
+_NUDGE = 1e-2  # to see whether the output follows, as a share of the parameter's size
+_TOO_MANY_STEPS = 1e6  # for the loss to fall by its own size
+_FLAT = 1e-3  # of the loss: what a parameter has to do with less of, it cannot lower
+_RATE = 1e-2  # where neither a rate nor an optimiser is given
+
+
+@dataclass(frozen=True)
+class ParameterCheck:
+    """What became of one parameter.
+
+    Args:
+        name: as in ``module.named_parameters()``.
+        shape: of the tensor.
+        has_gradient: it got a gradient that is not zero everywhere.
+        gradient_norm: L2 norm, in the loss's unit per unit of the parameter; NaN without one.
+        disagreement: largest difference between the gradient and central differences of the loss
+            in float64, over a few directions, as a share of the larger of the two; NaN where it
+            could not be measured.
+        moved: it changed at one step of the optimiser.
+        output_follows: the output changes when the parameter does.
+        state: ``"learns"``; ``"flat"``: the loss does not depend on it here; or the cause of the
+            finding that it is part of.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    has_gradient: bool
+    gradient_norm: float
+    disagreement: float
+    moved: bool
+    output_follows: bool
+    state: str
+
+
+@dataclass(frozen=True)
+class GradientCheck:
+    """What ``check_gradients`` found.
+
+    Args:
+        parameters: one entry per parameter of the module, in its order.
+        loss: at the parameters as they are.
+        found: the findings, in the order in which they were made.
+        not_in_double: why derivatives could not be checked in float64, or ``""``.
+    """
+
+    parameters: tuple[ParameterCheck, ...]
+    loss: float
+    found: tuple[Finding, ...]
+    not_in_double: str = ""
+
+    @property
+    def findings(self) -> list[Finding]:
+        """The worst first."""
+        return by_severity(list(self.found))
+
+    def to_table(self) -> list[dict[str, object]]:
+        """One row per parameter, with the fields of ``ParameterCheck``."""
+        return [dict(vars(parameter)) for parameter in self.parameters]
+
+
+def check_gradients(
+    module: nn.Module,
+    inputs: Tensor | tuple[Any, ...],
+    loss: Loss,
+    *,
+    optimizer: torch.optim.Optimizer | None = None,
+    learning_rate: float | None = None,
+    tolerance: float = 1e-3,
+    seed: int = 0,
+) -> GradientCheck:
+    """Check that every parameter gets a right gradient, moves, and reaches the output.
+
+    It serves any module. The module runs in the mode it is in; call it in ``train()`` mode to
+    check what training does. All work is done on copies: parameters, buffers, gradients, mode and
+    the state of random numbers stay as they are. The copies run about twenty times per parameter.
+
+    The gradient is compared with central differences of the loss in float64, in the direction of
+    the gradient and in two others. Where the loss has a kink, as behind a ReLU of 0, any slope
+    between those of its two sides is right.
+
+    Args:
+        module: any module; its parameters and the inputs lie on one device.
+        inputs: a batch, or a tuple of what ``module`` is called with.
+        loss: from the module's output to a scalar, the same at every call.
+        optimizer: the loop's own, of which a copy takes one step; by default plain gradient
+            descent.
+        learning_rate: of that descent; by default 0.01.
+        tolerance: disagreement with finite differences above which a gradient is wrong.
+        seed: of the random numbers of every run, such as those of dropout.
+
+    Returns:
+        A record with an entry per parameter, and the findings: ``"no gradient"``,
+        ``"wrong gradient"``, ``"nan gradient"``, ``"does not move"``, ``"vanishing step"``,
+        ``"stale cache"``, ``"wrong unit"``, ``"frozen"`` and ``"unused parameter"``.
+
+    Raises:
+        TypeError: the loss is not a tensor, or the module has nothing in it.
+        ValueError: the loss is not a scalar or differs from call to call; the inputs hold NaN or
+            infinities, or lie on another device or have another precision than the module.
+
+    Example:
+        >>> from gaborium import GaborConv2d
+        >>> layer = GaborConv2d(1, 2, 7, seed=0)
+        >>> image = torch.rand(1, 1, 16, 16)
+        >>> check = check_gradients(layer, image, lambda output: output.square().mean())
+        >>> [parameter.name for parameter in check.parameters if parameter.state == "learns"]
+        ['angular_wave_vector', 'log_sigma', 'log_aspect_ratio', 'even', 'odd', 'bias']
+        >>> check.findings
+        []
+    """
+    given = inputs if isinstance(inputs, tuple) else (inputs,)
+    if optimizer is not None and learning_rate is not None:
+        raise ValueError("Give the optimizer or a learning_rate, not both.")
+    if learning_rate is not None and not learning_rate > 0:
+        raise ValueError(f"learning_rate must be positive, got {learning_rate}.")
+    _check_inputs(module, given)
+    trials = Trials(module, given, loss, seed)
+    return _Check(trials, optimizer, learning_rate, tolerance).result()
+
+
+class _Differences(NamedTuple):
+    """A gradient beside finite differences."""
+
+    disagreement: float
+    slope: float  # the steepest that finite differences saw
+    gradient_norm: float
+
+
+class _Check:
+    """The work of ``check_gradients``, in the order in which questions build on each other."""
+
+    def __init__(
+        self,
+        trials: Trials,
+        optimizer: torch.optim.Optimizer | None,
+        learning_rate: float | None,
+        tolerance: float,
+    ) -> None:
+        self.trials, self.optimizer = trials, optimizer
+        self.rate, self.rate_is_guess = learning_rate or _RATE, learning_rate is None
+        self.tolerance = tolerance
+        self.module = trials.module
+        self.trained = [n for n, p in self.module.named_parameters() if p.requires_grad]
+        self.found: list[Finding] = []
+        self.states: dict[str, str] = {}
+
+    def result(self) -> GradientCheck:
+        self.copy, self.optimizer_copy = self._copies()
+        before = {name: id(p) for name, p in self.copy.named_parameters()}
+        held = dict(self.copy.named_parameters())
+        run = self.trials.run(self.copy)
+        _check_loss(run.loss)
+        self._check_repeats(run)
+        self.loss = run.loss.item()
+        after = {name: id(p) for name, p in self.copy.named_parameters()}
+        self.rewrapped = [n for n in self.trained if after.get(n) != before[n]]
+        if run.loss.requires_grad:
+            run.loss.backward()
+        self.gradients = {name: parameter.grad for name, parameter in held.items()}
+        self.follows = {name: self._follows(name) for name in self.trained}
+        self.overwritten = [n for n in self.trained if n not in self.rewrapped and self._undone(n)]
+        self.differences, self.not_in_double = self._compare()
+        self._nan()
+        self._without_gradient(run)
+        self._wrong()
+        self.moved = self._step()
+        self._stale()
+        self._units()
+        self._frozen()
+        return GradientCheck(
+            tuple(self._parameter(name, p) for name, p in self.module.named_parameters()),
+            self.loss,
+            tuple(self.found),
+            self.not_in_double,
+        )
+
+    # -- runs -----------------------------------------------------------------------------------
+
+    def _copies(self) -> tuple[nn.Module, torch.optim.Optimizer | None]:
+        if self.optimizer is None:
+            return self.trials.fresh(), None
+        module, optimizer = copied(self.module, self.optimizer)
+        return module, optimizer
+
+    def _check_repeats(self, run: Run) -> None:
+        again = self.trials.run(self.trials.fresh()).loss.item()
+        first = run.loss.item()
+        dtype = run.loss.dtype if run.loss.is_floating_point() else torch.float32
+        rounding = 1e4 * torch.finfo(dtype).eps * max(abs(first), abs(again))
+        if math.isfinite(first) and abs(first - again) > rounding:
+            raise ValueError(
+                "loss must be the same for the same parameters and seed, but two runs gave "
+                f"{first:.6g} and {again:.6g}; draw its random numbers from torch's generator, "
+                "or once, before the check."
+            )
+
+    def _follows(self, name: str, *, mode: str = "") -> bool:
+        """Whether the output follows a parameter that changes between two runs of one copy."""
+        module = self.trials.fresh()
+        if mode:
+            module.train(mode == "train")
+        first = self.trials.run(module).output
+        if not _nudge(module, name):
+            return False
+        if mode == "train":  # what is computed once in evaluation comes after the change
+            self.trials.run(module)
+        return not same(first, self.trials.run(module).output)
+
+    def _undone(self, name: str) -> bool:
+        """Whether the forward pass takes back what a step does to a parameter."""
+        module = self.trials.fresh()
+        self.trials.run(module)
+        old = module.get_parameter(name).detach().clone()
+        _nudge(module, name)
+        self.trials.run(module)
+        return not self.follows[name] and same(old, module.get_parameter(name))
+
+    # -- derivatives ----------------------------------------------------------------------------
+
+    def _compare(self) -> tuple[dict[str, _Differences], str]:
+        """Gradients beside finite differences, all in float64."""
+        reason = "it has no floating loss"
+        for widen in (False, True):
+            try:
+                trials = self.trials.double(widen=widen)
+                module = trials.fresh()
+                run = trials.run(module)
+                if run.loss.dtype != torch.float64:
+                    reason = f"its loss stays {run.loss.dtype}"
+                    continue
+                if run.loss.requires_grad:
+                    run.loss.backward()
+            except Exception as error:  # somebody else's code may raise anything
+                reason = f"{type(error).__name__}: {error}".splitlines()[0]
+                continue
+            self.twin, self.twin_run = trials, run
+            if not math.isfinite(run.loss.item()):
+                return {}, "the loss is not finite"
+            parameters = dict(module.named_parameters())
+            skip = {*self.rewrapped, *self.overwritten}
+            return {
+                name: self._differences(name, parameters[name].grad)
+                for name in self.trained
+                if name in parameters and name not in skip
+            }, ""
+        return {}, f"The module cannot be run in double precision: {reason}."
+
+    def _differences(self, name: str, gradient: Tensor | None) -> _Differences:
+        start = self.twin.module.get_parameter(name).detach()
+        generator = torch.Generator().manual_seed(0)
+        shape = start.shape
+        draws = [torch.randn(shape, generator=generator, dtype=torch.float64) for _ in range(2)]
+        directions = [draw.to(start.device) for draw in draws]
+        if gradient is not None and bool(gradient.isfinite().all()) and bool((gradient != 0).any()):
+            directions.insert(0, gradient)
+        worst, steepest = 0.0, 0.0
+        norm = math.nan if gradient is None else gradient.norm().item()
+        for direction in directions[:_N_DIRECTIONS]:
+            unit = direction / direction.norm()
+            claimed = 0.0 if gradient is None else (gradient * unit).sum().item()
+            wrong, slope = self._disagreement(name, unit, claimed, norm / math.sqrt(start.numel()))
+            worst, steepest = max(worst, wrong), max(steepest, abs(slope))
+        return _Differences(worst, steepest, norm)
+
+    def _disagreement(
+        self, name: str, unit: Tensor, claimed: float, typical: float
+    ) -> tuple[float, float]:
+        """How far the claimed slope is from that of the loss, beyond what differences can tell."""
+        at, h = self.twin_run.loss.item(), _STEP * _size(self.twin.module.get_parameter(name))
+        h *= math.sqrt(unit.numel())
+        best, slope = math.inf, 0.0
+        for step in (h, 10 * h, 0.1 * h):
+            up, down = self._loss_at(name, step * unit), self._loss_at(name, -step * unit)
+            left, right = (at - down) / step, (up - at) / step
+            # Rounding of a loss that many numbers have been added up to.
+            noise = 1e-13 * max(abs(at), abs(up), abs(down)) / step
+            middle = (up - down) / (2 * step)
+            low, high = min(left, right) - noise, max(left, right) + noise
+            off = max(abs(middle - claimed) - noise, 0.0)
+            scale = max(abs(middle), abs(claimed), 1e-3 * (0.0 if math.isnan(typical) else typical))
+            if off > self.tolerance * scale:  # at a kink any slope between the two sides is right
+                off = max(low - claimed, claimed - high, 0.0)
+            share = off / scale if scale > noise else 0.0
+            if share < best:
+                best, slope = share, middle if abs(middle) > 10 * noise else 0.0
+            if best <= self.tolerance:
+                break
+        return best, slope
+
+    def _loss_at(self, name: str, change: Tensor) -> float:
+        module = self.twin.fresh()
+        with torch.no_grad():
+            module.get_parameter(name).add_(change)
+        return self.twin.run(module).loss.item()
+
+    # -- findings -------------------------------------------------------------------------------
+
+    def _say(self, found: Finding) -> None:
+        self.found.append(found)
+        for name in found.where:
+            self.states.setdefault(name, found.cause)
+
+    def _has_gradient(self, name: str) -> bool:
+        gradient = self.gradients.get(name)
+        return gradient is not None and bool((gradient != 0).any())
+
+    def _nan(self) -> None:
+        bad = [
+            name
+            for name in self.trained
+            if (gradient := self.gradients.get(name)) is not None
+            and not bool(gradient.isfinite().all())
+        ]
+        if math.isfinite(self.loss) and not bad:
+            return
+        where = tuple(bad) if math.isfinite(self.loss) else tuple(self.trained)
+        trace = Trace()
+        run = self.trials.run(self.trials.fresh(), trace)
+        narrow = any(t.dtype in _HALF for t in tensors_of(run.output))
+        twin_is_finite = hasattr(self, "twin") and math.isfinite(self.twin_run.loss.item())
+        root = trace.zero_roots[0] if trace.zero_roots else ""
+        listed = _listed(where)
+        numbers = {"loss": self.loss}
+        if narrow and twin_is_finite and not (math.isfinite(self.loss) and root):
+            sentence = (
+                f"Half precision overflows: the loss is {self.loss:g} where double precision "
+                f"gives {self.twin_run.loss.item():g}, and the gradient of {listed} is not finite."
+            )
+            remedy = (
+                "module = module.float()\ninputs, targets = inputs.float(), targets.float()\n"
+                + mending.RENEW_OPTIMIZER
+            )
+        elif root and math.isfinite(self.loss):
+            sentence = (
+                f"The gradient of {listed} is NaN: a root is taken of 0 ({root}), where its slope "
+                "is infinite. "
+                + (
+                    "The fit is exact; the root of the mean squared error has no gradient there."
+                    if self.loss == 0
+                    else "Add a small constant under the root, or use torch.linalg.vector_norm."
+                )
+            )
+            remedy = "import torch\nloss = torch.nn.functional.mse_loss\n" if self.loss == 0 else ""
+        elif not math.isfinite(self.loss):
+            lost = [n for n, p in self.module.named_parameters() if not bool(p.isfinite().all())]
+            sentence = f"The loss itself is {self.loss:g}: " + (
+                f"{_listed(lost)} hold NaN or infinities."
+                if lost
+                else "the output is not finite."
+                if not all(bool(t.isfinite().all()) for t in tensors_of(run.output))
+                else "the output is finite, the loss makes it so."
+            )
+            remedy = ""
+        else:
+            sentence = f"The gradient of {listed} is NaN or infinite, though the loss is finite."
+            remedy = ""
+        self._say(Finding("nan gradient", Severity.SEVERE, sentence, numbers, remedy, where))
+
+    def _without_gradient(self, run: Run) -> None:
+        silent = [
+            name
+            for name in self.trained
+            if not self._has_gradient(name) and name not in (*self.overwritten, *self.states)
+        ]
+        if not silent:
+            return
+        if not run.loss.requires_grad and any(one.requires_grad for one in tensors_of(run.output)):
+            line = _break_of_loss(self.trials)
+            self._say(
+                Finding(
+                    "no gradient",
+                    Severity.SEVERE,
+                    "The loss is cut off from the output, so nothing gets a gradient: it goes "
+                    f"through {line or '.item(), .detach(), numpy, a rounding or a comparison'}.",
+                    {"parameters": float(len(silent))},
+                    "",
+                    tuple(silent),
+                )
+            )
+            return
+        followed = [n for n in silent if self.follows[n]]
+        depends = {n for n in followed if self._matters(n)}
+        underflow = {n for n in depends if self._underflows(n)}
+        self._underflow(sorted(underflow))
+        self._lost([n for n in silent if n in depends - underflow])
+        still = [n for n in silent if n not in followed and self.gradients.get(n) is None]
+        cached = [n for n in still if units.is_gabor_like(n)]
+        self._computed_once(cached)
+        unused = tuple(n for n in still if n not in cached)
+        if unused:
+            self._say(
+                Finding(
+                    "unused parameter",
+                    Severity.NOTE,
+                    f"The output does not depend on {_listed(unused)}.",
+                    {},
+                    "",
+                    unused,
+                    0.5,
+                )
+            )
+
+    def _matters(self, name: str) -> bool:
+        """Without a gradient although the loss has a slope; a flat place has none either."""
+        if self.gradients.get(name) is None:
+            return True
+        # At an exact fit the slopes are those of rounding.
+        return self.loss != 0 and name in self.differences and self.differences[name].slope > 0
+
+    def _underflows(self, name: str) -> bool:
+        found = self.differences.get(name)
+        return found is not None and found.gradient_norm > 0 and found.disagreement < 1e-2
+
+    def _underflow(self, names: list[str]) -> None:
+        if names:
+            self._say(
+                Finding(
+                    "vanishing step",
+                    Severity.SEVERE,
+                    f"The gradient of {_listed(names)} is rounded to zero in "
+                    f"{self.module.get_parameter(names[0]).dtype}.",
+                    {"gradient_norm": self.differences[names[0]].gradient_norm},
+                    "module = module.float()\n" + mending.RENEW_OPTIMIZER,
+                    tuple(names),
+                )
+            )
+
+    def _lost(self, names: list[str]) -> None:
+        """The output follows these parameters, and no gradient comes back."""
+        if not names:
+            return
+        module = self.trials.fresh()
+        trace = Trace({id(module.get_parameter(name)): name for name in names})
+        self.trials.run(module, trace)
+        groups: dict[str, list[str]] = {}
+        for name in names:
+            breaks = trace.breaks.get(name, [])
+            groups.setdefault(breaks[0].how if breaks else "", []).append(name)
+        for group in groups.values():
+            how = self._how(group[0], trace.breaks.get(group[0], []))
+            numbers = {"parameters": float(len(group))}
+            slopes = [self.differences[n].slope for n in group if n in self.differences]
+            if slopes:
+                numbers["slope_of_the_loss"] = max(slopes)
+            self._say(
+                Finding(
+                    "no gradient",
+                    Severity.SEVERE,
+                    f"{_listed(group)}: the output changes with {_it(group)}, but no gradient "
+                    f"comes back, because {how}.",
+                    numbers,
+                    self._replacement(group[0]),
+                    tuple(group),
+                )
+            )
+
+    def _how(self, name: str, breaks: list[Break]) -> str:
+        if self.gradients.get(name) is not None:
+            return "what it goes through has a derivative of zero, such as a rounding or a sign"
+        outright = [b for b in breaks if not b.how.startswith(("`.item", "`.float"))] or breaks
+        place = f" ({outright[0].where})" if outright and outright[0].where else ""
+        owner = name.rpartition(".")[0]
+        if self.rewrapped:
+            near = [n for n in self.rewrapped if n.startswith(owner)] or self.rewrapped
+            return (
+                f"{_listed(near)} is wrapped into a new nn.Parameter at every forward pass, and "
+                "the gradient ends there"
+            )
+        if outright and outright[0].how == "`.data`" and self.overwritten:
+            near = [n for n in self.overwritten if n.startswith(owner)] or self.overwritten
+            return (
+                f"the kernel is written through `.data`{place}: {_listed(near)} gets the "
+                "gradient instead, and is overwritten at the next forward pass"
+            )
+        if outright:
+            return f"it is lost at {outright[0].how}{place}"
+        return "its value leaves the graph, through .data, .detach(), .item() or numpy"
+
+    def _computed_once(self, names: list[str]) -> None:
+        """Nothing follows these parameters; a kernel made from them long ago is still in use."""
+        if not names:
+            return
+        kept = sorted({kept for name in names for kept in self._kernels_beside(name)})
+        self._say(
+            Finding(
+                "no gradient",
+                Severity.SEVERE,
+                f"{_listed(names)}: the output does not change with {_it(names)}, and no gradient "
+                "comes back: the kernel is computed once, at construction or at the first call, "
+                "and then kept" + (f" ({_listed(kept)})." if kept else "."),
+                {"parameters": float(len(names))},
+                self._replacement(names[0]),
+                tuple(names),
+                1.0 if kept else 0.7,
+            )
+        )
+
+    def _kernels_beside(self, name: str) -> list[str]:
+        """Tensors in the shape of kernels that are kept beside a parameter."""
+        owner = name.rpartition(".")[0]
+        found = []
+        for path, part in self.module.get_submodule(owner).named_modules(prefix=owner):
+            kept = {**dict(vars(part)), **part._buffers, **part._parameters}
+            found += [
+                f"{path}.{key}".lstrip(".")
+                for key, value in kept.items()
+                if isinstance(value, Tensor) and value.ndim in (3, 4, 5)
+            ]
+        return found
+
+    def _replacement(self, name: str) -> str:
+        owner = name.rpartition(".")[0]
+        try:
+            possible = mending.is_replaceable(self.module, owner, self.trials.inputs)
+        except Exception:  # what cannot be run alone cannot be replaced
+            possible = False
+        return mending.replacement_code(owner) if possible else ""
+
+    def _wrong(self) -> None:
+        wrong = {
+            name: found
+            for name, found in self.differences.items()
+            if name not in self.states
+            and self._has_gradient(name)
+            and not found.disagreement <= self.tolerance
+        }
+        if wrong:
+            worst = max(wrong, key=lambda name: wrong[name].disagreement)
+            self._say(
+                Finding(
+                    "wrong gradient",
+                    Severity.SEVERE,
+                    f"The gradient of {_listed(list(wrong))} is not the derivative of the loss: "
+                    f"that of {worst} is off by {wrong[worst].disagreement:.0%} from finite "
+                    "differences in float64.",
+                    {f"disagreement[{n}]": found.disagreement for n, found in wrong.items()},
+                    self._replacement(worst) if units.is_gabor_like(worst) else "",
+                    tuple(wrong),
+                )
+            )
+
+    def _step(self) -> dict[str, bool]:
+        """Take one step on the copy; say what does not move, and where it is too short."""
+        parameters = dict(self.copy.named_parameters())
+        stepped = [n for n in self.trained if n in parameters and self._has_gradient(n)]
+        old = {name: parameters[name].detach().clone() for name in stepped}
+        gradients = {name: parameters[name].grad for name in stepped}
+        if self.optimizer_copy is not None:
+            # Some, such as L-BFGS, ask for the loss again; it stays what it was.
+            self.optimizer_copy.step(lambda: self.loss)
+        else:
+            with torch.no_grad():
+                for name in stepped:
+                    gradient = gradients[name]
+                    if gradient is not None:
+                        parameters[name].sub_(self.rate * gradient)
+        moved = {name: not same(old[name], parameters[name]) for name in stepped}
+        known = self._known_to_optimizer()
+        still = [n for n in stepped if not moved[n] and n not in self.states and n in known]
+        still = [n for n in still if not self._is_rounding(n)]
+        lost = [n for n in self.overwritten if n not in self.states and self._has_gradient(n)]
+        if lost and not any(found.cause == "no gradient" for found in self.found):
+            self._say(
+                Finding(
+                    "does not move",
+                    Severity.SEVERE,
+                    f"{_listed(lost)} gets a gradient and a step, but the next forward pass "
+                    "writes the old value back.",
+                    {},
+                    "",
+                    tuple(lost),
+                )
+            )
+        fall = 0.0
+        for name in stepped:
+            gradient = gradients[name]
+            if gradient is not None and name not in (*self.overwritten, *self.rewrapped):
+                change = old[name].double() - parameters[name].detach().double()
+                fall += (gradient.double() * change).sum().item()
+        coarse = any(self.module.get_parameter(n).dtype in _HALF for n in still)
+        if not coarse:
+            self._too_short([n for n in stepped if n in known], old, gradients, fall)
+        still = [
+            name
+            for name in still
+            if name not in self.states and self._weight(old[name], gradients[name]) > _FLAT
+        ]
+        if still:
+            self._does_not_move(still)
+        return moved
+
+    def _is_rounding(self, name: str) -> bool:
+        """Whether a gradient is 0 but for rounding, as of a bias that batch norm takes away."""
+        gradient, found = self.gradients.get(name), self.differences.get(name)
+        if gradient is None or found is None:
+            return False
+        return found.gradient_norm < 1e-3 * gradient.double().norm().item()
+
+    def _does_not_move(self, names: list[str]) -> None:
+        parameter = self.module.get_parameter(names[0])
+        self._say(
+            Finding(
+                "does not move",
+                Severity.WARNING if self.optimizer is None and self.rate_is_guess
+                else Severity.SEVERE,
+                f"{_listed(names)} gets a gradient, but a step leaves every digit as it was: the "
+                f"step is shorter than the rounding of {parameter.dtype}.",
+                {
+                    "learning_rate": self._rate_of(names[0]),
+                    "rounding": torch.finfo(parameter.dtype).eps * _size(parameter),
+                },
+                "module = module.float()\n" + mending.RENEW_OPTIMIZER
+                if parameter.dtype in _HALF
+                else "for group in optimizer.param_groups:\n    group['lr'] *= 1000\n",
+                tuple(names),
+            )
+        )  # fmt: skip
+
+    def _too_short(
+        self,
+        names: list[str],
+        old: dict[str, Tensor],
+        gradients: dict[str, Tensor | None],
+        fall: float,
+    ) -> None:
+        """Steps so short that the loss would take millions of them, though it has a slope."""
+        if not names or not math.isfinite(fall) or self.loss == 0 or self.found:
+            return
+        weight = max(self._weight(old[name], gradients[name]) for name in names)
+        n_steps = abs(self.loss / fall) if fall else math.inf
+        if weight < _FLAT or n_steps < _TOO_MANY_STEPS:
+            return
+        factor = min(n_steps / 1e2, 1e12)
+        self._say(
+            Finding(
+                "vanishing step",
+                Severity.WARNING if self.optimizer is None else Severity.SEVERE,
+                f"A step at the learning rate {self._rate_of(names[0]):g} is too short: the loss "
+                f"would take about {n_steps:.0e} of them to fall by its own size. Gradients are "
+                "small because the loss is scaled down, or the rate is.",
+                {"n_steps": n_steps, "loss": self.loss, "gradient_times_size": weight},
+                f"for group in optimizer.param_groups:\n    group['lr'] *= {factor:.3g}\n",
+                tuple(names),
+            )
+        )
+
+    def _weight(self, value: Tensor, gradient: Tensor | None) -> float:
+        """What share of the loss a parameter has to do with: gradient times size over loss."""
+        if gradient is None or self.loss == 0:
+            return 0.0
+        return gradient.double().norm().item() * value.double().norm().item() / abs(self.loss)
+
+    def _rate_of(self, name: str) -> float:
+        if self.optimizer is None:
+            return self.rate
+        parameter = self.module.get_parameter(name)
+        for group in self.optimizer.param_groups:
+            if any(one is parameter for one in group["params"]):
+                return float(group["lr"])
+        return 0.0
+
+    def _known_to_optimizer(self) -> set[str]:
+        if self.optimizer is None:
+            return set(self.trained)
+        known = {id(one) for group in self.optimizer.param_groups for one in group["params"]}
+        return {n for n in self.trained if id(self.module.get_parameter(n)) in known}
+
+    def _stale(self) -> None:
+        """Kernels that are computed once in a mode, and do not follow after that."""
+        candidates = [n for n in self.trained if n not in (*self.overwritten, *self.rewrapped)]
+        here = [
+            name
+            for name in candidates
+            if not self.follows[name]
+            and self._has_gradient(name)
+            and name in self.differences
+            and self.differences[name].slope > 0
+        ]
+        if here:
+            self._say(
+                Finding(
+                    "stale cache",
+                    Severity.SEVERE,
+                    f"The output does not follow {_listed(here)} from the second call on: what is "
+                    "computed from it is kept.",
+                    {},
+                    self._replacement(here[0]),
+                    tuple(here),
+                )
+            )
+            return
+        stale = [n for n in candidates if self._follows(n, mode="train")]
+        stale = [n for n in stale if not self._follows(n, mode="eval") and self._seen_in_eval(n)]
+        if stale:
+            self._say(
+                Finding(
+                    "stale cache",
+                    Severity.WARNING,
+                    f"In eval() mode the output does not follow {_listed(stale)} after the first "
+                    "call: a kernel is kept. Parameters that are loaded or assigned then have no "
+                    "effect.",
+                    {},
+                    self._replacement(stale[0]),
+                    tuple(stale),
+                    0.8,
+                )
+            )
+        self._modes_differ()
+
+    def _seen_in_eval(self, name: str) -> bool:
+        """Whether a change made in train() mode shows in eval() mode: it is used there, then."""
+        outputs = []
+        for nudged in (False, True):
+            module = self.trials.fresh().train()
+            if nudged:
+                _nudge(module, name)
+            self.trials.run(module)
+            outputs.append(self.trials.run(module.eval()).output)
+        return not same(*outputs)
+
+    def _modes_differ(self) -> None:
+        """The same parameters, and another output: right for dropout, wrong for a convolution."""
+        modules = [self.trials.fresh().train(mode) for mode in (True, False)]
+        buffers = {name: value.clone() for name, value in modules[0].named_buffers()}
+        runs = [self.trials.run(module).output for module in modules]
+        other = replace(self.trials, seed=self.trials.seed + 1)
+        if not same(runs[0], other.run(other.fresh().train()).output):
+            return  # it draws, as dropout does
+        if not all(same(value, buffers.get(n)) for n, value in modules[0].named_buffers()):
+            return  # it keeps statistics, as batch norm does
+        outputs = [list(tensors_of(output)) for output in runs]
+        if [one.shape for one in outputs[0]] != [one.shape for one in outputs[1]]:
+            return
+        distance = math.sqrt(sum(
+            (a.double() - b.double()).square().sum().item()
+            for a, b in zip(*outputs, strict=True)
+        ))  # fmt: skip
+        size = math.sqrt(sum(one.double().square().sum().item() for one in outputs[0]))
+        if not distance <= 1e-3 * size and not any(f.cause == "stale cache" for f in self.found):
+            self._say(
+                Finding(
+                    "stale cache",
+                    Severity.WARNING,
+                    "The output in eval() mode differs from that in train() mode, though the "
+                    "module neither draws nor keeps statistics: a kernel that was computed "
+                    "earlier may still be in use.",
+                    {"relative_difference": distance / size if size else math.inf},
+                    "",
+                    (),
+                    0.5,
+                )
+            )
+
+    def _units(self) -> None:
+        if not hasattr(self, "twin"):
+            return
+        extent = max((size for t in tensors_of(self.trials.inputs) for size in t.shape[2:]),
+                     default=0)  # fmt: skip
+        for name, parameter in self.module.named_parameters():
+            if not parameter.is_floating_point() or self._is_ours(name):
+                continue
+            unit = units.suspect(name, parameter, float(extent), partial(self._is_turn, name))
+            if unit is None:
+                continue
+            self._say(
+                Finding(
+                    "wrong unit",
+                    Severity.SEVERE
+                    if unit.certain
+                    else Severity.WARNING
+                    if unit.likelihood >= 0.4
+                    else Severity.NOTE,
+                    f"{name} {unit.sentence}",
+                    {"largest": parameter.detach().abs().max().item()},
+                    "import torch\nwith torch.no_grad():\n"
+                    f"    module.get_parameter({name!r}).{unit.conversion}()\n"
+                    if unit.conversion
+                    else "",
+                    (name,),
+                    unit.likelihood,
+                )
+            )
+
+    def _is_ours(self, name: str) -> bool:
+        owner = self.module.get_submodule(name.rpartition(".")[0])
+        return isinstance(owner, _GABOR_LAYERS)
+
+    def _is_turn(self, name: str, turn: float) -> bool:
+        """Whether the output is the same when a parameter is moved by a supposed whole turn."""
+        module = self.twin.fresh()
+        with torch.no_grad():
+            module.get_parameter(name).add_(turn)
+        moved, still = self.twin.run(module).output, self.twin_run.output
+        return all(
+            torch.allclose(a, b, rtol=1e-6, atol=1e-6 * b.abs().max().item())
+            for a, b in zip(tensors_of(moved), tensors_of(still), strict=True)
+            if a.is_floating_point()
+        )
+
+    def _frozen(self) -> None:
+        nothing = not self.trained
+        names = [n for n, p in self.module.named_parameters() if not p.requires_grad]
+        frozen = [n for n in names if nothing or units.is_gabor_like(n)]
+        if frozen:
+            thaw = "".join(f"module.get_parameter({n!r}).requires_grad_(True)\n" for n in frozen)
+            self._say_frozen(frozen, "have requires_grad=False", thaw, nothing=nothing)
+        for name, part in self.module.named_modules():
+            if isinstance(part, _GABOR_LAYERS):
+                # The centre stays where it is unless asked for.
+                fields = type(part.params).field_names()
+                left = [f for f in fields if f not in part.learn and f != "center"]
+                if left:
+                    code = mending.rebuilding_code(
+                        part, name, learn=repr(tuple(sorted({*part.learn, *left})))
+                    )
+                    self._say_frozen(
+                        left, f"are left out of learn= of {name or 'the layer'}", code,
+                        nothing=nothing,
+                    )  # fmt: skip
+        unknown = [n for n in self.trained if n not in self._known_to_optimizer()]
+        if unknown:
+            alone = len(unknown) == len(self.trained)
+            code = "optimizer.add_param_group({'params': ["
+            code += ", ".join(f"module.get_parameter({n!r})" for n in unknown)
+            code += "], 'lr': optimizer.param_groups[0]['lr']})\n"
+            self._say(
+                Finding(
+                    "frozen",
+                    Severity.SEVERE if alone else Severity.WARNING,
+                    f"{_listed(unknown)} is not among the optimiser's parameters"
+                    + (": was the optimiser made for another copy?" if alone else "."),
+                    {},
+                    code if not alone else mending.RENEW_OPTIMIZER,
+                    tuple(unknown),
+                    1.0 if alone else 0.6,
+                )
+            )
+
+    def _say_frozen(self, names: list[str], why: str, code: str, *, nothing: bool) -> None:
+        self._say(
+            Finding(
+                "frozen",
+                Severity.SEVERE if nothing else Severity.NOTE,
+                f"{_listed(names)} {why}, and {'nothing else learns' if nothing else 'stay put'}.",
+                {},
+                code if mending.RENEW_OPTIMIZER in code else code + mending.RENEW_OPTIMIZER,
+                tuple(names),
+                0.9 if nothing else 0.5,
+            )
+        )
+
+    # -- the record -----------------------------------------------------------------------------
+
+    def _parameter(self, name: str, parameter: Tensor) -> ParameterCheck:
+        gradient = self.gradients.get(name)
+        differences = self.differences.get(name)
+        state = self.states.get(name)
+        if state is None and name in (*self.overwritten, *self.rewrapped):
+            state = "no gradient"
+        if state is None and not parameter.requires_grad:
+            state = "frozen"
+        if state is None:
+            learns = self._has_gradient(name) and not self._is_rounding(name)
+            state = "learns" if learns else "flat"
+        return ParameterCheck(
+            name,
+            tuple(parameter.shape),
+            self._has_gradient(name),
+            math.nan if gradient is None else gradient.double().norm().item(),
+            math.nan if differences is None else differences.disagreement,
+            self.moved.get(name, False),
+            self.follows.get(name, False),
+            state,
+        )
+
+
+def _break_of_loss(trials: Trials) -> str:
+    """Where a loss leaves the graph: the output is followed through it."""
+    module = trials.fresh()
+    output = trials.run(module).output
+    followed = {id(one): "output" for one in tensors_of(output) if one.requires_grad}
+    trace = Trace(followed)
+    with trace:
+        trials.loss(output)
+    breaks = trace.breaks.get("output", [])
+    return f"{breaks[0].how} ({breaks[0].where})" if breaks else ""
+
+
+def _nudge(module: nn.Module, name: str) -> bool:
+    """Change a parameter a little, in every entry; ``False`` where it is gone."""
+    try:
+        parameter = module.get_parameter(name)
+    except AttributeError:
+        return False
+    generator = torch.Generator().manual_seed(1)
+    change = torch.randn(parameter.shape, generator=generator).sign() * _NUDGE * _size(parameter)
+    with torch.no_grad():
+        parameter.add_(change.to(parameter))
+    return True
+
+
+def _size(parameter: Tensor) -> float:
+    """Root mean square of the entries; of a parameter that is zero, 1."""
+    size = parameter.detach().double().square().mean().sqrt().item()
+    return size if math.isfinite(size) and size > 1e-8 else 1.0
+
+
+def _check_inputs(module: nn.Module, inputs: tuple[Any, ...]) -> None:
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"module must be an nn.Module, got {type(module).__name__}.")
+    parameters = [*module.parameters()]
+    for value in tensors_of(inputs):
+        if not value.is_floating_point():
+            continue
+        if parameters and value.device != parameters[0].device:
+            raise ValueError(
+                f"inputs lie on {value.device} and the module on {parameters[0].device}; use "
+                f"inputs.to({str(parameters[0].device)!r})."
+            )
+        if not bool(value.isfinite().all()):
+            raise ValueError("inputs must be finite, got NaN or infinity.")
+        if parameters and value.dtype != parameters[0].dtype and parameters[0].dtype in _HALF:
+            raise ValueError(
+                f"inputs are {value.dtype} and the module is {parameters[0].dtype}; use "
+                "module.float(), or inputs of the module's precision."
+            )
+
+
+def _check_loss(loss: Any) -> None:
+    if not isinstance(loss, Tensor):
+        raise TypeError(
+            f"loss must return a scalar tensor, got {type(loss).__name__}; do not call .item() "
+            "in it."
+        )
+    if loss.numel() != 1:
+        raise ValueError(
+            f"loss must return a scalar, got shape {tuple(loss.shape)}; use .mean() or .sum()."
+        )
+
+
+def _listed(names: list[str] | tuple[str, ...]) -> str:
+    if len(names) <= 6:
+        return ", ".join(names)
+    return ", ".join(names[:5]) + f" and {len(names) - 5} more"
+
+
+def _it(names: list[str]) -> str:
+    return "it" if len(names) == 1 else "them"
