@@ -3,6 +3,7 @@
 from gaborium.diagnostics.findings import Finding, Severity
 from gaborium.diagnostics.landscape import Landscape, Minimum, landscape
 from gaborium.diagnostics.losses import OutputLoss
+from gaborium.diagnostics.stability import StepLimit, step_limit
 
 __all__ = [
     "Finding",
@@ -10,5 +11,7 @@ __all__ = [
     "Minimum",
     "OutputLoss",
     "Severity",
+    "StepLimit",
     "landscape",
+    "step_limit",
 ]

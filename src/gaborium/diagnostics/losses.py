@@ -77,6 +77,21 @@ class OutputLoss:
         """The squared error between the same outputs and targets: smooth at its minimum."""
         return OutputLoss(self.inputs, self.targets, "mse")
 
+    def double(self) -> OutputLoss:
+        """The same loss in double precision; whole numbers, such as classes, stay as they are."""
+        inputs, targets = (
+            value.double() if value.is_floating_point() else value
+            for value in (self.inputs, self.targets)
+        )
+        return OutputLoss(inputs, targets, self.measure)
+
+    @torch.no_grad()
+    def has_outputs_like_targets(self, layer: nn.Module) -> bool:
+        """Whether a squared error between outputs and targets means something."""
+        if not self.targets.is_floating_point():
+            return False
+        return self.is_squared_kind() or duplicate(layer)(self.inputs).shape == self.targets.shape
+
     def is_squared_kind(self) -> bool:
         """Whether it is the squared error or its root, which have the same minima."""
         return self.measure in _NAMED
