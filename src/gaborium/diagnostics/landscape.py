@@ -8,16 +8,18 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gaborium.diagnostics.findings import Finding, Severity, by_severity
 from gaborium.diagnostics.losses import LayerLoss, OutputLoss, Probe
-from gaborium.diagnostics.moments import Moments, patch_moments
-from gaborium.layers import GaborConv1d, GaborConv2d, GaborConv3d
+from gaborium.diagnostics.views import (
+    GaborLayer,
+    filter_moments,
+    find_gabor_layer,
+    recover_arguments,
+)
 from gaborium.params import POSITIVE_FIELDS, UNITS, Gabor
 
-GaborLayer = GaborConv1d | GaborConv2d | GaborConv3d
 Span = tuple[float, float]
 
 _CENTER = {"center_x": 0, "center_y": 1, "center_z": 2}
@@ -169,7 +171,7 @@ def landscape(
             scalar that comes out the same twice.
 
     Example:
-        >>> from gaborium import Gabor2d
+        >>> from gaborium import Gabor2d, GaborConv2d
         >>> planted = Gabor2d.of(orientation=0.8, wavelength=5.0, sigma=2.0)
         >>> layer = GaborConv2d(1, 1, 11, bias=False, start=planted)
         >>> image = torch.randn(1, 1, 64, 64)
@@ -249,16 +251,8 @@ def landscape(
         ),
         predicted_half_width=_predicted(family) if "orientation" in names else None,
         exact=exact,
-        recoverable=_recoverable(inner) if exact and inner is not None else None,
+        recoverable=recover_arguments(inner) if exact and inner is not None else None,
     )
-
-
-def find_gabor_layer(module: nn.Module) -> tuple[str, GaborLayer | None]:
-    """The first Gabor layer in a module, and its name; ``""`` is the module itself."""
-    for name, part in module.named_modules():
-        if isinstance(part, (GaborConv1d, GaborConv2d, GaborConv3d)):
-            return name, part
-    return "", None
 
 
 # -- what is varied -----------------------------------------------------------------------------
@@ -524,29 +518,6 @@ def _quadratic(
         and loss.inputs.ndim == layer.n_dims + 2
     )
     return _Quadratic(loss, family) if fits else None
-
-
-def filter_moments(
-    layer: GaborLayer,
-    index: int,
-    inputs: Tensor,
-    targets: Tensor | None,
-    *,
-    padded: bool = True,
-) -> Moments:
-    """Moments of the patches that one filter sees, and of what it should answer less its bias."""
-    n_inputs = layer.in_channels // layer.groups
-    group = index // (layer.out_channels // layer.groups)
-    own = inputs[:, group * n_inputs : (group + 1) * n_inputs].detach().double()
-    if padded:
-        mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
-        own = F.pad(own, layer._border(), mode=mode)
-    answer = None
-    if targets is not None:
-        answer = targets[:, index : index + 1].detach().double()
-        if layer.bias is not None:
-            answer = answer - layer.bias[index].detach().double()
-    return patch_moments(own, answer, layer.kernel_size, layer.stride)
 
 
 # -- minima and basins --------------------------------------------------------------------------
@@ -847,15 +818,3 @@ def _remedy(found: Landscape) -> str:
             f"layer.params = params.replace({field}={field})",
         ]
     return "\n".join(lines)
-
-
-def _recoverable(layer: GaborLayer) -> str | None:
-    """The further arguments of ``recover`` for a layer, or ``None`` if it cannot say."""
-    if layer.groups > 1 or layer.padding_mode != "zeros" or layer.dc != "keep" or layer.unit_norm:
-        return None
-    text = ""
-    if any(step != 1 for step in layer.stride):
-        text += f", stride={tuple(layer.stride)}"
-    if isinstance(layer.padding, str) or any(layer.padding):
-        text += f", padding={layer.padding!r}"
-    return text

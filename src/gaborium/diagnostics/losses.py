@@ -61,7 +61,7 @@ class OutputLoss:
             ValueError: inputs and layer differ in device or dtype, or the outputs' shape is not
                 the targets'.
         """
-        _check_same_place(layer, self.inputs)
+        check_same_place(layer, self.inputs)
         output = layer(self.inputs)
         if not isinstance(self.measure, str):
             return self.measure(output, self.targets)
@@ -230,7 +230,8 @@ def duplicate(layer: nn.Module) -> Any:
         ) from None
 
 
-def _check_same_place(layer: nn.Module, inputs: Tensor) -> None:
+def check_same_place(layer: nn.Module, inputs: Tensor) -> None:
+    """Raise ``ValueError`` where inputs and layer differ in device or dtype."""
     first = next(layer.parameters(), None)
     if first is None or not inputs.is_floating_point():
         return

@@ -11,9 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from gaborium.diagnostics.findings import Finding, Severity, by_severity
-from gaborium.diagnostics.landscape import GaborLayer, filter_moments, find_gabor_layer
 from gaborium.diagnostics.losses import LayerLoss, OutputLoss, Probe, duplicate
-from gaborium.kernels import gabor_jacobian
+from gaborium.diagnostics.views import filter_moments, find_gabor_layer, kernel_slopes
 
 _DESCENT_STEPS = 200
 _CONE = 0.3  # slope ∝ distance^exponent: below this it stays, above it vanishes
@@ -391,33 +390,22 @@ def _extremes(
 def _response_slopes(loss: LayerLoss, probe: Probe, point: Tensor) -> dict[str, Tensor]:
     """``rms(image * dg/dfield)`` over all outputs, by learned field, at the minimum."""
     name, layer = find_gabor_layer(probe.layer)
-    if not isinstance(loss, OutputLoss) or layer is None or name or not _is_plain(layer):
+    if not isinstance(loss, OutputLoss) or layer is None or name:
+        return {}
+    if layer.output != "real" or any(step != 1 for step in layer.dilation) or not layer.learn:
         return {}
     copied = duplicate(layer)
     copied.load_state_dict(layer.state_dict() | probe.named(point))
-    with torch.no_grad():
-        slopes = gabor_jacobian(copied.params, copied.kernel_size)
-    found: dict[str, list[Tensor]] = {}
+    names, slopes = kernel_slopes(copied)
+    powers = []
     for index in range(layer.n_filters):
         squares = filter_moments(layer, index, loss.inputs, None).second_moment
-        for field in sorted(layer.learn - {"center"}):
-            of_filter = slopes[field][index].cpu()
-            if field in ("phase", "amplitude") or layer.geometry == "pair":
-                # Each channel has its own; one moves while the others stay.
-                alone = torch.diag_embed(of_filter.flatten(1).T).flatten(0, 1)
-                vectors = alone.view(of_filter[0].numel(), len(of_filter), -1)
-                vectors = vectors.movedim(0, 1).movedim(2, 0).flatten(1)
-            else:
-                vectors = of_filter.flatten()[None]
-            power = ((vectors @ squares) * vectors).sum(1)
-            found.setdefault(field, []).append((power / layer.out_channels).clamp_min(0).sqrt())
-    return {field: torch.stack(rows) for field, rows in found.items()}
-
-
-def _is_plain(layer: GaborLayer) -> bool:
-    """Whether its responses are those of ``gabor(layer.params)``."""
-    plain = layer.output == "real" and layer.dc == "keep" and not layer.unit_norm
-    return plain and all(step == 1 for step in layer.dilation)
+        powers.append(((slopes[index] @ squares) * slopes[index]).sum(1))
+    rms = (torch.stack(powers) / layer.out_channels).clamp_min(0).sqrt()
+    found: dict[str, list[Tensor]] = {}
+    for name, column in zip(names, rms.unbind(1), strict=True):
+        found.setdefault(name.partition("[")[0], []).append(column)
+    return {field: torch.stack(columns, 1) for field, columns in found.items()}
 
 
 # -- findings -----------------------------------------------------------------------------------
