@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from gaborium import Gabor1d, Gabor2d, GaborConv1d, GaborConv2d, gabor
 from gaborium.diagnostics import OutputLoss, Severity, landscape
+from gaborium.diagnostics.landscape import _watershed
 from gaborium.diagnostics.losses import Probe
 from gaborium.diagnostics.moments import patch_moments
 from gaborium.fitting.statistics import PatchStatistics
@@ -280,6 +281,31 @@ def test_rounding_makes_no_minima():
     assert (heights > 1e-9 * found.values.max()).all()
 
 
+def test_a_hollow_shallower_than_rounding_is_none():
+    x = torch.linspace(-1, 1, 41, dtype=torch.float64)
+    values = (x**2)[:, None] + (x**2)[None, :]
+    rough = values + 1e-2 * torch.rand(values.shape, dtype=torch.float64)
+    bottoms, basins = _watershed(rough, (False, False), 2e-2)
+    assert len(bottoms) == 1
+    assert (basins == 0).all()
+    assert len(_watershed(rough, (False, False), 0.0)[0]) > 1
+
+
+def test_the_slope_is_per_unit_of_the_field():
+    layer = layer_at(PLANTED.replace(sigma=torch.tensor(3.0)))
+    loss = planted_loss(layer_at(), image_of(1, 1, 40, 40))
+    found = landscape(loss, layer, ("sigma", "orientation"), n_points=200)
+    params = layer.params.detach()
+    for name, slope in zip(found.fields, found.present_slope, strict=True):
+        value = getattr(params, name)
+        at = []
+        for step in (1e-5, -1e-5):
+            layer.params = params.replace(**{name: value + step})
+            at.append(loss(layer).item())
+        layer.params = params
+        assert slope == pytest.approx((at[0] - at[1]) / 2e-5, rel=1e-2, abs=1e-6)
+
+
 @pytest.mark.parametrize(
     ("padding", "aspect_ratio", "share"),
     [("valid", 1.0, 1.0), ("same", 1.0, 0.533), ("valid", 0.5, 0.239)],
@@ -464,6 +490,22 @@ def test_dropout_is_deterministic_under_the_same_random_numbers():
     inputs = image_of(1, 1, 20, 20)
     probe = Probe(lambda one: one(inputs).square().mean(), module)
     assert probe().item() == probe().item() == probe.present
+
+
+def test_a_buffer_that_counts_begins_anew_at_every_evaluation():
+    class Counting(nn.Linear):
+        def __init__(self) -> None:
+            super().__init__(1, 1)
+            self.register_buffer("calls", torch.zeros(()))
+
+        def forward(self, input: Tensor) -> Tensor:
+            self.calls += 1
+            return super().forward(input) + self.calls
+
+    module = Counting()
+    probe = Probe(lambda one: one(torch.ones(1, 1)).sum(), module)
+    assert probe().item() == probe().item()
+    assert module.calls == 0
 
 
 def test_bad_arguments_get_one_clear_line():

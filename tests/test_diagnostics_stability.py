@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gaborium import Gabor2d, GaborConv2d
-from gaborium.diagnostics import OutputLoss, Severity, step_limit
+from gaborium.diagnostics import OutputLoss, Severity, landscape, step_limit
 from gaborium.diagnostics.stability import _extremes
 
 PLANTED = Gabor2d.of(orientation=0.8, wavelength=6.0, sigma=3.0)
@@ -131,6 +131,16 @@ def test_a_cone_is_seen_through_any_function_of_the_layer():
     assert found.slopes[-1] == pytest.approx(known.slopes[-1], rel=0.02)
     assert found.squared_sharpness == pytest.approx(known.squared_sharpness, rel=0.05)
     assert found.basin == pytest.approx(known.basin, rel=0.15)
+
+
+def test_a_cone_has_the_basin_of_its_square():
+    layer = layer_of_orientation()
+    loss = near(layer, "rmse")
+    root, squared = step_limit(loss, layer), step_limit(loss.squared(), layer)
+    assert root.basin == pytest.approx(squared.basin, rel=0.11)  # the grid of distances
+    assert squared.basin == pytest.approx(
+        landscape(loss, layer, "orientation").half_width[0], rel=0.15
+    )
 
 
 def test_noise_blunts_the_cone():
