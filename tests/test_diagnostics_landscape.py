@@ -284,8 +284,8 @@ def test_rounding_makes_no_minima():
 def test_a_hollow_shallower_than_rounding_is_none():
     x = torch.linspace(-1, 1, 41, dtype=torch.float64)
     values = (x**2)[:, None] + (x**2)[None, :]
-    rough = values + 1e-2 * torch.rand(values.shape, dtype=torch.float64)
-    bottoms, basins = _watershed(rough, (False, False), 2e-2)
+    rough = values + 0.2 * torch.rand(values.shape, dtype=torch.float64)
+    bottoms, basins = _watershed(rough, (False, False), 0.2)
     assert len(bottoms) == 1
     assert (basins == 0).all()
     assert len(_watershed(rough, (False, False), 0.0)[0]) > 1
