@@ -31,9 +31,10 @@ _HOMES = {
     "sigma_from_bandwidth": "spectrum",
     "dc_response": "spectrum",
 }
-_NAMESPACES = ("interop",)
+_NAMESPACES = ("diagnostics", "interop")
 
 if TYPE_CHECKING:
+    from gaborium import diagnostics as diagnostics
     from gaborium import interop as interop
     from gaborium.fitting import FitResult as FitResult
     from gaborium.fitting import FitShards as FitShards

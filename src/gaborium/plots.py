@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from gaborium.diagnostics import Identifiability, Landscape, StepLimit
 from gaborium.errors import require
 from gaborium.experiments import Descent, Recovery
 from gaborium.fitting import FitResult, Outcome
@@ -27,11 +28,13 @@ if TYPE_CHECKING:
 
 __all__ = [
     "plot_fit",
+    "plot_identifiability",
     "plot_kernels",
     "plot_landscape",
     "plot_orientation",
     "plot_parameters",
     "plot_recovery",
+    "plot_step_limit",
 ]
 
 # Okabe and Ito's colours, which differ for every kind of colour vision. Step sizes run from blue
@@ -359,36 +362,302 @@ def plot_recovery(recovery: Recovery) -> Figure:
     return figure
 
 
-def plot_landscape(recovery: Recovery) -> Figure:
-    """Draw both losses over all orientations, and each descent's path on the one it followed.
+def plot_landscape(landscape: Landscape | Recovery) -> Figure:
+    """Draw a loss over one or two parameters, and where starts roll down to.
 
     Convention:
+        - of one parameter: shaded is where starts roll down to a best minimum; a bar shows the
+          width in which the squared error is convex, and a thin one above it what the closed form
+          predicts
+        - of two parameters: the first runs upwards, the second to the right; dark is a low loss,
+          by its square root, and hatched is what rolls down to a worse minimum
+        - filled dots are the best minima, crosses the worse ones, the ring is where the layer is
+        - orientations are in degrees
+
+    Of a ``Recovery`` both losses are drawn over all orientations, and each descent's path on the
+    one it followed. There
+
         - the axis is the whole circle of the orientation in degrees, with the rad value below
         - shaded is the basin: where the squared error is convex in theory, λ / (√2 π σ/γ) to each
           side; for an even kernel half a turn gives the same kernel, and is marked too
         - a path's points are steps; lines join them except where they would cross the axis' ends
 
     Args:
-        recovery: from ``gaborium.experiments.recover_planted``.
+        landscape: from ``gaborium.diagnostics.landscape``, or from
+            ``gaborium.experiments.recover_planted``.
 
     Returns:
-        The figure: RMSE, MSE, and a panel for each descent.
+        The figure; of a recovery RMSE, MSE, and a panel for each descent.
 
     Raises:
         ImportError: matplotlib is not installed.
 
     Example:
-        >>> import torch
-        >>> from gaborium import Gabor2d
-        >>> from gaborium.experiments import recover_planted
-        >>> image = torch.rand(1, 40, 40, generator=torch.Generator().manual_seed(0))
-        >>> planted = Gabor2d.of(orientation=0.8, wavelength=5.0, sigma=2.0)
-        >>> result = recover_planted(
-        ...     [image], planted, start=planted, n_steps=2, learning_rates=[0.1]
-        ... )
-        >>> len(plot_landscape(result).axes)  # RMSE, MSE, one step size with two momenta
-        4
+        >>> from gaborium import Gabor2d, GaborConv2d, diagnostics
+        >>> layer = GaborConv2d(1, 1, 11, start=Gabor2d.of(wavelength=5.0, sigma=2.0))
+        >>> image = torch.rand(1, 1, 40, 40, generator=torch.Generator().manual_seed(0))
+        >>> loss = diagnostics.OutputLoss(image, layer(image).detach())
+        >>> figure = plot_landscape(diagnostics.landscape(loss, layer, "orientation"))
+        >>> figure.axes[0].get_xlabel()
+        'orientation, degrees'
     """
+    if isinstance(landscape, Recovery):
+        return _plot_descents(landscape)
+    with _style():
+        if len(landscape.fields) == 1:
+            return _plot_curve(landscape)
+        return _plot_surface(landscape)
+
+
+def plot_step_limit(found: StepLimit) -> Figure:
+    """Draw the slope against the distance from the minimum: does it vanish, or is it a cone?
+
+    Convention:
+        - both axes are logarithmic; the dotted lines are a slope that vanishes in proportion to
+          the distance, and one that stays
+        - shaded is the basin, as far as it is drawn
+        - with an optimiser's step, the vertical line is how far one step goes at the last slope
+
+    Args:
+        found: from ``gaborium.diagnostics.step_limit``.
+
+    Returns:
+        The figure.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+
+    Example:
+        >>> from gaborium.diagnostics import step_limit
+        >>> layer = torch.nn.Linear(1, 1, bias=False)
+        >>> found = step_limit(lambda one: one.weight.square().sum(), layer)
+        >>> plot_step_limit(found).axes[0].get_title(loc="left")
+        'A bowl: steps below 1 settle'
+    """
+    distances, slopes = found.distances, found.slopes
+    with _style():
+        figure = _figure(_WIDTH / 2, 2.6)
+        place = figure.add_subplot()
+        place.set(xscale="log", yscale="log", xlabel="distance from the minimum", ylabel="slope")
+        farthest = max(distances[0], min(found.basin, 10.0))
+        place.axvspan(distances[-1], farthest, color=SHADE, linewidth=0, alpha=0.5, label="basin")
+        far = slopes[0]
+        for power, label in ((1, "vanishes"), (0, "stays")):
+            line = [far * (r / distances[0]) ** power for r in distances]
+            place.plot(distances, line, ":", color=MUTED, linewidth=0.8)
+            place.annotate(
+                label, (distances[-3], line[-3]), (8, -3), textcoords="offset points",
+                color=MUTED, fontsize=7, va="top",
+            )  # fmt: skip
+        color = _RATES[-1] if found.is_cone else _RATES[0]
+        place.plot(distances, slopes, ".-", color=color, linewidth=1.4, label="measured")
+        if found.learning_rate is not None:
+            step = found.learning_rate * (1.0 if found.adaptive else slopes[-1])
+            place.axvline(step, color=INK, linewidth=0.8, linestyle=(0, (4, 3)), label="one step")
+        place.set_title(
+            "A cone: no fixed step settles"
+            if found.is_cone
+            else f"A bowl: steps below {_short(found.step_limit)} settle",
+            fontweight="bold",
+        )
+        _legend(figure, place, "outside lower center")
+    return figure
+
+
+def plot_identifiability(found: Identifiability, *, filter: int = 0) -> Figure:  # noqa: A002
+    """Draw how well each parameter of a filter is known, and which errors go together.
+
+    Convention:
+        - left: the bound on these inputs as a multiple of that on white input of the same power;
+          a parameter that is not identifiable has a hatched bar to the end
+        - right: correlation of the estimates, blue negative and red positive; nothing where there
+          is no estimate
+
+    Args:
+        found: from ``gaborium.diagnostics.identifiability``.
+        filter: which of its filters.
+
+    Returns:
+        The figure.
+
+    Raises:
+        ValueError: there is no such filter.
+        ImportError: matplotlib is not installed.
+
+    Example:
+        >>> from gaborium import GaborConv2d
+        >>> from gaborium.diagnostics import identifiability
+        >>> found = identifiability(GaborConv2d(1, 2, 9, seed=0), torch.randn(1, 1, 40, 40))
+        >>> len(plot_identifiability(found, filter=1).axes[0].patches)
+        6
+    """
+    if not 0 <= filter < len(found.bounds):
+        raise ValueError(f"filter must be from 0 to {len(found.bounds) - 1}, got {filter}.")
+    names = [name.replace("_", " ") for name in found.names]
+    ratio = found.bounds[filter] / found.white_bounds[filter]
+    known = found.bounds[filter].isfinite() & ratio.isfinite()
+    end = max([2.0, *(1.15 * ratio[known]).tolist()])
+    n = len(names)
+    with _style():
+        height = max(1.5, 0.22 * n) + 0.9
+        figure = _figure(_WIDTH, height)
+        left, right = figure.subplots(1, 2, width_ratios=[1.2, 1.0])
+        lengths = torch.where(known, ratio, end).tolist()
+        bars = left.barh(range(n), lengths, color=_RATES[0], height=0.6)
+        for bar, is_known in zip(bars, known.tolist(), strict=True):
+            if not is_known:
+                bar.set(facecolor="white", edgecolor=_RATES[-1], hatch="////", linewidth=0.5)
+        left.axvline(1, color=INK, linewidth=0.8, linestyle=(0, (4, 3)))
+        left.set_yticks(range(n), names)
+        left.invert_yaxis()
+        left.set(xlim=(0, end), xlabel="bound, as a multiple of that on white input")
+        conditions = (found.condition[filter].item(), found.white_condition[filter].item())
+        told, white = (
+            "infinite" if math.isinf(c) else f"{c:.3g}" if c < 1e3 else f"{c:,.0f}"
+            for c in conditions
+        )
+        left.set_title(f"Filter {filter}: condition {told}, on white input {white}")
+        table = found.correlation[filter].clone()
+        image = right.imshow(
+            table.nan_to_num(math.nan, math.nan, math.nan).numpy(),
+            cmap=DIVERGING, vmin=-1, vmax=1, interpolation="nearest",
+        )  # fmt: skip
+        right.set_xticks(range(n), names, rotation=45, ha="right", rotation_mode="anchor")
+        right.set_yticks(range(n), names)
+        right.tick_params(length=0)
+        right.set_title("Correlation of the errors")
+        bar = figure.colorbar(image, ax=right, shrink=0.8, ticks=[-1, 0, 1])
+        bar.ax.set_yticklabels(["−1", "0", "1"])
+        bar.outline.set_visible(False)
+    return figure
+
+
+def _plot_curve(found: Landscape) -> Figure:
+    """A loss over one parameter."""
+    x, label = _told_axis(found, 0)
+    values = found.values.tolist()
+    best = found.minima[: found.n_best]
+    figure = _figure(_WIDTH, 2.8)
+    place = figure.add_subplot()
+    inside = (found.basins < found.n_best).tolist()
+    place.fill_between(
+        x, 0, 1, where=inside, transform=place.get_xaxis_transform(), color=SHADE, linewidth=0,
+        alpha=0.6, step="mid", label=f"rolls down to the best, {100 * found.share_to_best:.0f} %",
+    )  # fmt: skip
+    place.plot(x, values, color=INK, linewidth=1.2)
+    _mark_minima(place, [(_told(found, 0, one.position[0]), one.value) for one in found.minima],
+                 found.n_best)  # fmt: skip
+    _mark_start(place, _told(found, 0, found.present[0]), found.present_value)
+    low, high = min(values), max(values)
+    room = (high - low) or 1.0
+    for index, (width, color, words) in enumerate(
+        ((found.half_width[0], _RATES[0], "convex"),
+         (found.predicted_half_width, _RATES[2], "predicted"))
+    ):  # fmt: skip
+        if width is None or not math.isfinite(width):
+            continue
+        half = math.degrees(width) if found.units[0] == "rad" else width
+        for number, one in enumerate(best):
+            middle = _told(found, 0, one.position[0])
+            height = low - (0.07 + 0.05 * index) * room
+            name = f"{words}, ±{half:.3g}{'°' if found.units[0] == 'rad' else ''}"
+            place.plot(
+                [max(middle - half, min(x)), min(middle + half, max(x))], [height, height],
+                color=color, linewidth=2.5 - index, solid_capstyle="butt",
+                label=None if number else name,
+            )  # fmt: skip
+    place.set_ylim(low - 0.17 * room, high + 0.06 * room)
+    place.set_ylabel("loss")
+    _value_axis(place, found, 0, label)
+    _legend(figure, place, "outside upper center", 3)
+    return figure
+
+
+def _plot_surface(found: Landscape) -> Figure:
+    """A loss over two parameters, the second to the right."""
+    (y, y_label), (x, x_label) = _told_axis(found, 0), _told_axis(found, 1)
+    figure = _figure(_WIDTH * 0.72, _WIDTH * 0.55)
+    place = figure.add_subplot()
+    values = found.values.nan_to_num(posinf=math.nan).numpy()
+    colors = require("matplotlib.colors", extra="plot", purpose="Figures")
+    # A square root, so that hollows show beside a steep rise.
+    image = place.pcolormesh(
+        x, y, values, cmap=SEQUENTIAL, shading="nearest", rasterized=True,
+        norm=colors.PowerNorm(0.5),
+    )  # fmt: skip
+    worse = (found.basins >= found.n_best).double().numpy()
+    if worse.any():
+        matplotlib = require("matplotlib", extra="plot", purpose="Figures")
+        with matplotlib.rc_context({"hatch.linewidth": 0.4, "hatch.color": "white"}):
+            place.contourf(x, y, worse, levels=[0.5, 1.5], colors="none", hatches=["////"])
+            place.contour(x, y, worse, levels=[0.5], colors="white", linewidths=0.6)
+    _mark_minima(
+        place,
+        [(_told(found, 1, one.position[1]), _told(found, 0, one.position[0]))
+         for one in found.minima],
+        found.n_best,
+    )  # fmt: skip
+    _mark_start(place, _told(found, 1, found.present[1]), _told(found, 0, found.present[0]))
+    _value_axis(place, found, 1, x_label)
+    _value_axis(place, found, 0, y_label, vertical=True)
+    place.set_title(
+        f"{100 * found.share_to_best:.0f} % of starts roll down to the best minimum",
+        fontweight="bold",
+    )
+    bar = figure.colorbar(image, ax=place, label="loss")
+    bar.outline.set_visible(False)
+    _legend(figure, place, "outside lower center")
+    return figure
+
+
+def _told(found: Landscape, axis: int, value: float) -> float:
+    return math.degrees(value) if found.units[axis] == "rad" else value
+
+
+def _told_axis(found: Landscape, axis: int) -> tuple[list[float], str]:
+    """The grid as it is drawn, and the axis' label with the unit."""
+    grid = [_told(found, axis, value) for value in found.grids[axis].tolist()]
+    unit = {"rad": ", degrees", "px": ", px"}.get(found.units[axis], "")
+    return grid, found.fields[axis].replace("_", " ") + unit
+
+
+def _value_axis(
+    place: Axes, found: Landscape, axis: int, label: str, *, vertical: bool = False
+) -> None:
+    """Label one axis; positive fields on equal ratios, angles at round numbers of degrees."""
+    grid = found.grids[axis]
+    ends = (_told(found, axis, grid[0].item()), _told(found, axis, grid[-1].item()))
+    which = place.yaxis if vertical else place.xaxis
+    (place.set_ylabel if vertical else place.set_xlabel)(label)
+    steps = grid.diff()
+    if grid[0] > 0 and steps[-1] > 1.01 * steps[0]:
+        (place.set_yscale if vertical else place.set_xscale)("log")
+        ticks = [m * 10.0**e for e in range(-3, 5) for m in (1, 2, 3, 5)]
+        ticks = [tick for tick in ticks if ends[0] <= tick <= ends[1]]
+        which.set_ticks(ticks, labels=[f"{tick:g}" for tick in ticks])
+        which.set_minor_locator(require("matplotlib.ticker", extra="plot", purpose="Figures")
+                                .NullLocator())  # fmt: skip
+    elif found.periodic[axis]:
+        which.set_ticks(range(-180, 181, 45), labels=[_degrees(t) for t in range(-180, 181, 45)])
+        ends = (-180.0, 180.0)
+    (place.set_ylim if vertical else place.set_xlim)(*ends)
+
+
+def _mark_minima(place: Axes, points: list[tuple[float, float]], n_best: int) -> None:
+    for some, marker, color, label in (
+        (points[:n_best], "o", TRAINED, "best minimum"),
+        (points[n_best:], "X", _RATES[-1], "worse minimum"),
+    ):
+        if some:
+            xs, ys = zip(*some, strict=True)
+            place.plot(
+                xs, ys, marker, color=color, markersize=4.5, markeredgewidth=0.5,
+                markeredgecolor="white", label=label, zorder=5, linestyle="none", clip_on=False,
+            )  # fmt: skip
+
+
+def _plot_descents(recovery: Recovery) -> Figure:
+    """Both losses of an experiment over all orientations, and the descents on the root."""
     around = [math.degrees(theta) for theta in recovery.landscape["orientation"]]
     rates, momenta = _settings(recovery.descents)
     rows, columns = len(momenta), max(len(rates), 1)
@@ -842,6 +1111,6 @@ def _circle_axis(place: Axes, *, wide: bool, label: bool = True) -> None:
         place.set_xlabel("orientation θ" + (", degrees and rad" if wide else ""))
 
 
-def _legend(figure: Any, place: Axes, where: str) -> None:
+def _legend(figure: Any, place: Axes, where: str, n_columns: int | None = None) -> None:
     handles, labels = place.get_legend_handles_labels()
-    figure.legend(handles, labels, loc=where, ncols=len(labels), handlelength=1.8)
+    figure.legend(handles, labels, loc=where, ncols=n_columns or len(labels), handlelength=1.8)

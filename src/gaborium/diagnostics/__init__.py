@@ -3,20 +3,32 @@
 from gaborium.diagnostics.filters import Duplicate, Health, health, reseed
 from gaborium.diagnostics.findings import Finding, Severity
 from gaborium.diagnostics.gradients import GradientCheck, ParameterCheck, check_gradients
+from gaborium.diagnostics.information import Identifiability, identifiability
+from gaborium.diagnostics.landscape import Landscape, Minimum, landscape
+from gaborium.diagnostics.losses import OutputLoss
 from gaborium.diagnostics.mending import replace_by_gabor
 from gaborium.diagnostics.recorder import Recorder, watch
+from gaborium.diagnostics.stability import StepLimit, step_limit
 
 __all__ = [
     "Duplicate",
     "Finding",
     "GradientCheck",
     "Health",
+    "Identifiability",
+    "Landscape",
+    "Minimum",
+    "OutputLoss",
     "ParameterCheck",
     "Recorder",
     "Severity",
+    "StepLimit",
     "check_gradients",
     "health",
+    "identifiability",
+    "landscape",
     "replace_by_gabor",
     "reseed",
+    "step_limit",
     "watch",
 ]

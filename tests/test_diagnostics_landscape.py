@@ -1,0 +1,533 @@
+"""Landscapes equal the loss evaluated point by point, find every minimum, and change nothing."""
+
+import math
+import warnings
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gaborium import Gabor1d, Gabor2d, GaborConv1d, GaborConv2d, gabor
+from gaborium.diagnostics import OutputLoss, Severity, landscape
+from gaborium.diagnostics.landscape import _watershed
+from gaborium.diagnostics.losses import Probe
+from gaborium.diagnostics.moments import patch_moments
+from gaborium.fitting.statistics import PatchStatistics
+
+PLANTED = Gabor2d.of(orientation=0.8, wavelength=6.0, sigma=2.5)
+
+
+def image_of(*shape: int, seed: int = 0) -> Tensor:
+    """Noise with a mean and with neighbours that resemble each other, as in a photograph."""
+    noise = torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    return 0.5 + 0.3 * F.avg_pool2d(noise, 3, 1)
+
+
+def camera(size: int = 96) -> Tensor:
+    data = pytest.importorskip("skimage.data")
+    transform = pytest.importorskip("skimage.transform")
+    small = transform.resize(data.camera(), (size, size), anti_aliasing=True)
+    return torch.tensor(small)[None, None]
+
+
+def layer_at(params=PLANTED, *args, **kwargs) -> GaborConv2d:
+    settings = {"bias": False, "start": params, "dtype": torch.float64} | kwargs
+    return GaborConv2d(*(args or (1, 1, 11)), **settings)
+
+
+def planted_loss(layer: GaborConv2d, inputs: Tensor, measure="mse") -> OutputLoss:
+    return OutputLoss(inputs, layer(inputs).detach(), measure)
+
+
+def on_white_input(layer: GaborConv2d):
+    """What the squared error tends to for ever more white input."""
+    wanted = layer.weight.detach()
+    return lambda other: (other.weight - wanted).square().sum()
+
+
+def directly(loss: OutputLoss, layer, field: str, grid: Tensor, index: int = 0) -> Tensor:
+    """The same landscape by setting the layer's parameters one by one."""
+    values = []
+    before = layer.params.detach()
+    warnings.simplefilter("ignore", UserWarning)  # of kernels that cut their envelopes
+    for value in grid.tolist():
+        changed = getattr(before, field).clone()
+        changed[index] = value
+        layer.params = before.replace(**{field: changed})
+        values.append(loss(layer).detach())
+    layer.params = before
+    return torch.stack(values)
+
+
+# -- the short way is the long way --------------------------------------------------------------
+
+SETTINGS = [
+    {},
+    {"padding": 4},
+    {"padding": "same"},
+    {"padding": "same", "padding_mode": "reflect"},
+    {"padding": 3, "padding_mode": "circular", "stride": 2},
+    {"stride": 3},
+    {"bias": True},
+    {"dc": "remove"},
+    {"unit_norm": True},
+    {"coordinates": "textbook"},
+    {"min_wavelength": 2.5},
+    {"geometry": "pair"},
+]
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+@pytest.mark.parametrize("measure", ["mse", "rmse"])
+def test_the_quadratic_equals_direct_evaluation(settings, measure):
+    layer = layer_at("random", 2, 3, (9, 7), seed=1, **settings)
+    teacher = layer_at("random", 2, 3, (9, 7), seed=2, **settings)
+    loss = planted_loss(teacher, image_of(2, 2, 40, 34), measure)
+    if settings.get("geometry") == "pair":
+        # The direct evaluation below sets all channels to one value.
+        layer.params = layer.params.detach().replace(
+            orientation=layer.params.orientation.detach()[:, :1].expand(3, 2)
+        )
+    found = landscape(loss, layer, "orientation", filter=1, n_points=24)
+    assert found.exact
+    expected = directly(loss, layer, "orientation", found.grids[0], 1)
+    torch.testing.assert_close(found.values, expected, rtol=1e-10, atol=1e-13)
+
+
+@pytest.mark.parametrize("field", ["wavelength", "sigma", "aspect_ratio", "phase", "amplitude"])
+def test_every_field_is_varied_in_its_own_unit(field):
+    layer = layer_at(PLANTED.replace(phase=torch.tensor(0.4)))
+    loss = planted_loss(layer_at(PLANTED), image_of(1, 1, 40, 40))
+    found = landscape(loss, layer, field, n_points=17)
+    expected = directly(loss, layer, field, found.grids[0])
+    torch.testing.assert_close(found.values, expected, rtol=1e-10, atol=1e-13)
+    if field in ("wavelength", "sigma", "aspect_ratio"):
+        steps = found.grids[0].log().diff()
+        torch.testing.assert_close(steps, steps[:1].expand_as(steps))
+
+
+def test_the_centre_moves_along_its_own_axis():
+    moved = PLANTED.replace(center=torch.tensor([1.5, -0.5]))
+    loss = planted_loss(layer_at(moved), image_of(1, 1, 60, 60))
+    layer = layer_at(moved.replace(center=torch.tensor([0.0, -0.5])))
+    assert landscape(loss, layer, "center_x").best.position[0] == pytest.approx(1.5, abs=1e-3)
+    layer.params = moved.replace(center=torch.tensor([1.5, 1.0]))
+    assert landscape(loss, layer, "center_y").best.position[0] == pytest.approx(-0.5, abs=1e-3)
+
+
+def test_the_long_way_gives_the_same_landscape():
+    layer = layer_at("random", 2, 2, 7, seed=1)
+    loss = planted_loss(layer_at("random", 2, 2, 7, seed=2), image_of(1, 2, 30, 30))
+    short = landscape(loss, layer, ("orientation", "wavelength"), n_points=(12, 9), filter=1)
+    long = landscape(
+        lambda one: loss(one), layer, ("orientation", "wavelength"), n_points=(12, 9), filter=1
+    )
+    assert short.exact
+    assert not long.exact
+    torch.testing.assert_close(short.values, long.values, rtol=1e-10, atol=1e-13)
+    torch.testing.assert_close(short.basins, long.basins)
+    assert short.values.shape == (12, 9)
+
+
+def test_channels_keep_their_differences_when_a_field_moves_all_of_them():
+    layer = layer_at("random", 3, 1, 7, seed=0)
+    target = layer.params.detach()
+    loss = planted_loss(layer, image_of(1, 3, 30, 30))
+    layer.params = target.replace(phase=target.phase - 0.7, amplitude=2 * target.amplitude)
+    layer.params = layer.params.detach().replace(amplitude=target.amplitude)
+    found = landscape(loss, layer, "phase")
+    assert math.remainder(
+        found.best.position[0] - target.phase[0, 0].item(), 2 * math.pi
+    ) == pytest.approx(0, abs=1e-4)
+    assert found.best.value == pytest.approx(0, abs=1e-8)
+    layer.params = target.replace(amplitude=1.7 * target.amplitude)
+    found = landscape(loss, layer, "amplitude")
+    assert found.best.position[0] == pytest.approx(target.amplitude[0, 0].item(), abs=1e-4)
+
+
+def test_sounds_have_landscapes_too():
+    layer = GaborConv1d(
+        1, 1, 21, bias=False, dtype=torch.float64, start=Gabor1d.of(wavelength=6.0, sigma=3.0)
+    )
+    sound = torch.randn(1, 1, 4000, dtype=torch.float64)
+    loss = OutputLoss(sound, layer(sound).detach())
+    found = landscape(loss, layer, "wavelength", n_points=50)
+    assert found.exact
+    expected = directly(loss, layer, "wavelength", found.grids[0])
+    torch.testing.assert_close(found.values, expected, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("batch", "channels", "size", "kernel"),
+    [
+        (1, 1, (60, 70), (7, 5)),
+        (2, 3, (64, 50), (5, 6)),
+        (1, 2, (90,), (9,)),
+        (1, 1, (50, 9), (7, 1)),
+    ],
+)
+def test_moments_from_the_autocorrelation_are_those_of_the_patches(batch, channels, size, kernel):
+    x = 200 + torch.rand(batch, channels, *size, dtype=torch.float64)
+    room = [a - k + 1 for a, k in zip(size, kernel, strict=True)]
+    y = 3 + torch.randn(batch, 1, *room, dtype=torch.float64)
+    moments = patch_moments(x, y, kernel)
+    statistics = PatchStatistics(kernel, n_channels=channels, n_outputs=1)
+    statistics.add(x, y)
+    torch.testing.assert_close(moments.covariance, statistics.covariance(), atol=1e-13, rtol=0)
+    torch.testing.assert_close(moments.cross, statistics.cross_covariance()[0], atol=1e-13, rtol=0)
+    assert moments.variance == pytest.approx(statistics.response_variance().item(), rel=1e-12)
+    means = statistics.origin + statistics.total / statistics.count
+    torch.testing.assert_close(moments.mean, means[:-1])
+    assert (moments.response_mean, moments.count) == (
+        pytest.approx(means[-1].item()),
+        statistics.count,
+    )
+
+
+# -- minima, basins, widths ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("wavelength", "sigma", "aspect_ratio", "size"),
+    [(5.0, 2.0, 1.0, 15), (3.565, 2.0, 1.0, 15), (3.565, 2.0, 0.5, 25), (5.0, 4.0, 0.5, 49)],
+)
+def test_the_convex_half_width_follows_the_closed_form(wavelength, sigma, aspect_ratio, size):
+    params = Gabor2d.of(
+        orientation=0.8, wavelength=wavelength, sigma=sigma, aspect_ratio=aspect_ratio
+    )
+    layer = layer_at(params, 1, 1, size)
+    found = landscape(on_white_input(layer), layer, "orientation")
+    predicted = wavelength / (math.sqrt(2) * math.pi * sigma / aspect_ratio)
+    assert found.predicted_half_width == pytest.approx(predicted)
+    # The closed form is of first order in the angle; where γ < 1 the envelope turns as well.
+    assert found.half_width[0] == pytest.approx(predicted, rel=0.1)
+    # It lies between the grid's points: a coarser grid says the same.
+    coarse = landscape(on_white_input(layer), layer, "orientation", n_points=180)
+    assert coarse.half_width[0] == pytest.approx(found.half_width[0], rel=0.01)
+
+
+def test_the_half_width_of_a_root_is_that_of_its_square():
+    layer = layer_at()
+    inputs = image_of(1, 1, 60, 60)
+    widths = [
+        landscape(planted_loss(layer, inputs, measure), layer, "orientation").half_width[0]
+        for measure in ("mse", "rmse")
+    ]
+    assert widths[0] == pytest.approx(widths[1], rel=1e-6)
+
+
+@pytest.mark.parametrize(("phase", "n_best"), [(0.0, 2), (1.0, 1), (math.pi / 2, 1)])
+def test_an_even_kernel_has_two_equal_minima(phase, n_best):
+    params = PLANTED.replace(phase=torch.tensor(phase))
+    layer = layer_at(params)
+    found = landscape(planted_loss(layer, image_of(1, 1, 64, 64)), layer, "orientation")
+    assert found.n_best == n_best
+    best = sorted(one.position[0] for one in found.minima[:n_best])
+    assert best[-1] == pytest.approx(0.8, abs=1e-4)
+    assert len(best) == 1 or best[0] == pytest.approx(0.8 - math.pi, abs=1e-4)
+    assert found.best.position[0] == pytest.approx(0.8, abs=1e-4)  # the present one
+
+
+def test_basins_on_a_known_curve():
+    """cos(3x) + x/10 has three minima on the circle; their basins end at its maxima."""
+
+    class Angle(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.theta = nn.Parameter(torch.tensor(0.3, dtype=torch.float64))
+
+    found = landscape(
+        lambda one: (3 * one.theta).cos() + one.theta / 10,
+        Angle(),
+        "theta",
+        span=(-math.pi, math.pi),
+        n_points=601,
+    )
+    third = 2 * math.pi / 3
+    expected = [-third / 2, third / 2]  # and the ends of the span, where it falls from a maximum
+    interior = sorted(one.position[0] for one in found.minima if abs(one.position[0]) < 3.1)
+    tilt = math.asin(0.1 / 3) / 3  # 3 sin 3x = 1/10 at the minima
+    assert interior == pytest.approx([place - tilt for place in expected], abs=1e-4) or (
+        interior == pytest.approx([place + tilt for place in expected], abs=1e-4)
+    )
+    assert sum(one.share for one in found.minima) == pytest.approx(1.0)
+    assert found.present == (0.3,)
+    assert found.present_slope[0] == pytest.approx(-3 * math.sin(0.9) + 0.1, rel=1e-2)
+    for one, number in zip(found.minima, range(len(found.minima)), strict=True):
+        mine = found.grids[0][found.basins == number]
+        assert mine.min() - 0.02 <= one.position[0] <= mine.max() + 0.02
+
+
+def test_a_basin_reaches_over_the_end_of_the_circle():
+    params = PLANTED.replace(orientation=torch.tensor(3.1), phase=torch.tensor(1.2))
+    layer = layer_at(params)
+    found = landscape(on_white_input(layer), layer, "orientation")
+    assert found.basins[0] == found.basins[-1] == 0
+    assert found.n_spurious == len(found.minima) - 1
+    assert found.grids[0].min() >= -math.pi - 1e-9
+    assert found.grids[0].max() < math.pi
+    assert (
+        found.grids[0] - found.present[0]
+    ).abs().min() < 1e-12  # the present value is one of the points
+
+
+def test_rounding_makes_no_minima():
+    """The plateau of a narrow kernel is flat to the last digit, which is not hollow."""
+    params = Gabor2d.of(orientation=0.8, wavelength=3.0, sigma=8.0, phase=1.0)
+    layer = layer_at(params, 1, 1, 31)
+    found = landscape(on_white_input(layer), layer, "orientation")
+    heights = found.values.max() - torch.tensor([one.value for one in found.minima])
+    assert (heights > 1e-9 * found.values.max()).all()
+
+
+def test_a_hollow_shallower_than_rounding_is_none():
+    x = torch.linspace(-1, 1, 41, dtype=torch.float64)
+    values = (x**2)[:, None] + (x**2)[None, :]
+    rough = values + 0.2 * torch.rand(values.shape, dtype=torch.float64)
+    bottoms, basins = _watershed(rough, (False, False), 0.2)
+    assert len(bottoms) == 1
+    assert (basins == 0).all()
+    assert len(_watershed(rough, (False, False), 0.0)[0]) > 1
+
+
+def test_the_slope_is_per_unit_of_the_field():
+    layer = layer_at(PLANTED.replace(sigma=torch.tensor(3.0)))
+    loss = planted_loss(layer_at(), image_of(1, 1, 40, 40))
+    found = landscape(loss, layer, ("sigma", "orientation"), n_points=200)
+    params = layer.params.detach()
+    for name, slope in zip(found.fields, found.present_slope, strict=True):
+        value = getattr(params, name)
+        at = []
+        for step in (1e-5, -1e-5):
+            layer.params = params.replace(**{name: value + step})
+            at.append(loss(layer).item())
+        layer.params = params
+        assert slope == pytest.approx((at[0] - at[1]) / 2e-5, rel=1e-2, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("padding", "aspect_ratio", "share"),
+    [("valid", 1.0, 1.0), ("same", 1.0, 0.533), ("valid", 0.5, 0.239)],
+)
+def test_shares_of_starts_on_a_photograph(padding, aspect_ratio, share):
+    planted = Gabor2d.of(
+        orientation=math.pi / 4, wavelength=6.0, sigma=3.0, aspect_ratio=aspect_ratio
+    )
+    layer = layer_at(planted, 1, 1, 15, padding=padding)
+    found = landscape(planted_loss(layer, camera(), "rmse"), layer, "orientation")
+    assert found.share_to_best == pytest.approx(share, abs=0.01)
+    if padding == "same":  # the border is an edge, with a minimum of its own
+        worse = [math.degrees(one.position[0]) for one in found.minima[2:]]
+        assert min(abs(place + 55) for place in worse) < 1
+
+
+# -- what it says -------------------------------------------------------------------------------
+
+
+def causes(found) -> dict[str, Severity]:
+    return {finding.cause: finding.severity for finding in found.findings}
+
+
+def test_a_start_at_the_antipode_is_named_first():
+    layer = layer_at(PLANTED, 1, 1, 15, padding="same")
+    loss = planted_loss(layer, camera(), "rmse")
+    layer.params = PLANTED.replace(orientation=torch.tensor(0.8 - math.pi / 2))
+    found = landscape(loss, layer, "orientation")
+    assert found.findings[0].cause == "antipodal start"
+    assert found.findings[0].severity is Severity.SEVERE
+    assert found.findings[0].numbers["distance_rad"] == pytest.approx(math.pi / 2, abs=0.01)
+
+
+def test_a_start_in_the_wrong_basin_is_told():
+    layer = layer_at(PLANTED, 1, 1, 15, padding="same")
+    loss = planted_loss(layer, camera())
+    layer.params = PLANTED.replace(orientation=torch.tensor(math.radians(-70)))
+    found = landscape(loss, layer, "orientation")
+    assert causes(found)["outside the basin"] is Severity.SEVERE
+    assert causes(found)["spurious minima"] is Severity.WARNING
+    assert found.present_minimum.value > found.best.value
+
+
+def test_a_plateau_is_told():
+    params = Gabor2d.of(orientation=0.8, wavelength=4.0, sigma=5.0)
+    layer = layer_at(params, 1, 1, 25)
+    loss = on_white_input(layer)
+    layer.params = params.replace(orientation=torch.tensor(0.8 - 1.2))
+    found = landscape(loss, layer, "orientation")
+    assert "flat plateau" in causes(found)
+
+
+def test_a_loss_that_does_not_depend_on_the_field_is_a_plateau():
+    still = Gabor2d.of(wavelength=math.inf, sigma=2.0)
+    layer = layer_at(still)
+    loss = on_white_input(layer)
+    layer.params = still.replace(amplitude=torch.tensor(0.5))
+    found = landscape(loss, layer, "orientation", n_points=36)
+    assert causes(found) == {"flat plateau": Severity.SEVERE}
+
+
+@pytest.mark.parametrize("away", [0.0, 0.2])
+def test_a_start_near_the_minimum_of_a_simple_landscape_is_sound(away):
+    layer = layer_at(Gabor2d.of(orientation=0.8, wavelength=6.0, sigma=2.0), 1, 1, 15)
+    loss = on_white_input(layer)
+    layer.params = layer.params.detach().replace(orientation=torch.tensor([[0.8 + away]]).double())
+    found = landscape(loss, layer, "orientation")
+    assert found.share_to_best == pytest.approx(1.0)
+    assert found.findings == []
+
+
+def test_the_remedies_do_what_they_say():
+    inputs = camera()
+    for measure in ("mse", F.mse_loss):  # for the second there is no recover, but a position
+        module = layer_at(PLANTED, 1, 1, 15, padding="same")
+        loss = planted_loss(module, inputs, measure)
+        targets = loss.targets
+        module.params = PLANTED.replace(orientation=torch.tensor(0.8 - math.pi / 2))
+        found = landscape(loss, module, "orientation", n_points=90)
+        names = {"module": module, "inputs": inputs, "targets": targets}
+        exec(found.findings[0].remedy, names)
+        error = module.params.orientation.item() - 0.8
+        assert math.remainder(error, math.pi) == pytest.approx(0, abs=1e-3)
+        assert ("recover" in found.findings[0].remedy) == (measure == "mse")
+
+
+def test_the_remedy_reaches_a_layer_within_a_network():
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Identity(), GaborConv2d(1, 2, 9, seed=0), nn.Tanh()).double()
+    inputs = image_of(1, 1, 30, 30)
+    targets = module(inputs).detach()
+    params = module[1].params.detach()
+    orientation = params.orientation.clone()
+    orientation[1] += math.pi / 2
+    module[1].params = params.replace(orientation=orientation)
+    loss = OutputLoss(inputs, targets, F.mse_loss)
+    found = landscape(loss, module, "orientation", filter=1, n_points=60)
+    assert found.layer_name == "1"
+    assert not found.exact
+    before = loss(module).item()
+    remedy = found.findings[0].remedy
+    exec(remedy, {"module": module})
+    assert loss(module).item() < 1e-3 * before
+
+
+# -- the caller's things ------------------------------------------------------------------------
+
+
+def test_nothing_of_the_callers_changes():
+    module = nn.Sequential(GaborConv2d(1, 2, 7, seed=0), nn.BatchNorm2d(2), nn.Dropout(0.3))
+    inputs, targets = image_of(2, 1, 20, 20).float(), torch.randn(2, 2, 12, 12)
+    module(inputs).square().mean().backward()
+    state = {name: value.clone() for name, value in module.state_dict().items()}
+    gradients = [p.grad.clone() for p in module.parameters()]
+    random = torch.get_rng_state()
+    landscape(OutputLoss(inputs, targets), module, "orientation", n_points=12)
+    assert torch.equal(torch.get_rng_state(), random)
+    assert all(part.training for part in module.modules())
+    for name, value in module.state_dict().items():
+        assert torch.equal(value, state[name])
+    for p, gradient in zip(module.parameters(), gradients, strict=True):
+        assert torch.equal(p.grad, gradient)
+
+
+def test_foreign_parameters_go_by_their_names():
+    class Textbook(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.theta = nn.Parameter(torch.tensor([0.2, -0.4]))
+            self.lambd = nn.Parameter(torch.tensor(5.0))
+
+        def forward(self, image: Tensor) -> Tensor:
+            params = Gabor2d.of(
+                orientation=self.theta, wavelength=self.lambd, sigma=2.0, dtype=torch.float32
+            )
+            return F.conv2d(image, gabor(params, 11).unsqueeze(1))
+
+    module = Textbook()
+    inputs = image_of(1, 1, 40, 40).float()
+    loss = OutputLoss(inputs, module(inputs).detach())
+    with torch.no_grad():
+        module.theta[1] = 0.9
+    found = landscape(loss, module, ("theta[1]", "lambd"), span={
+        "theta[1]": (-1.5, 1.5), "lambd": (3.0, 8.0)
+    }, n_points=30)  # fmt: skip
+    assert found.best.position == pytest.approx((-0.4, 5.0), abs=2e-2)
+    assert found.present == pytest.approx((0.9, 5.0))
+    assert found.predicted_half_width is None
+    with pytest.raises(ValueError, match="name one of its numbers"):
+        landscape(loss, module, "theta", span=(0, 1))
+    with pytest.raises(ValueError, match="unknown range; give span"):
+        landscape(loss, module, "lambd")
+    with pytest.raises(ValueError, match="no field or parameter 'sigma'"):
+        landscape(loss, module, "sigma", span=(0, 1))
+
+
+# -- bad input ----------------------------------------------------------------------------------
+
+
+def bad_losses():
+    inputs, count = image_of(1, 1, 20, 20), []
+    yield "one floating number", lambda layer: layer(inputs)
+    yield "one floating number", lambda layer: layer(inputs).mean() > 0
+    yield "must return a tensor, got float", lambda layer: layer(inputs).mean().item()
+    yield "The loss is nan", lambda layer: layer(inputs).mean() * math.nan
+    yield (
+        "must be deterministic",
+        lambda layer: count.append(0) or layer(inputs).mean() * 0 + len(count),
+    )
+    yield "must have the outputs' shape", OutputLoss(inputs, inputs)
+    yield "inputs are torch.float32", OutputLoss(inputs.float(), inputs)
+
+
+@pytest.mark.parametrize(("message", "loss"), list(bad_losses()))
+def test_bad_losses_get_one_clear_line(message, loss):
+    with pytest.raises((ValueError, TypeError), match=message):
+        landscape(loss, layer_at(), "orientation")
+
+
+def test_dropout_is_deterministic_under_the_same_random_numbers():
+    module = nn.Sequential(layer_at(), nn.Dropout(0.5))
+    inputs = image_of(1, 1, 20, 20)
+    probe = Probe(lambda one: one(inputs).square().mean(), module)
+    assert probe().item() == probe().item() == probe.present
+
+
+def test_a_buffer_that_counts_begins_anew_at_every_evaluation():
+    class Counting(nn.Linear):
+        def __init__(self) -> None:
+            super().__init__(1, 1)
+            self.register_buffer("calls", torch.zeros(()))
+
+        def forward(self, input: Tensor) -> Tensor:
+            self.calls += 1
+            return super().forward(input) + self.calls
+
+    module = Counting()
+    probe = Probe(lambda one: one(torch.ones(1, 1)).sum(), module)
+    assert probe().item() == probe().item()
+    assert module.calls == 0
+
+
+def test_bad_arguments_get_one_clear_line():
+    layer = layer_at()
+    loss = planted_loss(layer, image_of(1, 1, 30, 30))
+    for message, call in {
+        "one or two different names": lambda: landscape(loss, layer, ()),
+        "from 0 to 0 in this layer": lambda: landscape(loss, layer, "phase", filter=1),
+        "no field or parameter 'theta'": lambda: landscape(loss, layer, "theta", span=(0, 1)),
+        "two rising numbers": lambda: landscape(loss, layer, "phase", span=(1, 1)),
+        "must be positive": lambda: landscape(loss, layer, "sigma", span=(-1, 1)),
+        "at least 8": lambda: landscape(loss, layer, "phase", n_points=2),
+        "measure must be one of": lambda: OutputLoss(loss.inputs, loss.targets, "mae"),
+        "must be an nn.Module": lambda: landscape(loss, "layer", "phase"),
+        "must be a function of the layer": lambda: landscape(3.0, layer, "phase"),
+        "too coarse": lambda: landscape(loss, layer_at().half(), "phase"),
+    }.items():
+        with pytest.raises((ValueError, TypeError), match=message):
+            call()
+
+
+def test_another_device_gets_one_clear_line():
+    layer = layer_at()
+    with pytest.raises(ValueError, match="inputs are on meta and the layer on cpu"):
+        OutputLoss(torch.empty(1, 1, 20, 20, device="meta").double(), torch.zeros(1))(layer)
