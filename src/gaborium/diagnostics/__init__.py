@@ -1,5 +1,6 @@
 """Why does it not learn, and what to do: causes found in any layer, loss and training loop."""
 
+from gaborium.diagnostics.diagnosis import Diagnosis, diagnose
 from gaborium.diagnostics.filters import Duplicate, Health, health, reseed
 from gaborium.diagnostics.findings import Finding, Severity
 from gaborium.diagnostics.gradients import GradientCheck, ParameterCheck, check_gradients
@@ -8,9 +9,11 @@ from gaborium.diagnostics.landscape import Landscape, Minimum, landscape
 from gaborium.diagnostics.losses import OutputLoss
 from gaborium.diagnostics.mending import replace_by_gabor
 from gaborium.diagnostics.recorder import Recorder, watch
+from gaborium.diagnostics.setups import SetUp
 from gaborium.diagnostics.stability import StepLimit, step_limit
 
 __all__ = [
+    "Diagnosis",
     "Duplicate",
     "Finding",
     "GradientCheck",
@@ -21,9 +24,11 @@ __all__ = [
     "OutputLoss",
     "ParameterCheck",
     "Recorder",
+    "SetUp",
     "Severity",
     "StepLimit",
     "check_gradients",
+    "diagnose",
     "health",
     "identifiability",
     "landscape",

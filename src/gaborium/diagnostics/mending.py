@@ -52,7 +52,7 @@ def replace_by_gabor(module: nn.Module, name: str, inputs: Any) -> nn.Module:
         True
     """
     given = inputs if isinstance(inputs, tuple) else (inputs,)
-    found = _convolution(module, name, given)
+    found = convolution_of(module, name, given)
     if found is None:
         raise ValueError(
             f"{name or type(module).__name__!r} must be one convolution of its input, and nothing "
@@ -77,7 +77,7 @@ def replacement_code(name: str) -> str:
 
 def is_replaceable(module: nn.Module, name: str, inputs: tuple[Any, ...]) -> bool:
     """Whether ``replace_by_gabor`` can do it."""
-    return _convolution(module, name, inputs) is not None
+    return convolution_of(module, name, inputs) is not None
 
 
 def rebuilding_code(layer: Any, name: str, **changes: str) -> str:
@@ -125,7 +125,7 @@ def rebuilding_code(layer: Any, name: str, **changes: str) -> str:
     return code + RENEW_OPTIMIZER
 
 
-def _convolution(module: nn.Module, name: str, inputs: tuple[Any, ...]) -> Convolution | None:
+def convolution_of(module: nn.Module, name: str, inputs: tuple[Any, ...]) -> Convolution | None:
     """The convolution that a layer is when ``module`` is called; ``None`` if it is something else.
 
     A layer may convolve and go on, as with a nonlinearity, or pad its input first.

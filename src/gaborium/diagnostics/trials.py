@@ -77,9 +77,7 @@ class Trials:
     def run(self, module: nn.Module, trace: Trace | None = None) -> Run:
         """One pass forward; the state of ``module`` may change, the global one does not."""
         with contextlib.ExitStack() as modes:
-            modes.enter_context(
-                _seeded(self.seed, (*module.parameters(), *tensors_of(self.inputs)))
-            )
+            modes.enter_context(seeded(self.seed, (*module.parameters(), *tensors_of(self.inputs))))
             if self.widen:
                 modes.enter_context(_Widened())
             if trace is not None:
@@ -275,7 +273,7 @@ def _line() -> str:
 
 
 @contextlib.contextmanager
-def _seeded(seed: int, tensors: Sequence[Tensor]) -> Iterator[None]:
+def seeded(seed: int, tensors: Sequence[Tensor]) -> Iterator[None]:
     """Random numbers that begin with ``seed``; afterwards they go on as if nothing had been."""
     devices = sorted({one.device.index or 0 for one in tensors if one.device.type == "cuda"})
     with torch.random.fork_rng(devices=devices):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -117,13 +119,21 @@ def _by_autograd(layer: GaborLayer) -> dict[str, Tensor]:
     return slopes
 
 
-def recover_arguments(layer: GaborLayer) -> str | None:
+def recover_options(layer: GaborLayer) -> dict[str, Any] | None:
     """The further arguments of ``recover`` for a layer, or ``None`` if it cannot say."""
     if layer.groups > 1 or layer.padding_mode != "zeros" or layer.dc != "keep" or layer.unit_norm:
         return None
-    text = ""
+    options: dict[str, Any] = {}
     if any(step != 1 for step in layer.stride):
-        text += f", stride={tuple(layer.stride)}"
+        options["stride"] = tuple(layer.stride)
     if isinstance(layer.padding, str) or any(layer.padding):
-        text += f", padding={layer.padding!r}"
-    return text
+        options["padding"] = layer.padding
+    return options
+
+
+def recover_arguments(layer: GaborLayer) -> str | None:
+    """The same as code that goes on after other arguments."""
+    options = recover_options(layer)
+    if options is None:
+        return None
+    return "".join(f", {name}={value!r}" for name, value in options.items())

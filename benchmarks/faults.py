@@ -1,0 +1,594 @@
+"""The fault bench: does `diagnose` name a planted fault first, and does its remedy mend it?
+
+Every faulty set-up is a sound one with one fault planted in it; every sound one learns. `diagnose`
+sees neither names nor answers. A remedy is carried out as it is written, and the set-up is trained
+again. Run: python benchmarks/faults.py [--quick] [NAME ...]
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from _report import RESULTS, print_table, write_json
+from torch import Tensor, nn
+
+from gaborium import Gabor1d, Gabor2d, Gabor3d, GaborConv1d, GaborConv2d, GaborConv3d
+from gaborium import gabor_jacobian as jacobian
+from gaborium.diagnostics import SetUp, diagnose
+
+PI = math.pi
+ENOUGH = 0.99  # share of the targets' variance that is explained where learning has arrived
+LEARNT = 0.95  # share of the training samples that are classified where it has arrived
+N_STEPS = 400
+
+
+@dataclass(frozen=True)
+class Case:
+    """A set-up, and what is planted in it: one of ``causes``, or nothing."""
+
+    name: str
+    causes: tuple[str, ...]
+    setup: SetUp
+    n_steps: int = N_STEPS
+
+
+# -- images ---------------------------------------------------------------------------------------
+
+
+def photograph(name: str = "camera", size: int = 96) -> Tensor:
+    """A photograph that comes with scikit-image, ``(1, 1, size, size)``, in [0, 1]."""
+    from skimage import data, transform
+
+    image = torch.from_numpy(getattr(data, name)().copy()).float()
+    image = image.mean(-1) if image.ndim == 3 else image
+    side = min(image.shape)
+    top, left = ((n - side) // 2 for n in image.shape)
+    square = image[top : top + side, left : left + side].numpy() / 255
+    small = transform.resize(square, (size, size), anti_aliasing=True)
+    return torch.from_numpy(small).float()[None, None]
+
+
+def normalised(image: Tensor) -> Tensor:
+    return (image - image.mean()) / image.std()
+
+
+def digits() -> tuple[Tensor, Tensor]:
+    """Images ``(600, 1, 8, 8)`` of digits, and which they are."""
+    from sklearn.datasets import load_digits
+
+    whole = load_digits()
+    images = torch.from_numpy(whole.images[:600]).float().unsqueeze(1)
+    return normalised(images), torch.from_numpy(whole.target[:600])
+
+
+# -- set-ups ----------------------------------------------------------------------------------------
+
+TARGET = Gabor2d.of(orientation=PI / 4, wavelength=6.0, sigma=3.0)
+
+
+def student(
+    *,
+    image: Tensor | None = None,
+    target: Gabor2d = TARGET,
+    kernel_size: int = 15,
+    learn: Any = "orientation",
+    loss: Callable[..., Tensor] = F.mse_loss,
+    optimizer: Callable[..., torch.optim.Optimizer] = torch.optim.SGD,
+    rate: float | None = None,
+    coordinates: str = "textbook",
+    padding: Any = 0,
+    layer: Callable[..., nn.Module] | None = None,
+    stride: int = 1,
+    rate_options: dict[str, Any] | None = None,
+    **start: float,
+) -> SetUp:
+    """The student's experiment: a planted kernel, a layer that starts beside it, a descent."""
+    image = normalised(photograph()) if image is None else image
+    with torch.no_grad():
+        targets = GaborConv2d(1, 1, kernel_size, stride, padding, bias=False, start=target)(image)
+    first = {"orientation": PI / 4 - 0.25} | start
+    begin = target.replace(**{name: torch.tensor(value) for name, value in first.items()})
+    module: nn.Module
+    if layer is None:
+        module = GaborConv2d(
+            1,
+            1,
+            kernel_size,
+            stride,
+            padding,
+            bias=False,
+            learn=learn,
+            coordinates=coordinates,
+            start=begin,
+        )
+    else:
+        module = layer(begin, kernel_size, padding)
+    if rate is None:  # half of the largest that settles, for the orientation
+        slope = jacobian(target, kernel_size)["orientation"][None, None]
+        c = F.conv2d(image, slope.float()).square().mean()
+        rate = 0.5 / c.item()
+    return SetUp(
+        module,
+        loss,
+        image,
+        targets,
+        optimizer(module.parameters(), lr=rate, **(rate_options or {})),
+    )
+
+
+def rmse(output: Tensor, target: Tensor) -> Tensor:
+    return F.mse_loss(output, target).sqrt()
+
+
+class Foreign(nn.Module):
+    """A Gabor layer as somebody else might write it: textbook parameters, a grid of its own."""
+
+    def __init__(self, start: Gabor2d, kernel_size: int, padding: Any = 0) -> None:
+        super().__init__()
+        self.theta = nn.Parameter(start.orientation.detach().clone().reshape(1))
+        for name in ("wavelength", "sigma", "aspect_ratio", "phase"):
+            self.register_buffer(name, getattr(start, name).detach().clone().reshape(1))
+        self.size, self.padding = kernel_size, padding
+
+    def grid(self) -> Tensor:
+        return torch.arange(self.size, dtype=torch.float32) - (self.size - 1) / 2
+
+    def kernel(self, theta: Tensor) -> Tensor:
+        y, x = torch.meshgrid(self.grid(), self.grid(), indexing="ij")
+        along = x * theta.cos() + y * theta.sin()
+        across = y * theta.cos() - x * theta.sin()
+        envelope = torch.exp(-(along**2 + (self.aspect_ratio * across) ** 2) / (2 * self.sigma**2))
+        wave = torch.cos(2 * PI * along / self.wavelength + self.phase)
+        return (envelope * wave)[None, None]
+
+    def forward(self, image: Tensor) -> Tensor:
+        return F.conv2d(image, self.kernel(self.theta), padding=self.padding)
+
+
+class ThroughData(Foreign):
+    """The kernel is written into a weight behind autograd's back."""
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self.conv = nn.Conv2d(1, 1, self.size, bias=False)
+
+    def forward(self, image: Tensor) -> Tensor:
+        self.conv.weight.data = self.kernel(self.theta)
+        return self.conv(image)
+
+
+class WithoutGrad(Foreign):
+    """The kernel is made under no_grad; a gain after it learns."""
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self.gain = nn.Parameter(torch.ones(1))
+
+    def forward(self, image: Tensor) -> Tensor:
+        with torch.no_grad():
+            kernel = self.kernel(self.theta)
+        return self.gain * F.conv2d(image, kernel)
+
+
+class Rewrapped(Foreign):
+    """The kernel is wrapped as a parameter again at every call."""
+
+    def forward(self, image: Tensor) -> Tensor:
+        self.weight = nn.Parameter(self.kernel(self.theta))
+        return F.conv2d(image, self.weight)
+
+
+class Cached(Foreign):
+    """The kernel is computed at the first call and kept."""
+
+    kept: Tensor | None = None
+
+    def forward(self, image: Tensor) -> Tensor:
+        if self.kept is None:
+            self.kept = self.kernel(self.theta).detach()
+        alive = self.kernel(self.theta)
+        return F.conv2d(image, self.kept + alive - alive.detach())
+
+
+class OffCentre(Foreign):
+    """The grid of a published layer: steps of k / (k - 1) px that begin half a pixel too early."""
+
+    def grid(self) -> Tensor:
+        return torch.linspace(-self.size // 2 + 1.0, self.size / 2 + 0.5, self.size)
+
+
+class _Flipped(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, theta: Tensor) -> Tensor:
+        return theta.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return -0.5 * gradient
+
+
+class WrongGradient(Foreign):
+    """A derivative written by hand, with the wrong sign."""
+
+    def forward(self, image: Tensor) -> Tensor:
+        return F.conv2d(image, self.kernel(_Flipped.apply(self.theta)))
+
+
+class Classifier(nn.Module):
+    """A small network for digits, with a layer of filters first."""
+
+    def __init__(self, first: nn.Module, channels: int, *, norm: bool = False) -> None:
+        super().__init__()
+        self.first = first
+        self.norm = nn.BatchNorm2d(channels) if norm else nn.Identity()
+        self.head = nn.Linear(channels * 9, 10)
+
+    def forward(self, image: Tensor) -> Tensor:
+        answer = F.relu(self.norm(self.first(image)))
+        return self.head(F.adaptive_max_pool2d(answer, 3).flatten(1))
+
+
+def classifier(
+    first: nn.Module, channels: int = 12, *, norm: bool = False, rate: float = 0.01, seed: int = 0
+) -> SetUp:
+    torch.manual_seed(seed)
+    images, labels = digits()
+    network = Classifier(first, channels, norm=norm)
+    return SetUp(
+        network, F.cross_entropy, images, labels, torch.optim.Adam(network.parameters(), lr=rate)
+    )
+
+
+def filters(n: int = 12, **options: Any) -> GaborConv2d:
+    return GaborConv2d(1, n, 5, padding=2, seed=1, start="random", **options)
+
+
+# -- the faults ---------------------------------------------------------------------------------------
+
+
+def faulty() -> dict[str, Callable[[], Case]]:
+    """Builders of the faulty cases by name."""
+    cases: dict[str, Callable[[], Case]] = {}
+
+    def case(name: str, *causes: str, **options: Any) -> Callable[..., Any]:
+        def keep(build: Callable[[], SetUp]) -> Callable[[], SetUp]:
+            cases[name] = lambda: Case(name, causes, build(), **options)
+            return build
+
+        return keep
+
+    @case("kernel written through .data", "no gradient")
+    def _() -> SetUp:
+        return student(layer=ThroughData)
+
+    @case("kernel made under no_grad", "no gradient")
+    def _() -> SetUp:
+        return student(layer=WithoutGrad)
+
+    @case("kernel wrapped as a parameter again", "no gradient")
+    def _() -> SetUp:
+        return student(layer=Rewrapped)
+
+    @case("degrees for radians", "wrong unit")
+    def _() -> SetUp:
+        return student(layer=Foreign, orientation=30.0)
+
+    @case("stale cache", "stale cache")
+    def _() -> SetUp:
+        return student(layer=Cached)
+
+    @case("off-centre grid", "off-centre grid")
+    def _() -> SetUp:
+        return student(layer=OffCentre)
+
+    @case("gradient written by hand, wrong", "wrong gradient")
+    def _() -> SetUp:
+        return student(layer=WrongGradient)
+
+    @case("wavelength below Nyquist", "aliased wavelength")
+    def _() -> SetUp:
+        target = Gabor2d.of(orientation=0.3, wavelength=3.0, sigma=1.5)
+        return student(
+            target=target, kernel_size=11, learn=None, orientation=0.2, wavelength=1.7,
+            optimizer=torch.optim.Adam, rate=0.01, coordinates="wavevector",
+        )  # fmt: skip
+
+    @case("root of the squared error, fixed step", "cone at the minimum")
+    def _() -> SetUp:
+        setup = student(loss=rmse)
+        slope = setup.optimizer.param_groups[0]["lr"] ** -0.5  # c / √0.5
+        setup.optimizer.param_groups[0]["lr"] = 0.9 / slope
+        return setup
+
+    @case("step too large", "step too large")
+    def _() -> SetUp:
+        setup = student()
+        setup.optimizer.param_groups[0]["lr"] *= 40
+        return setup
+
+    @case("too much momentum", "momentum too large")
+    def _() -> SetUp:
+        setup = student(rate_options={"momentum": 0.999})
+        return setup
+
+    @case("antipodal start", "antipodal start")
+    def _() -> SetUp:
+        return student(orientation=-PI / 4)
+
+    @case("flat plateau", "flat plateau", "outside the basin")
+    def _() -> SetUp:
+        torch.manual_seed(0)
+        target = TARGET.replace(sigma=torch.tensor(2.5), aspect_ratio=torch.tensor(0.4))
+        noise = torch.randn(1, 1, 96, 96)
+        return student(image=noise, target=target, kernel_size=21, orientation=-0.25)
+
+    @case("zero padding of a bright image", "zero padding")
+    def _() -> SetUp:
+        return student(
+            image=photograph() * 3, padding=7, orientation=math.radians(-50.0)
+        )  # fmt: skip
+
+    @case("images from 0 to 255", "image scale")
+    def _() -> SetUp:
+        return student(image=photograph() * 255, rate=0.01)
+
+    @case("orientation of a blob", "not identifiable")
+    def _() -> SetUp:
+        target = Gabor2d.of(orientation=PI / 4, wavelength=1e4, sigma=3.0)
+        return student(target=target, rate=0.001)
+
+    @case("dead filters", "dead filters")
+    def _() -> SetUp:
+        layer = filters(learn=("orientation", "wavelength", "sigma", "phase"))
+        amplitude = layer.params.amplitude.detach().clone()
+        amplitude[2:] = 0.0
+        layer.params = layer.params.replace(amplitude=amplitude)
+        return classifier(layer)
+
+    @case("duplicate filters", "duplicate filters")
+    def _() -> SetUp:
+        layer = filters(learn=("amplitude",), coordinates="textbook")
+        layer.params = layer.params[:1]
+        return classifier(layer)
+
+    @case("all parameters frozen", "frozen")
+    def _() -> SetUp:
+        setup = student()
+        setup.module.requires_grad_(False)
+        return setup
+
+    @case("a field left out of learn", "frozen")
+    def _() -> SetUp:
+        return student(learn=("sigma",), sigma=2.8)
+
+    @case("optimiser of another copy", "frozen")
+    def _() -> SetUp:
+        setup, other = student(), student()
+        return SetUp(setup.module, setup.loss, setup.inputs, setup.targets, other.optimizer)
+
+    @case("wrong sign of the phase", "wrong sign of phase")
+    def _() -> SetUp:
+        target = TARGET.replace(phase=torch.tensor(1.0))
+        return student(
+            target=target, learn=("sigma",), sigma=2.5, phase=-1.0, orientation=PI / 4, rate=0.05
+        )  # fmt: skip
+
+    @case("loss scaled by 1e-6", "loss scale", "vanishing step")
+    def _() -> SetUp:
+        return student(loss=lambda output, target: 1e-6 * F.mse_loss(output, target))
+
+    @case("float16 overflow", "nan gradient")
+    def _() -> SetUp:
+        setup = student(image=photograph() * 255)
+        module = setup.module.half()
+        return SetUp(
+            module, F.mse_loss, setup.inputs.half(), setup.targets.half(),
+            torch.optim.SGD(module.parameters(), lr=setup.optimizer.param_groups[0]["lr"]),
+        )  # fmt: skip
+
+    @case("root of an exact hit", "nan gradient")
+    def _() -> SetUp:
+        return student(loss=rmse, orientation=PI / 4, rate=1e-3)
+
+    @case("amplitude behind batch norm", "amplitude absorbed")
+    def _() -> SetUp:
+        torch.manual_seed(0)
+        layer = GaborConv2d(1, 12, 5, padding=2, start="random", seed=3, learn=None)
+        layer.params = layer.params.replace(amplitude=layer.params.amplitude * 1e4)
+        return classifier(layer, norm=True)
+
+    return cases
+
+
+def sound() -> dict[str, Callable[[], Case]]:
+    """Builders of the sound cases by name."""
+    cases: dict[str, Callable[[], Case]] = {}
+
+    def case(name: str) -> Callable[..., Any]:
+        def keep(build: Callable[[], SetUp]) -> Callable[[], SetUp]:
+            cases[name] = lambda: Case(name, (), build())
+            return build
+
+        return keep
+
+    def all_learn(**options: Any) -> SetUp:
+        defaults: dict[str, Any] = {
+            "learn": None, "coordinates": "wavevector", "optimizer": torch.optim.Adam,
+            "rate": 0.01, "sigma": 2.6, "wavelength": 6.4,
+        }  # fmt: skip
+        return student(**(defaults | options))
+
+    def planted(layer: Any, inputs: Tensor, **other: Any) -> SetUp:
+        """A layer that begins beside the one that made the targets."""
+        with torch.no_grad():
+            targets = layer(inputs)
+            params = layer.params.detach()
+            layer.params = params.replace(
+                wavelength=params.wavelength * 1.05, sigma=params.sigma * 0.93,
+                phase=params.phase + 0.2,
+            )  # fmt: skip
+        optimizer = torch.optim.Adam(layer.parameters(), lr=0.01)
+        return SetUp(layer, other.get("loss", F.mse_loss), inputs, targets, optimizer)
+
+    case("the student's, squared error")(student)
+    case("momentum")(lambda: student(rate_options={"momentum": 0.5}))
+    case("Nesterov momentum on bricks")(
+        lambda: student(
+            image=normalised(photograph("brick")),
+            rate_options={"momentum": 0.5, "nesterov": True},
+        )
+    )
+    case("all parameters, Adam")(all_learn)
+    case("all parameters, textbook coordinates")(lambda: all_learn(coordinates="textbook"))
+    case("same padding of a centred image")(lambda: all_learn(padding="same"))
+    case("stride 2")(lambda: all_learn(stride=2))
+    case("root of the error, Adam with a small step")(lambda: all_learn(loss=rmse, rate=0.002))
+    case("mean absolute error, Adam")(lambda: all_learn(loss=F.l1_loss, rate=0.002))
+    case("a hand-written layer")(lambda: student(layer=Foreign))
+    case("already there")(lambda: student(orientation=PI / 4))
+
+    @case("noise on the targets")
+    def _() -> SetUp:
+        setup = all_learn()
+        torch.manual_seed(0)
+        noisy = setup.targets + 0.05 * setup.targets.std() * torch.randn_like(setup.targets)
+        return SetUp(setup.module, setup.loss, setup.inputs, noisy, setup.optimizer)
+
+    @case("four filters")
+    def _() -> SetUp:
+        params = Gabor2d.of(
+            orientation=[0.2, 0.9, 1.7, 2.5], wavelength=[5.0, 6.0, 7.0, 4.0], sigma=2.2, phase=0.4
+        )
+        layer = GaborConv2d(1, 4, 13, start=params, bias=False)
+        return planted(layer, normalised(photograph()))
+
+    @case("one dimension")
+    def _() -> SetUp:
+        torch.manual_seed(0)
+        params = Gabor1d.of(wavelength=[8.0, 5.0], sigma=4.0, phase=0.5)
+        return planted(GaborConv1d(1, 2, 25, start=params, bias=False), torch.randn(4, 1, 200))
+
+    @case("three dimensions")
+    def _() -> SetUp:
+        torch.manual_seed(0)
+        params = Gabor3d.of(orientation=[0.5], elevation=0.3, wavelength=4.0, sigma=1.3)
+        return planted(
+            GaborConv3d(1, 1, 7, start=params, bias=False), torch.randn(2, 1, 14, 14, 14)
+        )
+
+    @case("quadrature output")
+    def _() -> SetUp:
+        params = Gabor2d.of(orientation=[0.4], wavelength=5.0, sigma=2.0)
+        layer = GaborConv2d(1, 2, 13, start=params, bias=False, output="quadrature")
+        return planted(layer, normalised(photograph()))
+
+    case("digits, Gabor layer")(lambda: classifier(filters()))
+    case("digits, Gabor layer and batch norm")(lambda: classifier(filters(), norm=True))
+    case("digits, energy output")(lambda: classifier(filters(output="energy")))
+    case("digits, ordinary convolution")(
+        lambda: classifier(nn.Conv2d(1, 12, 5, padding=2), norm=True)
+    )
+    case("digits, unit norm and no DC")(lambda: classifier(filters(unit_norm=True, dc="remove")))
+    return cases
+
+
+# -- the bench ------------------------------------------------------------------------------------------
+
+
+def arrived(setup: SetUp) -> bool:
+    """Whether it has learnt: responses are explained, or training samples classified."""
+    explained = setup.explained()
+    if not math.isnan(explained):
+        return explained > ENOUGH
+    if setup.targets.is_floating_point():
+        return False
+    with torch.no_grad():
+        guessed = setup.output().argmax(1)
+    return (guessed == setup.targets).float().mean().item() > LEARNT
+
+
+def trained(setup: SetUp, n_steps: int) -> bool:
+    losses = setup.train(n_steps)
+    return math.isfinite(losses[-1]) and arrived(setup)
+
+
+def examined(build: Callable[[], Case]) -> dict[str, Any]:
+    """What `diagnose` says of one case, and what becomes of it with the remedy."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        case = build()
+        without = trained(case.setup.copy(), case.n_steps)
+        began = time.process_time()
+        setup = case.setup
+        result = diagnose(
+            setup.module, setup.loss, (setup.inputs, setup.targets), optimizer=setup.optimizer
+        )
+        seconds = time.process_time() - began
+        first = result.findings[0] if result.findings else None
+        with_it = None
+        if case.causes and first is not None and first.remedy:
+            with_it = trained(result.mended(first), case.n_steps)
+    return {
+        "name": case.name,
+        "planted": list(case.causes),
+        "arrives_without_remedy": without,
+        "first": None if first is None else first.cause,
+        "severity": None if first is None else first.severity.name,
+        "named_first": bool(case.causes) and first is not None and first.cause in case.causes,
+        "n_severe": len(result.severe),
+        "causes": [f"{found.cause} ({found.severity.name})" for found in result.findings],
+        "skipped": result.skipped,
+        "arrives_with_remedy": with_it,
+        "cpu_seconds": round(seconds, 1),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Does diagnose name planted faults?")
+    parser.add_argument("names", nargs="*", help="cases to look at, by a part of their names")
+    parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the JSON file")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    rows = []
+    for kind, builders in (("faulty", faulty()), ("sound", sound())):
+        for name, build in builders.items():
+            if options.names and not any(part in name for part in options.names):
+                continue
+            row = {"kind": kind} | examined(build)
+            rows.append(row)
+            print(
+                f"{kind:6s} {name:42s} {row['first']!s:22s} {row['severity']!s:8s}"
+                f" arrives {row['arrives_without_remedy']!s:5s} -> {row['arrives_with_remedy']!s:5s}"
+                f" {row['cpu_seconds']:.0f} s | {'; '.join(row['causes'][:5])}",
+                flush=True,
+            )
+    faults = [row for row in rows if row["kind"] == "faulty"]
+    fine = [row for row in rows if row["kind"] == "sound"]
+    print_table(
+        "The fault bench",
+        ["", "of", "n"],
+        [
+            ["planted cause named first", str(len(faults)), str(sum(r["named_first"] for r in faults))],
+            ["arrives with the remedy", str(len(faults)),
+             str(sum(bool(r["arrives_with_remedy"]) for r in faults))],
+            ["arrives without it", str(len(faults)),
+             str(sum(r["arrives_without_remedy"] for r in faults))],
+            ["sound, no severe finding", str(len(fine)), str(sum(r["n_severe"] == 0 for r in fine))],
+            ["sound, arrives", str(len(fine)), str(sum(r["arrives_without_remedy"] for r in fine))],
+        ],
+    )  # fmt: skip
+    if not options.names:
+        write_json(options.output / "faults.json", {"cases": rows})
+
+
+if __name__ == "__main__":
+    main()
