@@ -41,7 +41,7 @@ class Case:
     n_steps: int = N_STEPS
 
 
-# -- images ---------------------------------------------------------------------------------------
+# -- images ----------------------------------------------------------------------------------------
 
 
 def photograph(name: str = "camera", size: int = 96) -> Tensor:
@@ -70,59 +70,86 @@ def digits() -> tuple[Tensor, Tensor]:
     return normalised(images), torch.from_numpy(whole.target[:600])
 
 
-# -- set-ups ----------------------------------------------------------------------------------------
-
-TARGET = Gabor2d.of(orientation=PI / 4, wavelength=6.0, sigma=3.0)
+# -- set-ups ---------------------------------------------------------------------------------------
 
 
-def student(
-    *,
-    image: Tensor | None = None,
-    target: Gabor2d = TARGET,
-    kernel_size: int = 15,
-    learn: Any = "orientation",
-    loss: Callable[..., Tensor] = F.mse_loss,
-    optimizer: Callable[..., torch.optim.Optimizer] = torch.optim.SGD,
-    rate: float | None = None,
-    coordinates: str = "textbook",
-    padding: Any = 0,
-    layer: Callable[..., nn.Module] | None = None,
-    stride: int = 1,
-    rate_options: dict[str, Any] | None = None,
-    **start: float,
-) -> SetUp:
-    """The student's experiment: a planted kernel, a layer that starts beside it, a descent."""
-    image = normalised(photograph()) if image is None else image
-    with torch.no_grad():
-        targets = GaborConv2d(1, 1, kernel_size, stride, padding, bias=False, start=target)(image)
-    first = {"orientation": PI / 4 - 0.25} | start
-    begin = target.replace(**{name: torch.tensor(value) for name, value in first.items()})
-    module: nn.Module
-    if layer is None:
-        module = GaborConv2d(
-            1,
-            1,
-            kernel_size,
-            stride,
-            padding,
-            bias=False,
-            learn=learn,
-            coordinates=coordinates,
-            start=begin,
+@dataclass(frozen=True)
+class Base:
+    """What the sound and the faulty set-ups are variations of."""
+
+    photograph: str
+    orientation: float
+    wavelength: float
+    sigma: float
+    kernel_size: int
+
+    @property
+    def target(self) -> Gabor2d:
+        """The planted kernel."""
+        return Gabor2d.of(
+            orientation=self.orientation, wavelength=self.wavelength, sigma=self.sigma
         )
-    else:
-        module = layer(begin, kernel_size, padding)
-    if rate is None:  # half of the largest that settles, for the orientation
-        slope = jacobian(target, kernel_size)["orientation"][None, None]
-        c = F.conv2d(image, slope.float()).square().mean()
-        rate = 0.5 / c.item()
-    return SetUp(
-        module,
-        loss,
-        image,
-        targets,
-        optimizer(module.parameters(), lr=rate, **(rate_options or {})),
-    )
+
+    @property
+    def narrow(self) -> Gabor2d:
+        """A planted kernel whose basin is half as wide."""
+        return self.target.replace(aspect_ratio=torch.tensor(0.5))
+
+    @property
+    def image(self) -> Tensor:
+        """The photograph with mean 0 and variance 1."""
+        return normalised(photograph(self.photograph))
+
+    def student(
+        self,
+        *,
+        image: Tensor | None = None,
+        target: Gabor2d | None = None,
+        off: float = -0.25,
+        kernel_size: int | None = None,
+        learn: Any = "orientation",
+        loss: Callable[..., Tensor] = F.mse_loss,
+        optimizer: Callable[..., torch.optim.Optimizer] = torch.optim.SGD,
+        rate: float | None = None,
+        coordinates: str = "textbook",
+        padding: Any = 0,
+        layer: Callable[..., nn.Module] | None = None,
+        stride: int = 1,
+        momentum: dict[str, Any] | None = None,
+        **start: float,
+    ) -> SetUp:
+        """The student's experiment: a planted kernel, a layer that starts beside it, a descent.
+
+        ``off`` is how far the orientation starts from the planted one, rad; ``start`` sets other
+        fields. By default the step is half of the largest that settles.
+        """
+        image = self.image if image is None else image
+        target = self.target if target is None else target
+        size = kernel_size or self.kernel_size
+        with torch.no_grad():
+            targets = GaborConv2d(1, 1, size, stride, padding, bias=False, start=target)(image)
+        first = {"orientation": target.orientation.item() + off} | start
+        begin = target.replace(**{name: torch.tensor(value) for name, value in first.items()})
+        module: nn.Module
+        if layer is None:
+            module = GaborConv2d(
+                1, 1, size, stride, padding, bias=False, learn=learn, coordinates=coordinates,
+                start=begin,
+            )  # fmt: skip
+        else:
+            module = layer(begin, size, padding)
+        if rate is None:
+            slope = jacobian(target, size)["orientation"][None, None]
+            rate = 0.5 / F.conv2d(image, slope.float()).square().mean().item()
+        descent = optimizer(module.parameters(), lr=rate, **(momentum or {}))
+        return SetUp(module, loss, image, targets, descent)
+
+
+BASES = (
+    Base("camera", PI / 4, 6.0, 3.0, 15),
+    Base("astronaut", 1.2, 5.0, 2.2, 13),
+    Base("coffee", 2.5, 7.0, 2.6, 17),
+)
 
 
 def rmse(output: Tensor, target: Tensor) -> Tensor:
@@ -196,7 +223,7 @@ class Cached(Foreign):
         if self.kept is None:
             self.kept = self.kernel(self.theta).detach()
         alive = self.kernel(self.theta)
-        return F.conv2d(image, self.kept + alive - alive.detach())
+        return F.conv2d(image, self.kept + (alive - alive.detach()))
 
 
 class OffCentre(Foreign):
@@ -248,14 +275,22 @@ def classifier(
     )
 
 
+def normed(base: Base, amplitude: float) -> SetUp:
+    """A layer and the normalisation of its responses, which are known."""
+    setup = base.base.student(learn=None, coordinates="wavevector", phase=1.2, amplitude=amplitude)
+    module = nn.Sequential(setup.module, nn.BatchNorm2d(1, affine=False))
+    optimizer = torch.optim.Adam(module.parameters(), lr=0.01)
+    return SetUp(module, setup.loss, setup.inputs, normalised(setup.targets), optimizer)
+
+
 def filters(n: int = 12, **options: Any) -> GaborConv2d:
     return GaborConv2d(1, n, 5, padding=2, seed=1, start="random", **options)
 
 
-# -- the faults ---------------------------------------------------------------------------------------
+# -- the faults ------------------------------------------------------------------------------------
 
 
-def faulty() -> dict[str, Callable[[], Case]]:
+def faulty(base: Base) -> dict[str, Callable[[], Case]]:
     """Builders of the faulty cases by name."""
     cases: dict[str, Callable[[], Case]] = {}
 
@@ -268,93 +303,94 @@ def faulty() -> dict[str, Callable[[], Case]]:
 
     @case("kernel written through .data", "no gradient")
     def _() -> SetUp:
-        return student(layer=ThroughData)
+        return base.student(layer=ThroughData)
 
     @case("kernel made under no_grad", "no gradient")
     def _() -> SetUp:
-        return student(layer=WithoutGrad)
+        return base.student(layer=WithoutGrad)
 
     @case("kernel wrapped as a parameter again", "no gradient")
     def _() -> SetUp:
-        return student(layer=Rewrapped)
+        return base.student(layer=Rewrapped)
 
     @case("degrees for radians", "wrong unit")
     def _() -> SetUp:
-        return student(layer=Foreign, orientation=30.0)
+        return base.student(
+            target=base.narrow, layer=Foreign, orientation=math.degrees(base.orientation - 0.25)
+        )
 
     @case("stale cache", "stale cache")
     def _() -> SetUp:
-        return student(layer=Cached)
+        return base.student(layer=Cached)
 
     @case("off-centre grid", "off-centre grid")
     def _() -> SetUp:
-        return student(layer=OffCentre)
+        return base.student(layer=OffCentre)
 
     @case("gradient written by hand, wrong", "wrong gradient")
     def _() -> SetUp:
-        return student(layer=WrongGradient)
+        return base.student(layer=WrongGradient)
 
     @case("wavelength below Nyquist", "aliased wavelength")
     def _() -> SetUp:
         target = Gabor2d.of(orientation=0.3, wavelength=3.0, sigma=1.5)
-        return student(
-            target=target, kernel_size=11, learn=None, orientation=0.2, wavelength=1.7,
+        return base.student(
+            target=target, kernel_size=11, learn=None, off=-0.1, wavelength=1.2,
             optimizer=torch.optim.Adam, rate=0.01, coordinates="wavevector",
         )  # fmt: skip
 
     @case("root of the squared error, fixed step", "cone at the minimum")
     def _() -> SetUp:
-        setup = student(loss=rmse)
+        setup = base.student(loss=rmse)
         slope = setup.optimizer.param_groups[0]["lr"] ** -0.5  # c / √0.5
         setup.optimizer.param_groups[0]["lr"] = 0.9 / slope
         return setup
 
     @case("step too large", "step too large")
     def _() -> SetUp:
-        setup = student()
+        setup = base.student()
         setup.optimizer.param_groups[0]["lr"] *= 40
         return setup
 
     @case("too much momentum", "momentum too large")
     def _() -> SetUp:
-        setup = student(rate_options={"momentum": 0.999})
+        setup = base.student(momentum={"momentum": 0.999})
         return setup
 
     @case("antipodal start", "antipodal start")
     def _() -> SetUp:
-        return student(orientation=-PI / 4)
+        return base.student(target=base.narrow, off=PI / 2)
 
     @case("flat plateau", "flat plateau", "outside the basin")
     def _() -> SetUp:
         torch.manual_seed(0)
-        target = TARGET.replace(sigma=torch.tensor(2.5), aspect_ratio=torch.tensor(0.4))
+        target = base.target.replace(aspect_ratio=torch.tensor(0.4))
         noise = torch.randn(1, 1, 96, 96)
-        return student(image=noise, target=target, kernel_size=21, orientation=-0.25)
+        return base.student(image=noise, target=target, kernel_size=21, off=-1.0)
 
     @case("zero padding of a bright image", "zero padding")
     def _() -> SetUp:
-        return student(
-            image=photograph() * 3, padding=7, orientation=math.radians(-50.0)
+        return base.student(
+            image=3 * photograph(base.photograph), padding=7, kernel_size=15, off=math.radians(-95.0),
+            target=Gabor2d.of(orientation=PI / 4, wavelength=6.0, sigma=3.0),
         )  # fmt: skip
 
     @case("images from 0 to 255", "image scale")
     def _() -> SetUp:
-        return student(image=photograph() * 255, rate=0.01)
+        return base.student(image=255 * photograph(base.photograph), rate=0.01)
 
     @case("orientation of a blob", "not identifiable")
     def _() -> SetUp:
-        target = Gabor2d.of(orientation=PI / 4, wavelength=1e4, sigma=3.0)
-        return student(target=target, rate=0.001)
+        target = Gabor2d.of(orientation=base.orientation, wavelength=1e4, sigma=base.sigma)
+        return base.student(target=target, rate=0.001)
 
-    @case("dead filters", "dead filters")
+    @case("dead filters (digits)", "dead filters")
     def _() -> SetUp:
         layer = filters(learn=("orientation", "wavelength", "sigma", "phase"))
-        amplitude = layer.params.amplitude.detach().clone()
-        amplitude[2:] = 0.0
-        layer.params = layer.params.replace(amplitude=amplitude)
+        layer.params = layer.params.replace(amplitude=0 * layer.params.amplitude)
         return classifier(layer)
 
-    @case("duplicate filters", "duplicate filters")
+    @case("duplicate filters (digits)", "duplicate filters")
     def _() -> SetUp:
         layer = filters(learn=("amplitude",), coordinates="textbook")
         layer.params = layer.params[:1]
@@ -362,33 +398,34 @@ def faulty() -> dict[str, Callable[[], Case]]:
 
     @case("all parameters frozen", "frozen")
     def _() -> SetUp:
-        setup = student()
+        setup = base.student()
         setup.module.requires_grad_(False)
         return setup
 
     @case("a field left out of learn", "frozen")
     def _() -> SetUp:
-        return student(learn=("sigma",), sigma=2.8)
+        return base.student(learn=("sigma",), sigma=0.9 * base.sigma)
 
     @case("optimiser of another copy", "frozen")
     def _() -> SetUp:
-        setup, other = student(), student()
+        setup, other = base.student(), base.student()
         return SetUp(setup.module, setup.loss, setup.inputs, setup.targets, other.optimizer)
 
     @case("wrong sign of the phase", "wrong sign of phase")
     def _() -> SetUp:
-        target = TARGET.replace(phase=torch.tensor(1.0))
-        return student(
-            target=target, learn=("sigma",), sigma=2.5, phase=-1.0, orientation=PI / 4, rate=0.05
+        target = base.target.replace(phase=torch.tensor(1.0))
+        return base.student(
+            target=target, learn=("sigma",), sigma=0.8 * base.sigma, phase=-1.0, off=0.0,
+            optimizer=torch.optim.Adam, rate=0.01,
         )  # fmt: skip
 
     @case("loss scaled by 1e-6", "loss scale", "vanishing step")
     def _() -> SetUp:
-        return student(loss=lambda output, target: 1e-6 * F.mse_loss(output, target))
+        return base.student(loss=lambda output, target: 1e-6 * F.mse_loss(output, target))
 
     @case("float16 overflow", "nan gradient")
     def _() -> SetUp:
-        setup = student(image=photograph() * 255)
+        setup = base.student(image=255 * photograph(base.photograph))
         module = setup.module.half()
         return SetUp(
             module, F.mse_loss, setup.inputs.half(), setup.targets.half(),
@@ -397,19 +434,16 @@ def faulty() -> dict[str, Callable[[], Case]]:
 
     @case("root of an exact hit", "nan gradient")
     def _() -> SetUp:
-        return student(loss=rmse, orientation=PI / 4, rate=1e-3)
+        return base.student(loss=rmse, off=0.0, rate=1e-3)
 
     @case("amplitude behind batch norm", "amplitude absorbed")
     def _() -> SetUp:
-        torch.manual_seed(0)
-        layer = GaborConv2d(1, 12, 5, padding=2, start="random", seed=3, learn=None)
-        layer.params = layer.params.replace(amplitude=layer.params.amplitude * 1e4)
-        return classifier(layer, norm=True)
+        return normed(base, amplitude=1e4)
 
     return cases
 
 
-def sound() -> dict[str, Callable[[], Case]]:
+def sound(base: Base) -> dict[str, Callable[[], Case]]:
     """Builders of the sound cases by name."""
     cases: dict[str, Callable[[], Case]] = {}
 
@@ -423,9 +457,9 @@ def sound() -> dict[str, Callable[[], Case]]:
     def all_learn(**options: Any) -> SetUp:
         defaults: dict[str, Any] = {
             "learn": None, "coordinates": "wavevector", "optimizer": torch.optim.Adam,
-            "rate": 0.01, "sigma": 2.6, "wavelength": 6.4,
+            "rate": 0.01, "sigma": 0.87 * base.sigma, "wavelength": 1.07 * base.wavelength,
         }  # fmt: skip
-        return student(**(defaults | options))
+        return base.student(**(defaults | options))
 
     def planted(layer: Any, inputs: Tensor, **other: Any) -> SetUp:
         """A layer that begins beside the one that made the targets."""
@@ -439,12 +473,12 @@ def sound() -> dict[str, Callable[[], Case]]:
         optimizer = torch.optim.Adam(layer.parameters(), lr=0.01)
         return SetUp(layer, other.get("loss", F.mse_loss), inputs, targets, optimizer)
 
-    case("the student's, squared error")(student)
-    case("momentum")(lambda: student(rate_options={"momentum": 0.5}))
-    case("Nesterov momentum on bricks")(
-        lambda: student(
-            image=normalised(photograph("brick")),
-            rate_options={"momentum": 0.5, "nesterov": True},
+    case("the student's, squared error")(base.student)
+    case("momentum")(lambda: base.student(momentum={"momentum": 0.5}))
+    case("Nesterov momentum on the moon")(
+        lambda: base.student(
+            image=normalised(photograph("moon")),
+            momentum={"momentum": 0.5, "nesterov": True},
         )
     )
     case("all parameters, Adam")(all_learn)
@@ -453,8 +487,8 @@ def sound() -> dict[str, Callable[[], Case]]:
     case("stride 2")(lambda: all_learn(stride=2))
     case("root of the error, Adam with a small step")(lambda: all_learn(loss=rmse, rate=0.002))
     case("mean absolute error, Adam")(lambda: all_learn(loss=F.l1_loss, rate=0.002))
-    case("a hand-written layer")(lambda: student(layer=Foreign))
-    case("already there")(lambda: student(orientation=PI / 4))
+    case("a hand-written layer")(lambda: base.student(layer=Foreign))
+    case("already there")(lambda: base.student(off=0.0))
 
     @case("noise on the targets")
     def _() -> SetUp:
@@ -469,7 +503,7 @@ def sound() -> dict[str, Callable[[], Case]]:
             orientation=[0.2, 0.9, 1.7, 2.5], wavelength=[5.0, 6.0, 7.0, 4.0], sigma=2.2, phase=0.4
         )
         layer = GaborConv2d(1, 4, 13, start=params, bias=False)
-        return planted(layer, normalised(photograph()))
+        return planted(layer, base.image)
 
     @case("one dimension")
     def _() -> SetUp:
@@ -489,19 +523,20 @@ def sound() -> dict[str, Callable[[], Case]]:
     def _() -> SetUp:
         params = Gabor2d.of(orientation=[0.4], wavelength=5.0, sigma=2.0)
         layer = GaborConv2d(1, 2, 13, start=params, bias=False, output="quadrature")
-        return planted(layer, normalised(photograph()))
+        return planted(layer, base.image)
 
-    case("digits, Gabor layer")(lambda: classifier(filters()))
-    case("digits, Gabor layer and batch norm")(lambda: classifier(filters(), norm=True))
-    case("digits, energy output")(lambda: classifier(filters(output="energy")))
-    case("digits, ordinary convolution")(
+    case("Gabor layer (digits)")(lambda: classifier(filters()))
+    case("Gabor layer and batch norm (digits)")(lambda: classifier(filters(), norm=True))
+    case("batch norm behind a layer of the right size")(lambda: normed(base, amplitude=0.1))
+    case("energy output (digits)")(lambda: classifier(filters(output="energy")))
+    case("ordinary convolution (digits)")(
         lambda: classifier(nn.Conv2d(1, 12, 5, padding=2), norm=True)
     )
-    case("digits, unit norm and no DC")(lambda: classifier(filters(unit_norm=True, dc="remove")))
+    case("unit norm and no DC (digits)")(lambda: classifier(filters(unit_norm=True, dc="remove")))
     return cases
 
 
-# -- the bench ------------------------------------------------------------------------------------------
+# -- the bench -------------------------------------------------------------------------------------
 
 
 def arrived(setup: SetUp) -> bool:
@@ -555,39 +590,50 @@ def examined(build: Callable[[], Case]) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Does diagnose name planted faults?")
     parser.add_argument("names", nargs="*", help="cases to look at, by a part of their names")
+    parser.add_argument("--quick", action="store_true", help="one photograph of three")
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the JSON file")
     options = parser.parse_args()
     torch.set_num_threads(1)
+    cases = [
+        (kind, base, name, build)
+        for base in BASES[: 1 if options.quick else None]
+        for kind, builders in (("faulty", faulty(base)), ("sound", sound(base)))
+        for name, build in builders.items()
+        # Digits are the same beside every photograph.
+        if base is BASES[0] or not name.endswith("(digits)")
+        if not options.names or any(part in name for part in options.names)
+    ]
     rows = []
-    for kind, builders in (("faulty", faulty()), ("sound", sound())):
-        for name, build in builders.items():
-            if options.names and not any(part in name for part in options.names):
-                continue
-            row = {"kind": kind} | examined(build)
-            rows.append(row)
-            print(
-                f"{kind:6s} {name:42s} {row['first']!s:22s} {row['severity']!s:8s}"
-                f" arrives {row['arrives_without_remedy']!s:5s} -> {row['arrives_with_remedy']!s:5s}"
-                f" {row['cpu_seconds']:.0f} s | {'; '.join(row['causes'][:5])}",
-                flush=True,
-            )
+    for kind, base, name, build in cases:
+        row = {"kind": kind, "photograph": base.photograph} | examined(build)
+        rows.append(row)
+        first = f"{row['first']} ({row['severity']})" if row["first"] else "nothing"
+        ends = f"arrives: {row['arrives_without_remedy']}, mended: {row['arrives_with_remedy']}"
+        print(f"{kind:6s} {base.photograph:9s} {name:45s} {first:32s} {ends}", flush=True)
+    summary = summed_up(rows)
+    print_table("The fault bench", ["", "of", "n"], [[k, *map(str, v)] for k, v in summary.items()])
+    if not options.names:
+        found = {name: {"of": of, "n": n} for name, (of, n) in summary.items()}
+        write_json(options.output / "faults.json", {"summary": found, "cases": rows})
+
+
+def summed_up(rows: list[dict[str, Any]]) -> dict[str, tuple[int, int]]:
+    """How many cases there are of a kind, and of how many something is true."""
     faults = [row for row in rows if row["kind"] == "faulty"]
     fine = [row for row in rows if row["kind"] == "sound"]
-    print_table(
-        "The fault bench",
-        ["", "of", "n"],
-        [
-            ["planted cause named first", str(len(faults)), str(sum(r["named_first"] for r in faults))],
-            ["arrives with the remedy", str(len(faults)),
-             str(sum(bool(r["arrives_with_remedy"]) for r in faults))],
-            ["arrives without it", str(len(faults)),
-             str(sum(r["arrives_without_remedy"] for r in faults))],
-            ["sound, no severe finding", str(len(fine)), str(sum(r["n_severe"] == 0 for r in fine))],
-            ["sound, arrives", str(len(fine)), str(sum(r["arrives_without_remedy"] for r in fine))],
-        ],
-    )  # fmt: skip
-    if not options.names:
-        write_json(options.output / "faults.json", {"cases": rows})
+    return {
+        "faulty: planted cause named first": (len(faults), sum(r["named_first"] for r in faults)),
+        "faulty: arrives with the first remedy": (
+            len(faults),
+            sum(bool(r["arrives_with_remedy"]) for r in faults),
+        ),
+        "faulty: arrives without it": (
+            len(faults),
+            sum(r["arrives_without_remedy"] for r in faults),
+        ),
+        "sound: no severe finding": (len(fine), sum(r["n_severe"] == 0 for r in fine)),
+        "sound: arrives": (len(fine), sum(r["arrives_without_remedy"] for r in fine)),
+    }
 
 
 if __name__ == "__main__":

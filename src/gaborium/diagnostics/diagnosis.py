@@ -19,7 +19,7 @@ from gaborium.diagnostics.gradients import check_gradients
 from gaborium.diagnostics.information import identifiability
 from gaborium.diagnostics.landscape import landscape
 from gaborium.diagnostics.losses import OutputLoss
-from gaborium.diagnostics.mending import LAYERS, RENEW_OPTIMIZER, convolution_of
+from gaborium.diagnostics.mending import LAYERS, NEW_OPTIMIZER, convolution_of
 from gaborium.diagnostics.setups import Loss, SetUp
 from gaborium.diagnostics.stability import step_limit
 from gaborium.diagnostics.trials import copied
@@ -40,6 +40,7 @@ _ORDER = (
     "wrong unit",
     "off-centre grid",
     "wrong sign of phase",
+    "not identifiable",
     "image scale",
     "loss scale",
     "vanishing step",
@@ -47,7 +48,6 @@ _ORDER = (
     "aliased wavelength",
     "duplicate filters",
     "amplitude absorbed",
-    "not identifiable",
     "zero padding",
     "image mean",
     "momentum too large",
@@ -66,6 +66,8 @@ _ORDER = (
 )
 # Faults of the code, which are faults however well the rest of the parameters learns.
 _BUGS = ("no gradient", "nan gradient", "stale cache", "wrong gradient", "off-centre grid")
+# What concerns other starts and other inputs rather than this one.
+_OF_OTHER_STARTS = ("spurious minima", "ill-conditioned input", "trade-off")
 _LEARNT = 0.99  # share of the targets that is explained where learning works
 _HELPS = 0.5  # of the way to where learning works that a remedy must go
 _MANY_FILTERS = 4  # whose landscapes are looked at
@@ -290,11 +292,10 @@ class _Examination:
     def _off_centre(self, name: str, middle: Tensor) -> Finding:
         shift = ", ".join(f"{value:+.2f}" for value in middle.tolist())
         code = (
-            "import torch\n"
             "from gaborium.diagnostics import replace_by_gabor\n"
             f"module = replace_by_gabor(module, {name!r}, inputs)\n"
             f"layer = module.get_submodule({name!r})\n"
-            "layer.params = layer.params.replace(center=torch.zeros_like(layer.params.center))\n"
+            "layer.params = layer.params.replace(center=0 * layer.params.center)\n"
         )
         return Finding(
             "off-centre grid",
@@ -303,7 +304,7 @@ class _Examination:
             "middle: the pixel grid is off centre, so responses are displaced and parameters "
             "biased.",
             {"largest_shift_px": middle.abs().amax().item()},
-            code + RENEW_OPTIMIZER,
+            code + NEW_OPTIMIZER,
             (name,),
         )
 
@@ -465,11 +466,16 @@ class _Examination:
         for i, found in enumerate(findings):
             self.report("remedies", i, len(findings))
             numbers, severity, helps = dict(found.numbers), found.severity, True
-            if severity is Severity.SEVERE and learns and found.cause not in _BUGS:
+            if found.cause in _OF_OTHER_STARTS:
+                severity = Severity.NOTE if learns else severity
+            elif learns and severity is Severity.SEVERE and found.cause not in _BUGS:
                 severity = Severity.WARNING
             if found.remedy and severity is not Severity.NOTE:
                 helps, result = self._helps(found, losses, after)
                 numbers |= result
+                # Learning fails with it, and works without it.
+                if helps and not learns and found.cause not in _OF_OTHER_STARTS:
+                    severity = Severity.SEVERE
             judged.append((replace(found, severity=severity, numbers=numbers), helps))
         order = {cause: i for i, cause in enumerate(_ORDER)}
         judged.sort(

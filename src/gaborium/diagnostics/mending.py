@@ -24,6 +24,12 @@ if optimizer is not None:
     optimizer.add_param_group({"params": list(module.parameters()), "lr": rate})
 """
 
+# A step that suited the parameters of another layer need not suit those of a Gabor layer.
+NEW_OPTIMIZER = """\
+import torch
+optimizer = torch.optim.Adam(module.parameters(), lr=0.01)
+"""
+
 
 def replace_by_gabor(module: nn.Module, name: str, inputs: Any) -> nn.Module:
     """The module with one of its layers replaced by a Gabor layer that learns.
@@ -71,7 +77,7 @@ def replacement_code(name: str) -> str:
     """The code that replaces the layer called ``name``."""
     return (
         "from gaborium.diagnostics import replace_by_gabor\n"
-        f"module = replace_by_gabor(module, {name!r}, inputs)\n{RENEW_OPTIMIZER}"
+        f"module = replace_by_gabor(module, {name!r}, inputs)\n{NEW_OPTIMIZER}"
     )
 
 
