@@ -235,11 +235,11 @@ class OffCentre(Foreign):
 
 class _Flipped(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, theta: Tensor) -> Tensor:
+    def forward(_: Any, theta: Tensor) -> Tensor:
         return theta.clone()
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+    def backward(_: Any, gradient: Tensor) -> Tensor:
         return -0.5 * gradient
 
 
@@ -277,7 +277,7 @@ def classifier(
 
 def normed(base: Base, amplitude: float) -> SetUp:
     """A layer and the normalisation of its responses, which are known."""
-    setup = base.base.student(learn=None, coordinates="wavevector", phase=1.2, amplitude=amplitude)
+    setup = base.student(learn=None, coordinates="wavevector", phase=1.2, amplitude=amplitude)
     module = nn.Sequential(setup.module, nn.BatchNorm2d(1, affine=False))
     optimizer = torch.optim.Adam(module.parameters(), lr=0.01)
     return SetUp(module, setup.loss, setup.inputs, normalised(setup.targets), optimizer)
@@ -354,8 +354,7 @@ def faulty(base: Base) -> dict[str, Callable[[], Case]]:
 
     @case("too much momentum", "momentum too large")
     def _() -> SetUp:
-        setup = base.student(momentum={"momentum": 0.999})
-        return setup
+        return base.student(momentum={"momentum": 0.999})
 
     @case("antipodal start", "antipodal start")
     def _() -> SetUp:
@@ -371,9 +370,12 @@ def faulty(base: Base) -> dict[str, Callable[[], Case]]:
     @case("zero padding of a bright image", "zero padding")
     def _() -> SetUp:
         return base.student(
-            image=3 * photograph(base.photograph), padding=7, kernel_size=15, off=math.radians(-95.0),
+            image=3 * photograph(base.photograph),
             target=Gabor2d.of(orientation=PI / 4, wavelength=6.0, sigma=3.0),
-        )  # fmt: skip
+            padding=7,
+            kernel_size=15,
+            off=math.radians(-95.0),
+        )
 
     @case("images from 0 to 255", "image scale")
     def _() -> SetUp:
