@@ -18,7 +18,7 @@ from torch import Tensor
 from gaborium.fitting.solver import Family, Model, Sampled, Target, kernels_of, misfit
 from gaborium.kernels import direction_and_slopes, offsets
 
-_WAVES = 6  # of which any two may be a plaid
+_WAVES = 9  # of which any two may be a plaid
 _RATIOS = (1.2, 2.0, 4.0, 7.0)  # of a surround's width to its centre's
 _IN_COMMON = 0.7  # correlation of two amplitude spectra from which they are not two
 _PARALLEL = math.cos(math.radians(30.0))  # of two directions, from which waves do not cross

@@ -9,12 +9,11 @@ import torch
 from torch import Tensor
 
 from gaborium.fitting.result import FitResult, Outcome
-from gaborium.fitting.search import ALIKE, MUCH, NOT_ALL, Best
+from gaborium.fitting.search import ALIKE, LITTLE, MUCH, NOT_ALL, Best
 from gaborium.fitting.solver import Family, Solution, Target
 from gaborium.kernels import gabor_jacobian
 from gaborium.params import RECORDS, Gabor
 
-_LITTLE = 0.5  # share of the explainable power below which a kernel is called no Gabor
 _WEAK = 1e-11  # eigenvalue of the scaled Fisher information that carries none
 # Standard deviation of who knows nothing: of a number between 0 and the period, or, of a positive
 # one, its own size.
@@ -80,7 +79,7 @@ def judge(
     unknown = torch.stack(
         [error.isinf().flatten(1).any(1) for error in standard_error.values()]
     ).any(0)
-    off = ~(evidence.share >= torch.where(best.structured, NOT_ALL, _LITTLE))
+    off = ~(evidence.share >= torch.where(best.structured, NOT_ALL, LITTLE))
     off |= best.structured & (best.second > MUCH * first) | best.other
     code = torch.where(unknown, 3, 4)
     for number, mask in ((2, off), (1, ~solution.converged), (0, evidence.bad)):

@@ -40,10 +40,11 @@ _ENOUGH = 100  # numbers left in a target that can tell noise from the rest of a
 _CHANCE = 0.02  # that noise is taken for a second Gabor function
 _KIN = 5  # candidates for it that are nearly one; tried on noise: 5 to 15 px, centre free or not
 _NOTHING = 1e-5  # share of the power below which what is left does not matter
-_HARDLY = 0.6  # share of the power above which so much is left that nothing need be compared
-NOT_ALL = 0.8  # share of the power that a Gabor function explains, where more than noise is left
+LITTLE = 0.5  # share of the explainable power below which a kernel is called no Gabor
+NOT_ALL = 0.8  # the same where what is left is more than noise
 MUCH = 0.1  # of a Gabor function's power, from which on another one beside it counts
-_PAIRS = 4  # of waves that are followed together
+_PART = 0.03  # share of the power from which on a second wave is looked for beside the first
+_PAIRS = 10  # of waves that are followed together
 _LOOSE = 1e-4  # tolerance while ends are compared; the best one is then followed closely
 _SLOW = 1.0  # rad that a wave turns within a standard deviation, below which a still one is tried
 _REST = 1e-4  # rad that stand for none, where the limit of none is meant
@@ -123,11 +124,12 @@ class Search:
             best = self._closely(target, best.put(unsettled, chosen), unsettled)
             best = self._at_bounds(target, best, unsettled[~best.converged[unsettled]])
             second = self._second(target, best, unsettled, second)
-            poor = best.cost[unsettled] > _NOTHING * power[unsettled]
-            close = poor & (best.cost[unsettled] < _HARDLY * power[unsettled])
-            other[unsettled[close]] = self._is_other(target, best, unsettled[close])
 
         structured = self._is_structured(target, best.cost, second)
+        if self.n_starts > 1:
+            # Where too little is explained, it does not matter what would explain more.
+            enough = torch.where(structured, 1 - NOT_ALL, 1 - LITTLE) * power
+            other = self._is_other(target, best, unsettled[(best.cost < enough)[unsettled]], power)
         if precise.y.dtype != target.y.dtype:
             best = self._finish(precise, best)
         return Best(best, rival, structured, second, other)
@@ -212,34 +214,44 @@ class Search:
             second[i] = left.y.square().sum((-2, -1)) - misfit(left, self.family, z)
         return second
 
-    def _is_other(self, target: Target, best: Solution, number: Tensor) -> Tensor:
+    def _is_other(self, target: Target, best: Solution, number: Tensor, power: Tensor) -> Tensor:
         """Whether problems are better explained otherwise than by one Gabor function.
 
         In one dimension a Gabor function has a surround of its own, and no two waves cross.
         """
+        other = torch.zeros_like(best.converged)
+        near = number[best.cost[number] > _NOTHING * power[number]]
+        if self.family.n_dims > 1 and len(near):
+            other[near] = self._has_surround(target.pick(near), best.pick(near))
+            crossed = near[~other[near] & (best.cost[near] > _PART * power[near])]
+            if len(crossed):
+                one = best.pick(crossed)
+                other[crossed] = self._is_plaid(target.pick(crossed), one, power[crossed])
+        return other
+
+    def _has_surround(self, target: Target, one: Solution) -> Tensor:
+        """Whether a centre with its surround is better than one Gabor function."""
         family = self.family
-        if family.n_dims == 1 or len(number) == 0:
-            return torch.zeros_like(best.converged[number])
-        here, ours = target.pick(number), best.pick(number)
-        n_data = here.n_data()
-
-        pair = TwoGabors(family)
-        everyone = torch.arange(len(number), device=number.device)
-        left = here._replace(y=residual(here, family, ours.z))
-        beside = self._look(left, everyone, 1, closely=False)
-        waves = self._look(here, everyone, self.n_starts, closely=True)
-        starts = pair.starts(here, ours.z, torch.cat([beside, waves], 1), _PAIRS)
-        ends = self._ends_of(pair, here, starts)
-        plaid = crossing(pair, ends.z, ends.coefficients) > MUCH
-        plaid |= ours.cost > (1 - NOT_ALL) * here.y.square().sum((-2, -1))
-        other = plaid & is_better(pair, ends.cost, family, ours.cost, n_data)
-
         rings = CentreSurround(family.sizes, family.n_channels, family.offset)
-        shown = here.seen_from(without_offset(here, family), family.n_channels)
-        kernels = kernels_of(family, ours.z, ours.coefficients)
+        shown = target.seen_from(without_offset(target, family), family.n_channels)
+        kernels = kernels_of(family, one.z, one.coefficients)
         loudest = torch.stack([shown, kernels], 1).square().sum(2)
-        ends = self._ends_of(rings, here, rings.starts(here, loudest))
-        return other | is_better(rings, ends.cost, family, ours.cost, n_data)
+        ends = self._ends_of(rings, target, rings.starts(target, loudest))
+        return is_better(rings, ends.cost, family, one.cost, target.n_data())
+
+    def _is_plaid(self, target: Target, one: Solution, power: Tensor) -> Tensor:
+        """Whether two Gabor functions are better than one, and two indeed."""
+        family = self.family
+        pair = TwoGabors(family)
+        everyone = torch.arange(len(power), device=power.device)
+        left = target._replace(y=residual(target, family, one.z))
+        beside = self._look(left, everyone, 1, closely=False)
+        waves = self._look(target, everyone, self.n_starts, closely=True)
+        starts = pair.starts(target, one.z, torch.cat([beside, waves], 1), _PAIRS)
+        ends = self._ends_of(pair, target, starts)
+        two = crossing(pair, ends.z, ends.coefficients) > MUCH
+        two |= one.cost > (1 - NOT_ALL) * power
+        return two & is_better(pair, ends.cost, family, one.cost, target.n_data())
 
     def _ends_of(self, model: Model, target: Target, z: Tensor) -> Solution:
         """Where another model is best, from starts ``(batch, n, columns)``."""
