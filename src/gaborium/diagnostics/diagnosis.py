@@ -218,7 +218,8 @@ class _Examination:
         for name in self.layers:
             self._ask(f"health{_of(name)}", partial(health, self.layers[name], name=name))
             self._ask(f"amplitude{_of(name)}", partial(self._absorbed, name))
-        if self.alone is not None and self._is_regression() and not broken:
+        self.regression = self._is_regression()
+        if self.alone is not None and self.regression and not broken:
             self._ask("identifiability", self._identifiability)
             self._ask("reachable minimum", self._reachable)
             for field, index in self._looked_at():
@@ -437,8 +438,13 @@ class _Examination:
         return OutputLoss(setup.inputs, setup.targets, measure)
 
     def _step_limit(self) -> Any:
-        if isinstance(self.setup.inputs, tuple) or not isinstance(self.setup.targets, Tensor):
-            raise ValueError("The step is judged for one tensor of inputs and one of targets.")
+        if isinstance(self.setup.inputs, tuple):
+            raise ValueError("The step is judged for one tensor of inputs.")
+        if not self.regression:
+            raise ValueError(
+                "The step is judged where targets are responses; the minimum of a classifier's "
+                "loss may lie at infinity."
+            )
         return step_limit(self._output_loss(), self.module, optimizer=self.setup.optimizer)
 
     # -- trials of remedies, and the order ------------------------------------------------------
