@@ -130,6 +130,19 @@ def test_the_long_way_gives_the_same_landscape():
     assert short.values.shape == (12, 9)
 
 
+@pytest.mark.parametrize("settings", [{}, {"padding": 3}, {"dc": "remove"}, {"stride": 2}], ids=str)
+@pytest.mark.parametrize(
+    "fields", [("orientation", "wavelength"), ("phase", "amplitude"), ("sigma", "center_x")]
+)
+def test_two_mixtures_of_many_channels_tell_as_much(fields, settings):
+    layer = layer_at("random", 4, 2, 7, seed=1, **settings)
+    loss = planted_loss(layer_at("random", 4, 2, 7, seed=2, **settings), image_of(1, 4, 40, 40))
+    short = landscape(loss, layer, fields, n_points=(8, 7), filter=1)
+    long = landscape(lambda one: loss(one), layer, fields, n_points=(8, 7), filter=1)
+    assert short.exact
+    torch.testing.assert_close(short.values, long.values, rtol=1e-10, atol=1e-13)
+
+
 def test_channels_keep_their_differences_when_a_field_moves_all_of_them():
     layer = layer_at("random", 3, 1, 7, seed=0)
     target = layer.params.detach()

@@ -389,6 +389,39 @@ class _RecordFamily:
         """Kernels ``(batch, channels, *size)`` of a layer with a real output, in float64."""
         return self.layer._kernels(self.layer._coordinates.to_raw(self.record(points)))
 
+    @property
+    def fits_in_two(self) -> bool:
+        """Whether two mixtures of the channels tell as much as all of them, and are fewer.
+
+        Channels that share a geometry differ in amplitude A and phase ψ alone, so their kernels are
+        ``A cos ψ`` times the even kernel less ``A sin ψ`` times the odd one. What varies here turns
+        all phases and scales all amplitudes alike, and so stays within the same two mixtures.
+        """
+        loudest = self.base.amplitude.abs().amax()
+        return (
+            len(self.base) > 2
+            and self.layer.geometry == "filter"
+            and not self.layer.unit_norm
+            and bool(loudest > 0)
+            and not ("amplitude" in self.fields and self.present["amplitude"] == 0)
+        )
+
+    def mixing(self) -> Tensor:
+        """The two mixtures, ``(2, channels)``: for the even kernel, and for its partner at π/2."""
+        waves = torch.polar(self.base.amplitude, self.base.phase)
+        return torch.stack([waves.real, waves.imag])
+
+    def kernels_in_two(self, points: Tensor) -> Tensor:
+        """Kernels ``(batch, 2, *size)`` for the mixtures, with the responses of ``kernels``."""
+        record = self.record(points)
+        channel = int(self.base.amplitude.abs().argmax())
+        scale = record.amplitude[:, channel, None] / self.base.amplitude[channel]
+        turn = record.phase[:, channel, None] - self.base.phase[channel]
+        quarter = turn.new_tensor([0.0, math.pi / 2])
+        fields = record.as_dict() | {"phase": turn + quarter, "amplitude": scale.expand(-1, 2)}
+        two = type(record)(**fields)
+        return self.layer._kernels(self.layer._coordinates.to_raw(two))
+
     def tensors(self, points: Tensor) -> list[dict[str, Tensor]]:
         """The layer's own tensors, by name, for each of the points."""
         raw = self.layer._coordinates.to_raw(self.record(points))
@@ -490,15 +523,16 @@ class _Quadratic:
         residual = (layer(loss.inputs) - loss.targets).double().square()
         self.others = residual.mean((0, *range(2, residual.ndim))).sum().item()
         self.others -= residual[:, index].mean().item()
-        self.moments = filter_moments(layer, index, loss.inputs, loss.targets)
+        self.in_two = family.fits_in_two
+        mixing = family.mixing() if self.in_two else None
+        self.moments = filter_moments(layer, index, loss.inputs, loss.targets, mixing=mixing)
 
     @torch.no_grad()
     def __call__(self, points: Tensor) -> Tensor:
         moments = self.moments
         rows = max(1, _PIECE // len(moments.mean))
-        own = torch.cat(
-            [moments.squared_error(self.family.kernels(p).cpu()) for p in points.split(rows)]
-        )
+        kernels = self.family.kernels_in_two if self.in_two else self.family.kernels
+        own = torch.cat([moments.squared_error(kernels(p).cpu()) for p in points.split(rows)])
         squared = (own + max(self.others, 0.0)) / self.n_outputs
         return squared.sqrt() if self.is_root else squared
 

@@ -30,12 +30,18 @@ def filter_moments(
     inputs: Tensor,
     targets: Tensor | None,
     *,
+    mixing: Tensor | None = None,
     padded: bool = True,
 ) -> Moments:
-    """Moments of the patches that one filter sees, and of what it should answer less its bias."""
+    """Moments of the patches that one filter sees, and of what it should answer less its bias.
+
+    With ``mixing``, ``(mixtures, channels)``, they are those of mixtures of its channels.
+    """
     n_inputs = layer.in_channels // layer.groups
     group = index // (layer.out_channels // layer.groups)
     own = inputs[:, group * n_inputs : (group + 1) * n_inputs].detach().double()
+    if mixing is not None:
+        own = torch.einsum("mc,bc...->bm...", mixing.to(own), own)
     if padded:
         mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
         own = F.pad(own, layer._border(), mode=mode)
