@@ -381,7 +381,7 @@ def diagnose(
                      "phase": phase if len(phase) > 1 else phase[0]},
                 )  # fmt: skip
             facts |= {"steps": f"{steps} in each trial"}
-            guard = one_line(file) if file is not None else nullcontext()
+            guard = one_line(file, ours=True) if file is not None else nullcontext()
             with console.status("Looking at the gradients") as status, guard:
                 result = examine(
                     setup.module,

@@ -90,11 +90,12 @@ def run_setup(path: str | os.PathLike[str]) -> SetUp:
 
 
 @contextmanager
-def one_line(path: str | os.PathLike[str]) -> Iterator[None]:
+def one_line(path: str | os.PathLike[str], *, ours: bool = False) -> Iterator[None]:
     """Whatever fails in a script's code becomes one line: the line's number, and why.
 
     Args:
         path: of the script.
+        ours: whether the block is this library's work, whose own messages are left as they are.
 
     Raises:
         ScriptError: the block raised, also ``SystemExit``.
@@ -105,8 +106,8 @@ def one_line(path: str | os.PathLike[str]) -> Iterator[None]:
         raise
     except BaseException as error:
         lines = _lines(error, Path(path))
-        if not lines and isinstance(error, (ValueError, TypeError)):
-            raise  # this library's own, which is a line already
+        if ours and not lines and isinstance(error, (ValueError, TypeError)):
+            raise
         raise ScriptError(_told(error, Path(path), lines)) from error
 
 
@@ -115,9 +116,9 @@ def _lines(error: BaseException, file: Path) -> list[int | None]:
     lines = [
         frame.lineno
         for frame in traceback.extract_tb(error.__traceback__)
-        if Path(frame.filename) == file
+        if Path(frame.filename).resolve() == file.resolve()
     ]
-    if isinstance(error, SyntaxError) and error.filename and Path(error.filename) == file:
+    if isinstance(error, SyntaxError) and Path(error.filename or "").resolve() == file.resolve():
         lines.append(error.lineno)
     return lines
 
@@ -318,7 +319,7 @@ def _gabor_layer(state: dict[str, Tensor], prefix: str, shown: str, size: int | 
         raise ValueError(f"{what} holds NaN or infinity in {', '.join(strange)}.")
     try:
         params = coordinates.from_raw(raw).expand()
-    except RuntimeError:
+    except (RuntimeError, ValueError):
         shapes = ", ".join(f"{name} {tuple(value.shape)}" for name, value in raw.items())
         raise ValueError(f"{what} has parameters whose shapes do not agree: {shapes}.") from None
     n_filters, n_channels = params.batch_shape

@@ -23,6 +23,7 @@ from gaborium.diagnostics import (
     Severity,
     StepLimit,
 )
+from gaborium.errors import require
 from gaborium.files import write_bytes, write_text
 from gaborium.params import plain
 from gaborium.plots import (
@@ -45,6 +46,7 @@ from gaborium.reporting.wording import counted, degrees, number, percent
 _JSON_VERSION = 1
 _TITLE = "Why does it not learn?"
 _N_STEPS = 100  # of a course whose trial did not come to its end
+_LONG = 140  # characters of a headline, above which it ends where a bracket begins
 _LEAST = 1e-6  # unexplained share, below which a course is not drawn on
 
 # What a number is called, where its name with spaces for underscores would not do.
@@ -130,7 +132,9 @@ def diagnosis_headline(diagnosis: Diagnosis) -> str:
         notes = f"; {counted(len(findings), 'note')}" if findings else ""
         return f"Nothing was found that stands in the way of learning{notes}."
     # Up to the first full stop that ends a sentence: numbers hold others.
-    return re.split(r"(?<=\w\.)\s+(?=[A-ZΑ-Ω])", findings[0].sentence, maxsplit=1)[0]
+    first = re.split(r"(?<=\w\.)\s+(?=[A-ZΑ-Ω])", findings[0].sentence, maxsplit=1)[0]
+    told, _, more = first.partition(" (")
+    return f"{told}." if len(first) > _LONG and more else first
 
 
 def worded_numbers(finding: Finding) -> list[tuple[str, str]]:
@@ -303,7 +307,7 @@ def report_diagnosis(diagnosis: Diagnosis, *, title: str = _TITLE, facts: Mappin
     before, after = diagnosis.explained
     return render(
         "diagnosis.html.j2",
-        {"number": number},
+        {"coded": _coded},
         title=title,
         facts=facts,
         headline=diagnosis_headline(diagnosis),
@@ -364,6 +368,19 @@ def write_diagnosis(
         write_bytes(Path(folder, file), png(draw()))
         drawn.append(file)
     return (*texts, *drawn)
+
+
+def _coded(sentence: str) -> Any:
+    """The sentence with what stands in backticks set as code, all else as text."""
+    markupsafe = require("markupsafe", extra="report", purpose="Reports")
+    parts = sentence.split("`")
+    if len(parts) % 2 == 0:  # one of them has no other
+        return markupsafe.escape(sentence)
+    pieces = [
+        markupsafe.Markup("<code>{}</code>").format(part) if i % 2 else markupsafe.escape(part)
+        for i, part in enumerate(parts)
+    ]
+    return markupsafe.Markup("").join(pieces)
 
 
 def _slug(name: str) -> str:
