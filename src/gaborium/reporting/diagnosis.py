@@ -466,12 +466,9 @@ def _course(setup: SetUp, n_steps: int) -> Course:
             losses = own.train(n_steps)
             return Course(losses + [math.nan] * (n_steps + 1 - len(losses)), is_share=False)
         values = [1 - own.explained()]
-        for _ in range(n_steps):
-            if math.isfinite(values[-1]):
-                own.train(1)
-                values.append(1 - own.explained())
-            else:
-                values.append(math.nan)
+        while len(values) <= n_steps:
+            goes_on = all(map(math.isfinite, own.train(1)))
+            values.append(1 - own.explained() if goes_on else math.nan)
     return Course(values, is_share=True)
 
 
