@@ -315,6 +315,12 @@ def report_diagnosis(diagnosis: Diagnosis, *, title: str = _TITLE, facts: Mappin
         counts=counts,
         meanings={severity.name: severity.value for severity in Severity},
         trial=_trial(diagnosis),
+        course_caption=(
+            "Each from the same start, on copies. Drawn is the loss of each."
+            if math.isnan(diagnosis.explained[0])
+            else "Each from the same start, on copies. Drawn is the share of the targets' variance "
+            "that is left unexplained, whatever the loss, down to a millionth."
+        ),
         before=before,
         after=after,
         parts=[(name, summary(part), rest.get(name, [])) for name, part in diagnosis.parts.items()],
