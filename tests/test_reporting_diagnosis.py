@@ -26,6 +26,7 @@ from gaborium.experiments import planted_setup
 from gaborium.reporting import (
     diagnosis_headline,
     diagnosis_record,
+    joint_advice,
     report_diagnosis,
     trial_sentence,
     worded_numbers,
@@ -148,6 +149,16 @@ def test_a_trial_is_told_with_what_was_measured():
     told = trial_sentence(Finding("x", Severity.SEVERE, "", numbers))
     assert "ends at 0.250, without it at not a number" in told
     assert trial_sentence(Finding("x", Severity.SEVERE, "")) == ""
+
+
+@pytest.mark.parametrize(
+    ("shares", "told"), [((0.1, 0.5), True), ((0.1, 0.999), False), ((0.1,), False)]
+)
+def test_where_no_remedy_is_enough_alone_it_says_so(shares, told):
+    findings = [Finding("a", Severity.SEVERE, "A.", {"explained_with_remedy": s}) for s in shares]
+    diagnosis = replace(bare(*findings), losses=[1.0, 1.0])
+    assert ("No remedy was enough alone" in joint_advice(diagnosis)) is told
+    assert ("No remedy was enough alone" in text_of(report_diagnosis(diagnosis, facts={}))) is told
 
 
 # -- files ------------------------------------------------------------------------------------

@@ -572,7 +572,12 @@ def _print_fit(console: Any, result: Any, name: str) -> None:
 
 
 def _print_diagnosis(console: Any, result: Any) -> None:
-    from gaborium.reporting import diagnosis_headline, trial_sentence, worded_numbers
+    from gaborium.reporting import (
+        diagnosis_headline,
+        joint_advice,
+        trial_sentence,
+        worded_numbers,
+    )
 
     text = require("rich.text", extra="cli", purpose="Commands").Text
     counts = Counter(found.severity.name for found in result.findings)
@@ -607,6 +612,10 @@ def _print_diagnosis(console: Any, result: Any) -> None:
         elif found.remedy:
             console.print()
             _print_code(console, found.remedy)
+    advice = joint_advice(result)
+    if advice:
+        console.print()
+        console.print(text(advice, "bold"), highlight=False)
     if result.skipped:
         console.print()
     for why in dict.fromkeys(result.skipped.values()):

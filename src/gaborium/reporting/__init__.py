@@ -8,6 +8,7 @@ its charts in ``charts``; ``fits`` is the page of kernels and the Gabor function
 from gaborium.reporting.diagnosis import (
     diagnosis_headline,
     diagnosis_record,
+    joint_advice,
     report_diagnosis,
     trial_sentence,
     worded_numbers,
@@ -24,6 +25,7 @@ __all__ = [
     "fit_record",
     "fit_summary",
     "headline",
+    "joint_advice",
     "outcome_sentences",
     "percent",
     "recovery_record",

@@ -47,6 +47,7 @@ _JSON_VERSION = 1
 _TITLE = "Why does it not learn?"
 _N_STEPS = 100  # of a course whose trial did not come to its end
 _LONG = 140  # characters of a headline, above which it ends where a bracket begins
+_LEARNT = 0.99  # explained share where learning works
 _LEAST = 1e-6  # unexplained share, below which a course is not drawn on
 
 # What a number is called, where its name with spaces for underscores would not do.
@@ -173,6 +174,26 @@ def trial_sentence(finding: Finding) -> str:
             f"{number(without, 3)}."
         )
     return ""
+
+
+def joint_advice(diagnosis: Diagnosis) -> str:
+    """What to do where no remedy was enough alone, or ``""``.
+
+    Example:
+        >>> joint_advice(Diagnosis([], {}, {}, [], (0.0, 1.0), SetUp(torch.nn.ReLU(), print, 0, 0)))
+        ''
+    """
+    reached = [
+        found.numbers["explained_with_remedy"]
+        for found in diagnosis.severe
+        if "explained_with_remedy" in found.numbers
+    ]
+    if len(reached) < 2 or any(share > _LEARNT for share in reached):
+        return ""
+    return (
+        "No remedy was enough alone: there is more than one fault. Carry them out one after the "
+        "other, and diagnose what remains."
+    )
 
 
 def _name(name: str) -> str:
@@ -314,7 +335,7 @@ def report_diagnosis(diagnosis: Diagnosis, *, title: str = _TITLE, facts: Mappin
         entries=entries,
         counts=counts,
         meanings={severity.name: severity.value for severity in Severity},
-        trial=_trial(diagnosis),
+        trial=" ".join(filter(None, (_trial(diagnosis), joint_advice(diagnosis)))),
         course_caption=(
             "Each from the same start, on copies. Drawn is the loss of each."
             if math.isnan(diagnosis.explained[0])
