@@ -14,7 +14,10 @@ from pathlib import Path
 import pytest
 
 import gaborium
+from gaborium import diagnostics
+from gaborium.cli import diagnose as diagnose_command
 from gaborium.cli import recover as recover_command
+from gaborium.diagnostics.diagnosis import _ORDER as CAUSES
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
@@ -117,15 +120,25 @@ def test_the_pages_build_without_a_warning(tmp_path):
 
     names = {f"gaborium.{name}" for name in gaborium.__all__ if not name.startswith("_")}
     names |= {f"gaborium.interop.{name}" for name in CONVERSIONS}
+    names |= {f"gaborium.diagnostics.{name}" for name in diagnostics.__all__}
     anchors = set(re.findall(r'id="([\w.-]+)"', html["reference"]))
-    assert names - anchors == {"gaborium.interop"}  # a module, whose functions are there
+    # Modules, whose functions are there.
+    assert names - anchors == {"gaborium.diagnostics", "gaborium.interop"}
 
 
-def test_options_on_the_experiment_page_exist():
-    text = (DOCS / "experiment.md").read_text(encoding="utf-8")
+@pytest.mark.parametrize(
+    ("page", "command"), [("experiment", recover_command), ("diagnostics", diagnose_command)]
+)
+def test_options_on_a_page_exist(page, command):
+    text = (DOCS / f"{page}.md").read_text(encoding="utf-8")
     named = {name.replace("-", "_") for name in re.findall(r"--([a-z][a-z-]+)", text)}
     assert named
-    assert named - {"help"} <= set(inspect.signature(recover_command).parameters)
+    assert named - {"help"} <= set(inspect.signature(command).parameters)
+
+
+def test_every_cause_is_in_the_table_of_causes():
+    table = (DOCS / "diagnostics.md").read_text(encoding="utf-8").partition("## Causes")[2]
+    assert [cause for cause in CAUSES if f"`{cause}`" not in table] == []
 
 
 def test_figures_on_the_pages_exist_and_are_used():

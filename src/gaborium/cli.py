@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import shlex
 import signal
 import sys
+import textwrap
 import time
 import warnings
+from collections import Counter
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 from gaborium import __version__
 from gaborium.errors import require
+
+if TYPE_CHECKING:
+    from gaborium.diagnostics import SetUp
 
 _BAD_INPUT = 2
 _INTERRUPTED = 130
@@ -260,6 +267,193 @@ def fit(
     _print_end(console, out / name, begun)
 
 
+def diagnose(
+    file: Path | None = None,
+    /,
+    *,
+    image: Path | None = None,
+    orientation: float = math.pi / 4,
+    wavelength: float = 6.0,
+    phase: tuple[float, ...] = (0.0,),
+    sigma: float = 3.0,
+    aspect_ratio: float = 1.0,
+    start_orientation: float = -math.pi / 4,
+    kernel_size: int | None = None,
+    padding: int = 0,
+    crop: int = 96,
+    max_images: int = 8,
+    loss: Literal["rmse", "mse"] = "rmse",
+    learning_rate: float = 1.0,
+    momentum: float = 0.0,
+    steps: int = 100,
+    key: str | None = None,
+    n_dims: Literal[1, 2, 3] = 2,
+    name: str = "diagnose",
+    out: Path = Path("runs"),
+    overwrite: bool = False,
+) -> None:
+    """Find out why a Gabor layer does not learn, and what to do.
+
+    Without a file it looks at the built-in experiment: a Gabor layer at the wrong orientation is
+    to find that of a planted kernel from a photograph and its responses. Writes diagnosis.json,
+    report.html and figures.
+
+    Args:
+        file: A Python script of yours that defines setup(), which returns (module, loss,
+            (inputs, targets)) or the same and the optimizer; it is run. Or a saved Gabor layer
+            (a state dict as .safetensors or .pt) or other kernels, as for gaborium fit, whose
+            filters are looked at; nothing is unpickled.
+        image: Experiment: a photograph, or a folder of them; by default scikit-image's "camera".
+        orientation: Experiment: planted direction of the wave, rad from +x towards +y (y runs
+            down).
+        wavelength: Experiment: of the wave, px.
+        phase: Experiment: of the wave, rad; one number, or one per colour channel.
+        sigma: Experiment: standard deviation along the wave, px.
+        aspect_ratio: Experiment: along the stripes the standard deviation is sigma over it.
+        start_orientation: Experiment: where the layer begins, rad.
+        kernel_size: Experiment: height and width of the kernel, px; 15 by default. Saved layer:
+            its kernel size, which a state dict does not tell.
+        padding: Experiment: zeros around the photograph, px.
+        crop: Experiment: side of the square cut from the middle of each photograph, px; 0 takes
+            all of it.
+        max_images: Experiment: how many photographs of a folder to use.
+        loss: Experiment: between outputs and responses.
+        learning_rate: Experiment: step size of the descent.
+        momentum: Experiment: of the descent.
+        steps: Of each trial, with and without a remedy.
+        key: File: prefix of the layer, or name of the array, in a file with several.
+        n_dims: File: spatial dimensions of a kernel.
+        name: Name of the run.
+        out: Folder of all runs.
+        overwrite: Replace an earlier run of this name.
+    """
+    begun = time.monotonic()
+    console = require("rich.console", extra="cli", purpose="Commands").Console()
+    is_script = file is not None and file.suffix == ".py"
+    if file is not None:
+        given = dict(locals())
+        _refuse(given, _EXPERIMENT, f"of the built-in experiment; leave it out with {file}")
+    if file is None or is_script:
+        given = dict(locals())
+        _refuse(given, ("key", "n_dims"), "of a file of kernels")
+    if is_script and kernel_size is not None:
+        raise ValueError("--kernel-size is no option of a script; set it in setup().")
+    if file is not None and not is_script and steps != _default(diagnose, "steps"):
+        raise ValueError("--steps is no option of a file of kernels, which does not train.")
+    for what, value, least in (
+        ("--steps", steps, 1),
+        ("--kernel-size", 1 if kernel_size is None else kernel_size, 1),
+        ("--max-images", max_images, 1),
+        ("--crop", crop, 0),
+        ("--padding", padding, 0),
+        ("--learning-rate", learning_rate, 0),
+        ("--momentum", momentum, 0),
+    ):
+        if not least <= value < math.inf:
+            raise ValueError(f"{what} must be at least {least}, got {value}.")
+    _check_name(name)
+
+    with console.status("Loading PyTorch"):
+        import torch
+
+        from gaborium.diagnostics import diagnose as examine
+        from gaborium.files import new_folder
+        from gaborium.reporting import write_diagnosis
+        from gaborium.setup_files import look_at_filters, one_line, read_layer, run_setup
+
+    facts: dict[str, str] = {}
+    with new_folder(out / name, overwrite=overwrite, marker="diagnosis.json") as folder:
+        if file is not None and not is_script:
+            torch.set_num_threads(1)  # as in recover
+            with console.status("Looking at the filters"):
+                layer, facts = read_layer(file, key=key, kernel_size=kernel_size, n_dims=n_dims)
+                result = look_at_filters(layer, facts.get("layer", ""))
+        else:
+            if file is not None:
+                setup = run_setup(file)
+                facts["script"] = str(file)
+            else:
+                torch.set_num_threads(1)
+                setup, facts = _experiment(
+                    image, crop, max_images, kernel_size or 15, loss, learning_rate, momentum,
+                    padding, orientation, start_orientation,
+                    {"wavelength": wavelength, "sigma": sigma, "aspect_ratio": aspect_ratio,
+                     "phase": phase if len(phase) > 1 else phase[0]},
+                )  # fmt: skip
+            facts |= {"steps": f"{steps} in each trial"}
+            guard = one_line(file, ours=True) if file is not None else nullcontext()
+            with console.status("Looking at the gradients") as status, guard:
+                result = examine(
+                    setup.module,
+                    setup.loss,
+                    (setup.inputs, setup.targets),
+                    optimizer=setup.optimizer,
+                    n_steps=steps,
+                    on_progress=lambda part, *_: status.update(_plain(f"Looking at the {part}")),
+                )
+        with console.status("Writing the report"):
+            write_diagnosis(result, folder, facts=facts | {"command": _command()})
+    _print_diagnosis(console, result)
+    _print_end(console, out / name, begun)
+
+
+_EXPERIMENT = (
+    *("image", "orientation", "wavelength", "phase", "sigma", "aspect_ratio"),
+    *("start_orientation", "padding", "crop", "max_images", "loss", "learning_rate", "momentum"),
+)
+
+
+def _refuse(given: dict[str, Any], names: Sequence[str], why: str) -> None:
+    """An option that would be ignored is a misunderstanding, which is better told."""
+    for name in names:
+        if given[name] != _default(diagnose, name):
+            raise ValueError(f"--{name.replace('_', '-')} is an option {why}.")
+
+
+def _default(command: Any, name: str) -> Any:
+    return inspect.signature(command).parameters[name].default
+
+
+def _experiment(
+    image: Path | None,
+    crop: int,
+    max_images: int,
+    kernel_size: int,
+    loss: str,
+    learning_rate: float,
+    momentum: float,
+    padding: int,
+    orientation: float,
+    start_orientation: float,
+    fields: dict[str, Any],
+) -> tuple[SetUp, dict[str, str]]:
+    """The set-up of the built-in experiment, and how it was made."""
+    from gaborium.experiments import planted_setup
+    from gaborium.params import Gabor2d
+
+    photographs = _photographs(image, crop, max_images)
+    setup = planted_setup(
+        [pixels for _, pixels in photographs],
+        Gabor2d.of(orientation=orientation, **fields),
+        start=Gabor2d.of(orientation=start_orientation, **fields),
+        kernel_size=kernel_size,
+        loss=loss,
+        learning_rate=learning_rate,
+        momentum=momentum,
+        padding=padding,
+    )
+    return setup, {
+        "photograph": ", ".join(title for title, _ in photographs),
+        "crop": f"{crop} px" if crop else "none",
+        "set-up": (
+            f"{loss.upper()}, gradient descent on θ from {math.degrees(start_orientation):g}° "
+            f"with step size {learning_rate:g}"
+            + (f" and momentum {momentum:g}" if momentum else "")
+            + f"; planted at {math.degrees(orientation):g}°"
+        ),
+    }
+
+
 def _check_name(name: str) -> None:
     if not name or Path(name).name != name or name.startswith("."):
         raise ValueError(f"--name must be a plain folder name, got {name!r}.")
@@ -377,6 +571,93 @@ def _print_fit(console: Any, result: Any, name: str) -> None:
         )
 
 
+def _print_diagnosis(console: Any, result: Any) -> None:
+    from gaborium.reporting import (
+        diagnosis_headline,
+        joint_advice,
+        trial_sentence,
+        worded_numbers,
+    )
+
+    text = require("rich.text", extra="cli", purpose="Commands").Text
+    counts = Counter(found.severity.name for found in result.findings)
+    if counts["SEVERE"] or counts["WARNING"]:
+        told = ", ".join(
+            f"{counts[name]} {word}{'s' if counts[name] > 1 and word != 'severe' else ''}"
+            for name, word in (("SEVERE", "severe"), ("WARNING", "warning"), ("NOTE", "note"))
+            if counts[name]
+        )
+        console.print(text(f"Findings: {told}; the cause stands first.", "bold"), highlight=False)
+    else:
+        console.print(text(diagnosis_headline(result), "bold"), highlight=False)
+    colors = {"SEVERE": "bold red", "WARNING": "bold yellow", "NOTE": "bold cyan"}
+    for number, found in enumerate(result.findings, 1):
+        severity = found.severity.name
+        console.print()
+        head = text.assemble(
+            f"{number}  ", (severity, colors[severity]), ("  " + found.cause, "bold")
+        )
+        console.print(head)
+        _print_indented(console, found.sentence)
+        if found.where:
+            _print_indented(console, "Where: " + _shortened(found.where), "dim")
+        numbers = ", ".join(f"{name} {value}" for name, value in worded_numbers(found))
+        if numbers:
+            _print_indented(console, numbers[0].upper() + numbers[1:] + ".", "dim")
+        tried = trial_sentence(found)
+        if tried:
+            _print_indented(console, tried)
+        if found.remedy and severity == "NOTE":
+            _print_indented(console, "The report has code that changes it.", "dim")
+        elif found.remedy:
+            console.print()
+            _print_code(console, found.remedy)
+    advice = joint_advice(result)
+    if advice:
+        console.print()
+        console.print(text(advice, "bold"), highlight=False)
+    if result.skipped:
+        console.print()
+    for why in dict.fromkeys(result.skipped.values()):
+        parts = ", ".join(part for part, reason in result.skipped.items() if reason == why)
+        console.print(text(f"Not looked at: {parts}. {why}", "dim"))
+    console.print()
+
+
+def _print_indented(console: Any, words: str, style: str = "") -> None:
+    text = require("rich.text", extra="cli", purpose="Commands").Text
+    indent = " " * 3
+    wrapped = textwrap.fill(
+        words, max(console.width, 40), initial_indent=indent, subsequent_indent=indent,
+        break_long_words=False, break_on_hyphens=False,
+    )  # fmt: skip
+    console.print(text(wrapped, style), soft_wrap=True, highlight=False)
+
+
+def _print_code(console: Any, code: str) -> None:
+    """Highlighted on a terminal; elsewhere as it is, so that it can be copied from a log."""
+    if not console.is_terminal:
+        for line in code.rstrip().splitlines():
+            console.print(_plain(f"     {line}"), soft_wrap=True, highlight=False)
+        return
+    syntax = require("rich.syntax", extra="cli", purpose="Commands")
+    padding = require("rich.padding", extra="cli", purpose="Commands")
+    block = syntax.Syntax(
+        code.rstrip(), "python", theme="ansi_dark", background_color="default", word_wrap=True
+    )
+    console.print(padding.Padding(block, (0, 0, 0, 5)))
+
+
+def _plain(words: str) -> Any:
+    """Text in which square brackets are no markup."""
+    return require("rich.text", extra="cli", purpose="Commands").Text(words)
+
+
+def _shortened(names: Sequence[str], most: int = 8) -> str:
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
+
+
 def _print_end(console: Any, folder: Path, begun: float) -> None:
     console.print(f"Report: {folder / 'report.html'}", soft_wrap=True, highlight=False)
     console.print(f"Took {time.monotonic() - begun:.0f} s.", highlight=False)
@@ -410,6 +691,7 @@ def _app(cyclopts: Any) -> Any:
     )
     app.command(recover)
     # A default that is on needs a way to turn it off.
+    app.command(diagnose)
     app.command(fit, default_parameter=cyclopts.Parameter(negative=None, negative_bool=("no-",)))
     return app
 

@@ -18,7 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gaborium.errors import as_sizes
+from gaborium.diagnostics import SetUp
+from gaborium.errors import as_sizes, one_of
 from gaborium.fitting import FitResult, fit, recover
 from gaborium.fitting.statistics import PatchStatistics
 from gaborium.kernels import gabor
@@ -275,6 +276,67 @@ def recover_planted(
         found=found,
         training=training,
     )
+
+
+def planted_setup(
+    images: Sequence[Tensor],
+    target: Gabor2d,
+    *,
+    start: Gabor2d,
+    kernel_size: int | tuple[int, int] = 15,
+    loss: str = "rmse",
+    learning_rate: float = 1.0,
+    momentum: float = 0.0,
+    padding: int = 0,
+) -> SetUp:
+    """One descent of the experiment as a set-up to diagnose: a layer that learns its orientation.
+
+    Args:
+        images: photographs ``(channels, height, width)`` of equal shape.
+        target: the planted Gabor function: geometry of batch shape ``()``, phase and amplitude
+            ``()`` or ``(channels,)``.
+        start: where the layer begins, in the same shapes; what is not its orientation stays.
+        kernel_size: of both, px.
+        loss: between outputs and responses: ``"rmse"``, as in the experiment, or ``"mse"``.
+        learning_rate: step size of the descent.
+        momentum: of the descent.
+        padding: of both with zeros, px.
+
+    Raises:
+        ValueError: images differ in shape, are constant, not finite or smaller than the kernel.
+
+    Example:
+        >>> from gaborium.diagnostics import diagnose
+        >>> image = torch.rand(1, 40, 40, generator=torch.Generator().manual_seed(0))
+        >>> planted = Gabor2d.of(orientation=0.8, wavelength=5.0, sigma=2.0)
+        >>> start = Gabor2d.of(orientation=0.6, wavelength=5.0, sigma=2.0)
+        >>> setup = planted_setup([image], planted, start=start, kernel_size=9)
+        >>> data = setup.inputs, setup.targets
+        >>> diagnose(setup.module, setup.loss, data, optimizer=setup.optimizer).findings[0].cause
+        'cone at the minimum'
+    """
+    one_of("loss", loss, ("rmse", "mse"))
+    size = as_sizes("kernel_size", kernel_size, 2)
+    inputs = _batch(images, (size[0], size[1])).float()
+    channels = inputs.shape[1]
+    target, start = _per_channel(target, channels), _per_channel(start, channels)
+    layer = GaborConv2d(
+        channels,
+        1,
+        (size[0], size[1]),
+        padding=padding,
+        bias=False,
+        learn="orientation",
+        coordinates="textbook",
+        start=start,
+    )
+    targets = F.conv2d(inputs, gabor(target, size).to(inputs), padding=padding)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=learning_rate, momentum=momentum)
+    return SetUp(layer, _rmse if loss == "rmse" else F.mse_loss, inputs, targets, optimizer)
+
+
+def _rmse(output: Tensor, target: Tensor) -> Tensor:
+    return F.mse_loss(output, target).sqrt()
 
 
 def _batch(images: Sequence[Tensor], kernel_size: tuple[int, int]) -> Tensor:

@@ -100,13 +100,45 @@ def read_kernels(
             f"{shown} must be {', '.join(_READERS)}, an image or a folder of images; save the "
             "kernels with numpy.save."
         )
-    with _reading(file, shown):
-        arrays = _READERS[suffix](file)
+    arrays = read_arrays(file)
     chosen, array = _choose(arrays, key, n_dims, shown)
     what = f"{chosen!r} of {shown}" if chosen else shown
     values = _floating(array, what)
     _check_kernels(values, n_dims, what)
     return KernelFile(values, _name(file), chosen or None, _sha256([file]))
+
+
+def read_arrays(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """All arrays of a file by name, as they stand in it; one without a name is called ``""``.
+
+    Args:
+        path: of a ``.npy``, ``.npz``, ``.safetensors``, ``.pt`` or ``.pth`` file. Nothing is
+            unpickled; entries of nested dicts are joined by dots.
+
+    Returns:
+        Tensors, and of NumPy's files arrays; nothing of files of another kind.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        OSError: it cannot be opened.
+        ValueError: the file is empty, damaged or needs unpickling.
+        ImportError: NumPy or safetensors is needed and not installed.
+
+    Example:
+        >>> from tempfile import TemporaryDirectory
+        >>> with TemporaryDirectory() as folder:
+        ...     file = Path(folder, "model.pt")
+        ...     torch.save({"state": torch.nn.Conv2d(3, 8, 5).state_dict()}, file)
+        ...     list(read_arrays(file))
+        ['state.weight', 'state.bias']
+    """
+    file, shown = Path(path), repr(os.fspath(path))
+    _check(file, shown)
+    reader = _READERS.get(file.suffix.lower())
+    if file.is_dir() or reader is None:
+        return {}
+    with _reading(file, shown):
+        return reader(file)
 
 
 # -- before reading ---------------------------------------------------------------------------

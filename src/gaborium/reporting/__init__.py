@@ -1,31 +1,40 @@
 """Reports: what was found, as a page to read, figures to print and JSON to compute with.
 
 ``recovery`` is the page of an experiment with a planted kernel, with its words in ``wording`` and
-its charts in ``charts``; ``fits`` is the page of kernels and the Gabor functions nearest to them.
-``page`` is what both need.
+its charts in ``charts``; ``fits`` is the page of kernels and the Gabor functions nearest to them;
+``diagnosis`` is that of a training loop that does not learn. ``page`` is what all of them need.
 """
 
-from gaborium.reporting.fits import (
-    fit_headline,
-    fit_record,
-    fit_summary,
-    percent,
-    report_fit,
-    write_fit,
+from gaborium.reporting.diagnosis import (
+    diagnosis_headline,
+    diagnosis_record,
+    joint_advice,
+    report_diagnosis,
+    trial_sentence,
+    worded_numbers,
+    write_diagnosis,
 )
+from gaborium.reporting.fits import fit_headline, fit_record, fit_summary, report_fit, write_fit
 from gaborium.reporting.recovery import recovery_record, report_recovery, write_recovery
-from gaborium.reporting.wording import headline, outcome_sentences
+from gaborium.reporting.wording import headline, outcome_sentences, percent
 
 __all__ = [
+    "diagnosis_headline",
+    "diagnosis_record",
     "fit_headline",
     "fit_record",
     "fit_summary",
     "headline",
+    "joint_advice",
     "outcome_sentences",
     "percent",
     "recovery_record",
+    "report_diagnosis",
     "report_fit",
     "report_recovery",
+    "trial_sentence",
+    "worded_numbers",
+    "write_diagnosis",
     "write_fit",
     "write_recovery",
 ]

@@ -43,7 +43,7 @@ from gaborium.reporting.charts import (
     plotly_script,
 )
 from gaborium.reporting.page import png, render, versions
-from gaborium.reporting.wording import degrees, number
+from gaborium.reporting.wording import degrees, number, percent
 
 _JSON_VERSION = 1
 _TITLE = "Gabor functions nearest to kernels"
@@ -284,22 +284,6 @@ _OUTCOMES = {
     "NOT_IDENTIFIABLE": "not identifiable",
     "BAD_INPUT": "bad input",
 }
-
-
-def percent(value: float) -> str:
-    """A share in percent, with the digits that tell 0.999 from 1.
-
-    Example:
-        >>> percent(0.9234), percent(0.99996), percent(-0.02), percent(1.0)
-        ('92.3 %', '99.996 %', '−2.0 %', '100 %')
-    """
-    if not math.isfinite(value):
-        return number(value)
-    left = abs(1 - value)
-    if left < 1e-9:
-        return "100 %"
-    digits = 1 if left >= 1e-3 else min(7, math.ceil(-math.log10(left)) - 2)
-    return f"{100 * value:.{max(digits, 1)}f} %".replace("-", "−")
 
 
 def with_error(value: float, error: float, *, angle: bool = False) -> str:

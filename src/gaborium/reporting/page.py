@@ -25,12 +25,18 @@ def render(template: str, filters: Mapping[str, Any], **context: Any) -> str:
         ImportError: Jinja2 is not installed.
     """
     jinja2 = require("jinja2", extra="report", purpose="Reports")
+    templates = files("gaborium.reporting")
     environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        loader=jinja2.FunctionLoader(
+            lambda name: templates.joinpath(name).read_text(encoding="utf-8")
+        ),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
     environment.filters |= {"unbroken": _unbroken, **filters}
-    source = files("gaborium.reporting").joinpath(template).read_text(encoding="utf-8")
-    page: str = environment.from_string(source).render(versions=versions(), **context)
+    page: str = environment.get_template(template).render(versions=versions(), **context)
     return page
 
 

@@ -56,6 +56,32 @@ def share(value: float) -> str:
     return f"{number(100 * value, 2)} %" if value >= 1e-4 else number(value, 2)
 
 
+def percent(value: float) -> str:
+    """A share in percent, with the digits that tell 0.999 from 1.
+
+    Example:
+        >>> percent(0.9234), percent(0.99996), percent(-0.02), percent(1.0)
+        ('92.3 %', '99.996 %', '−2.0 %', '100 %')
+    """
+    if not math.isfinite(value):
+        return number(value)
+    left = abs(1 - value)
+    if left < 1e-9:
+        return "100 %"
+    digits = 1 if left >= 1e-3 else min(7, math.ceil(-math.log10(left)) - 2)
+    return f"{100 * value:.{max(digits, 1)}f} %".replace("-", "−")
+
+
+def counted(count: int, noun: str) -> str:
+    """A number of things.
+
+    Example:
+        >>> counted(1, "filter"), counted(3, "filter")
+        ('1 filter', '3 filters')
+    """
+    return f"{count} {noun}{'' if count == 1 else 's'}"
+
+
 def degrees(angle: float | None, digits: int = 4) -> str:
     """An angle in rad, written in degrees.
 

@@ -1,0 +1,340 @@
+"""``gaborium diagnose`` as a person meets it: the experiment, scripts, saved layers, bad input."""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+pytest.importorskip("cyclopts", reason="the command line needs the cli extra")
+from gaborium import Gabor1d, Gabor2d, GaborConv1d, GaborConv2d, gabor
+from gaborium.cli import _print_diagnosis, main
+from gaborium.diagnostics import Finding, Severity
+from gaborium.setup_files import ScriptError, look_at_filters, read_layer, run_setup
+
+FAST = ["--crop", "40", "--kernel-size", "9", "--sigma", "1.5", "--wavelength", "4"]
+FAST += ["--steps", "20"]
+
+SCRIPT = """
+import torch
+from torch import nn
+from gaborium import GaborConv2d
+
+def setup():
+    torch.manual_seed(0)
+    layer, image = GaborConv2d(1, 2, 7, seed=0), torch.randn(1, 1, 20, 20)
+    targets = GaborConv2d(1, 2, 7, seed=1, start="random")(image).detach()
+    return {}
+"""
+GOOD = "layer, nn.functional.mse_loss, (image, targets)"
+
+
+def run(*tokens: object) -> int:
+    with pytest.raises(SystemExit) as stop:
+        main(["diagnose", *map(str, tokens)])
+    return int(stop.value.code)
+
+
+def one_line(capsys: pytest.CaptureFixture[str]) -> str:
+    text = capsys.readouterr().err
+    assert text.count("\n") == 1, text
+    assert "Traceback" not in text
+    return text
+
+
+def record(folder: Path) -> dict:
+    return json.loads((folder / "diagnosis.json").read_text(encoding="utf-8"))
+
+
+def script(text: str, name: str = "mine.py") -> Path:
+    Path(name).write_text(text, encoding="utf-8")
+    return Path(name)
+
+
+@pytest.fixture(autouse=True)
+def empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    handler = signal.getsignal(signal.SIGTERM)
+    yield tmp_path
+    signal.signal(signal.SIGTERM, handler)
+
+
+# -- the experiment ---------------------------------------------------------------------------
+
+
+def test_the_experiment_is_diagnosed(empty_folder, capsys):
+    assert run(*FAST, "--learning-rate", 30) == 0
+    folder = empty_folder / "runs" / "diagnose"
+    found = record(folder)
+    first = found["findings"][0]
+    assert (first["severity"], first["cause"]) == ("SEVERE", "cone at the minimum")
+    assert first["numbers"]["explained_with_remedy"] > 0.99
+    assert len(found["losses"]) == 21
+    assert found["facts"]["crop"] == "40 px"
+    assert "step size 30" in found["facts"]["set-up"]
+    assert "</html>" in (folder / "report.html").read_text(encoding="utf-8")
+    assert {path.stem for path in folder.glob("*.png")} >= {"step-limit", "health"}
+    shown = capsys.readouterr().out
+    assert "SEVERE  cone at the minimum" in shown
+    # A log holds the remedy as it is, to be copied.
+    code = [line.strip() for line in shown.splitlines()]
+    assert all(line.strip() in code for line in first["remedy"].splitlines())
+    assert "Report: runs/diagnose/report.html" in shown.replace("\\", "/")
+    assert [path.name for path in (empty_folder / "runs").iterdir()] == ["diagnose"]
+
+
+def test_options_reach_the_experiment():
+    assert run(*FAST, "--loss", "mse", "--padding", 4, "--momentum", 0.5, "--name", "mse") == 0
+    found = record(Path("runs/mse"))
+    assert "MSE" in found["facts"]["set-up"]
+    assert "momentum 0.5" in found["facts"]["set-up"]
+    assert "cone at the minimum" not in [one["cause"] for one in found["findings"]]
+
+
+def test_an_earlier_run_is_kept_unless_told_otherwise(capsys):
+    torch.save({"weight": torch.randn(2, 1, 5, 5)}, "bank.pt")
+    assert run("bank.pt") == 0
+    before = Path("runs/diagnose/diagnosis.json").read_bytes()
+    capsys.readouterr()
+    assert run("bank.pt") == 2
+    assert "--overwrite" in one_line(capsys)
+    assert Path("runs/diagnose/diagnosis.json").read_bytes() == before
+    assert run("bank.pt", "--overwrite") == 0
+
+
+# -- scripts ----------------------------------------------------------------------------------
+
+
+def test_a_script_is_diagnosed_with_its_own_modules_and_optimizer(empty_folder):
+    # The script imports a neighbour, makes a dataclass, and defines its own module.
+    script("RATE = 1e6\n", "neighbour.py")
+    text = SCRIPT.replace("import torch\n", "from neighbour import RATE\nimport torch\n", 1)
+    text = "from __future__ import annotations\nfrom dataclasses import dataclass\n" + text
+    text += "\n@dataclass\nclass Options:\n    rate: float = RATE\n"
+    returned = f"{GOOD}, torch.optim.SGD(layer.parameters(), lr=Options().rate)"
+    path = list(sys.path)
+    assert run(script(text.format(returned)), "--steps", 10) == 0
+    assert sys.path == path
+    found = record(empty_folder / "runs" / "diagnose")
+    assert found["findings"][0]["severity"] == "SEVERE"
+    assert found["findings"][0]["cause"] == "step too large"
+    assert found["facts"]["script"] == "mine.py"
+
+
+def test_three_are_enough_and_a_list_is_a_pair():
+    setup = run_setup(script(SCRIPT.format("layer, nn.functional.mse_loss, [image, targets]")))
+    assert setup.optimizer is None
+    assert setup.inputs.shape == (1, 1, 20, 20)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("x = 1\n", ["no function setup()", "(module, loss, (inputs, targets))"]),
+        ("setup = 3\n", ["no function setup()"]),
+        ("def setup(:\n", ["line 1", "SyntaxError"]),
+        ("import torch\nimport no_such_module_of_mine\n", ["line 2", "no_such_module_of_mine"]),
+        ("def setup():\n    a = 1\n    return undefined\n", ["line 3", "NameError", "undefined"]),
+        ("def setup():\n    raise SystemExit(3)\n", ["line 2", "SystemExit: 3"]),
+        ("def setup():\n    raise RuntimeError('a\\nb')\n", ["RuntimeError: a b"]),
+        ("def setup(batch):\n    return 1\n", ["TypeError", "batch"]),
+        ("def setup():\n    return None\n", ["must return (module,", "got NoneType"]),
+        ("def setup():\n    return 1, 2\n", ["got a tuple of 2"]),
+        (SCRIPT.format("1, nn.functional.mse_loss, (image, targets)"), ["nn.Module", "got int"]),
+        (SCRIPT.format("layer, 'mse', (image, targets)"), ["loss(output, target)", "got str"]),
+        (SCRIPT.format("layer, nn.functional.mse_loss, image"), ["(inputs, targets)", "Tensor"]),
+        (SCRIPT.format(f"{GOOD}, 0.1"), ["optimizer", "got float"]),
+        # What fails while it is examined.
+        (SCRIPT.format("layer, lambda o, t: (o - t)[:, 7], (image, targets)"), ["line 10"]),
+        (SCRIPT.format("layer, lambda o, t: o - t, (image, targets)"), ["loss", "scalar"]),
+        (SCRIPT.format("layer, lambda o, t: torch.rand(()) + o.mean().item() * torch.rand(()), "
+                       "(image, image * float('nan'))"), []),
+    ],
+)  # fmt: skip
+def test_a_script_that_fails_is_one_line(empty_folder, capsys, text, words):
+    code = run(script(text), "--steps", 2)
+    if not words:  # whatever it is, it is no traceback
+        assert code in (0, 2)
+        assert "Traceback" not in capsys.readouterr().err
+        return
+    assert code == 2
+    line = one_line(capsys)
+    assert all(word in line for word in words), line
+    assert not (empty_folder / "runs").exists()
+
+
+def test_ctrl_c_in_a_script_is_no_failure_of_it(capsys):
+    assert run(script("raise KeyboardInterrupt\n")) == 130
+    assert one_line(capsys) == "Interrupted; nothing was written.\n"
+
+
+def test_what_a_script_raises_keeps_its_cause():
+    with pytest.raises(ScriptError) as caught:
+        run_setup(script("1 / 0\n"))
+    assert isinstance(caught.value.__cause__, ZeroDivisionError)
+
+
+# -- files of kernels -------------------------------------------------------------------------
+
+
+def sick_layer(**options: object) -> GaborConv2d:
+    """Filter 1 is dead, filter 2 the double of filter 0."""
+    params = Gabor2d.of(
+        orientation=[0.3, 1.2, 0.3], wavelength=5.0, sigma=2.0, amplitude=[1.0, 0.0, 2.0]
+    )
+    return GaborConv2d(1, 3, 13, start=params, **options)
+
+
+@pytest.mark.parametrize("coordinates", ["textbook", "wavevector"])
+@pytest.mark.parametrize("prefix", ["", "features.0."])
+def test_a_saved_layer_is_looked_at(coordinates, prefix, capsys):
+    from safetensors.torch import save_file
+
+    layer = sick_layer(coordinates=coordinates)
+    state = {prefix + name: value for name, value in layer.state_dict().items()}
+    save_file(state | ({"head.weight": torch.randn(2, 3)} if prefix else {}), "net.safetensors")
+    assert run("net.safetensors", "--kernel-size", 13) == 0
+    found = record(Path("runs/diagnose"))
+    causes = {one["cause"]: one for one in found["findings"]}
+    assert causes["dead filters"]["where"] == ["1"]
+    assert causes["duplicate filters"]["where"] == ["0", "2"]
+    # The remedy's names are those of the network that the layer comes from.
+    assert f"get_submodule('{prefix.rstrip('.')}')" in causes["dead filters"]["remedy"]
+    assert found["facts"]["kernel size"] == "13 × 13"
+    assert found["losses"] == []
+    shown = capsys.readouterr().out
+    assert "WARNING  dead filters" in shown
+    assert "Not looked at: gradients, landscapes, step limit, trials." in shown
+
+
+def test_parameters_come_back_in_every_dimension_and_geometry():
+    signal_layer = GaborConv1d(2, 3, 21, geometry="pair", seed=0, coordinates="textbook")
+    for layer in (sick_layer(), signal_layer):
+        torch.save(layer.state_dict(), "layer.pt")
+        found, _ = read_layer("layer.pt", kernel_size=layer.kernel_size[0])
+        assert type(found) is type(layer)
+        assert torch.allclose(found.weight, layer.weight, atol=1e-6)
+
+
+def test_without_a_kernel_size_one_that_holds_the_envelopes_is_taken():
+    torch.save(sick_layer().state_dict(), "layer.pt")
+    layer, facts = read_layer("layer.pt")
+    assert layer.kernel_size == (13, 13)
+    assert "does not tell" in facts["kernel size"]
+
+
+def test_other_kernels_are_looked_at_too():
+    kernels = gabor(Gabor2d.of(orientation=[0.1, 1.0, 2.0], wavelength=4.0, sigma=1.5), 9)
+    kernels[1] = 0.0
+    torch.save({"conv1.weight": kernels.half()}, "net.pt")
+    assert run("net.pt") == 0
+    found = record(Path("runs/diagnose"))
+    assert next(one for one in found["findings"] if one["cause"] == "dead filters")["where"] == [
+        "1"
+    ]
+    assert found["facts"]["array"] == "conv1.weight"
+
+
+def test_nothing_wrong_is_said_so(capsys):
+    params = Gabor2d.of(orientation=[0.1, 1.0], wavelength=4.0, sigma=2.5)
+    torch.save(GaborConv2d(1, 2, 17, start=params).state_dict(), "layer.pt")
+    assert run("layer.pt") == 0
+    assert "Nothing was found that stands in the way of learning." in capsys.readouterr().out
+
+
+def test_a_pickle_is_not_run(capsys):
+    class Bomb:
+        def __reduce__(self):
+            return (Path.write_text, (Path("bomb"), "went off"))
+
+    torch.save({"log_sigma": Bomb()}, "layer.pt")
+    assert run("layer.pt") == 2
+    assert "unpickling" in one_line(capsys)
+    assert not Path("bomb").exists()
+
+
+def broken(**changes: torch.Tensor | None) -> dict[str, torch.Tensor]:
+    state = sick_layer().state_dict() | changes
+    return {name: value for name, value in state.items() if value is not None}
+
+
+@pytest.mark.parametrize(
+    ("state", "words"),
+    [
+        (broken(even=None), ["lacks", "amplitude"]),
+        (broken(center=None), ["center", "state_dict()"]),
+        (broken(log_sigma=torch.full((3, 1), torch.nan)), ["NaN", "log_sigma"]),
+        (broken(log_sigma=torch.zeros(4, 1)), ["shapes do not agree", "log_sigma (4, 1)"]),
+        ({f"{i}.{n}": v for i in "ab" for n, v in sick_layer().state_dict().items()},
+         ["several Gabor layers", "'a', 'b'", "--key"]),
+    ],
+)  # fmt: skip
+def test_a_layer_that_is_not_whole_is_one_line(capsys, state, words):
+    torch.save(state, "layer.pt")
+    assert run("layer.pt") == 2
+    line = one_line(capsys)
+    assert all(word in line for word in words), line
+
+
+def test_a_key_chooses_between_layers():
+    states = {"a": sick_layer(), "b": GaborConv2d(1, 5, 9, seed=0)}
+    torch.save(nn.ModuleDict(states).state_dict(), "net.pt")
+    layer, facts = read_layer("net.pt", key="b", kernel_size=9)
+    assert (layer.n_filters, facts["layer"]) == (5, "b")
+
+
+@pytest.mark.parametrize(
+    ("tokens", "words"),
+    [
+        (["missing.py"], ["missing.py", "check the path"]),
+        (["missing.safetensors"], ["missing.safetensors", "check the path"]),
+        (["notes.txt"], ["notes.txt", ".safetensors"]),
+        (["mine.py", "--wavelength", "5"], ["--wavelength", "experiment", "mine.py"]),
+        (["mine.py", "--kernel-size", "9"], ["--kernel-size", "setup()"]),
+        (["mine.py", "--key", "a"], ["--key", "file of kernels"]),
+        (["--key", "a"], ["--key", "file of kernels"]),
+        (["bank.pt", "--steps", "7"], ["--steps", "train"]),
+        (["bank.pt", "--kernel-size", "7"], ["no Gabor layer", "--kernel-size"]),
+        (["--steps", "0"], ["--steps", "at least 1"]),
+        (["--padding", "-1"], ["--padding", "at least 0"]),
+        (["--learning-rate", "nan"], ["--learning-rate", "nan"]),
+        (["--loss", "l1"], ["--loss", "l1"]),
+        (["--kernel-size", "99"], ["kernel_size", "larger", "image"]),
+        (["--image", "missing.png"], ["missing.png", "check the path"]),
+        (["--name", "a/b"], ["--name"]),
+        (["--sgima", "3"], ["--sgima", "--sigma"]),
+    ],
+)
+def test_bad_input_is_one_line_and_writes_nothing(empty_folder, capsys, tokens, words):
+    script(SCRIPT.format(GOOD))
+    script("words", "notes.txt")
+    torch.save({"weight": torch.randn(2, 1, 5, 5)}, "bank.pt")
+    assert run(*tokens) == 2
+    line = one_line(capsys)
+    assert all(word in line for word in words), line
+    assert not (empty_folder / "runs").exists()
+
+
+def test_square_brackets_are_no_markup(capsys):
+    diagnosis = look_at_filters(sick_layer(), "features.0")
+    from rich.console import Console
+
+    name = "[red]conv[/red][/]"
+    finding = Finding(name, Severity.SEVERE, f"of {name}", {name: 1.0}, f"x = '{name}'", (name,))
+    diagnosis = replace(diagnosis, findings=[finding], skipped={name: f"why {name}"})
+    _print_diagnosis(Console(width=200), diagnosis)
+    assert capsys.readouterr().out.count(name) == 7
+
+
+def test_a_dimension_record_is_needed():
+    # A 1-D Gabor layer has no orientation, and its centre has one coordinate.
+    layer = GaborConv1d(1, 2, 15, start=Gabor1d.of(wavelength=[4.0, 6.0], sigma=2.0))
+    torch.save(layer.state_dict(), "layer.pt")
+    found, _ = read_layer("layer.pt", kernel_size=15)
+    assert torch.allclose(found.params.wavelength, layer.params.wavelength)
