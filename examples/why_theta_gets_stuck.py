@@ -337,7 +337,7 @@ def window(plan: Plan) -> Rows:
     rows = []
     for measure, optimiser, name, rate, starts in runs:
         step = rate * (1 if measure == "MSE" else width)
-        path, _ = descend(unit[measure], truth, starts, measure, optimiser, step, plan.n_steps // 2)
+        path, _ = descend(unit[measure], truth, starts, measure, optimiser, step, plan.n_steps // 3)
         row = {"loss": measure, "optimiser": optimiser, "unit": name, "rate": rate}
         row["predicted"] = 0.0 if measure == "MSE" else step / 2
         row["starts"] = "near" if starts is near else "all"
@@ -398,7 +398,7 @@ def training(plan: Plan) -> Rows:
     """All six parameters by Adam from one random start each: how often does the kernel arrive?"""
     generator = torch.Generator().manual_seed(0)
     truth, start = random_gabors(plan.n_random, generator), random_gabors(plan.n_random, generator)
-    wanted = gabor(truth, KERNEL).flatten(-2)
+    wanted = gabor(truth, KERNEL).flatten(1)
     white = torch.eye(KERNEL**2, dtype=torch.float64)
     rows = []
     for kind, change in (("white", None), ("photograph", standardised), ("whitened", whitened)):
@@ -427,10 +427,10 @@ def random_gabors(n: int, generator: torch.Generator) -> Gabor2d:
     def within(low: float, high: float) -> Tensor:
         return low + (high - low) * torch.rand(n, 1, generator=generator)
 
-    wavelength = within(4.0, 8.0)
+    wavelength = within(4.0, 6.5)
     return Gabor2d.of(
         orientation=within(0, math.pi), wavelength=wavelength, phase=within(-math.pi, math.pi),
-        sigma=wavelength * within(0.3, 0.6), aspect_ratio=within(0.5, 1.0),
+        sigma=wavelength * within(0.3, 0.5), aspect_ratio=within(0.7, 1.0),
         amplitude=within(0.5, 2.0),
     )  # fmt: skip
 
