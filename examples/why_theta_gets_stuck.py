@@ -244,7 +244,7 @@ def antipode(plan: Plan) -> Rows:
         # The root's slope is that of the square over twice the root.
         tip = slope(root(patches(image)), planted()).item() * 2 * math.sqrt(found.present_value)
         row = {"collection": where, "image": name, "slope": start / steepest}
-        row |= {"cone_over_start": tip / abs(start)}
+        row["cone_over_start"] = tip / abs(start) if where else None
         rows.append(row | {"arrives": abs(math.remainder(end - TRUTH, math.pi)) < SETTLED})
     return rows
 
@@ -548,7 +548,7 @@ def figures(plan: Plan, sections: dict[str, Rows]) -> dict[str, Any]:
         return figure, places
 
     made = {}
-    made["antipode"], (place,) = panels("Squared error over θ, everything else right")
+    made["antipode"], (place,) = figure, _ = panels("Squared error over θ, everything else right")
     angles = torch.linspace(-90, 90, 361)
     turned = gabor(planted().replace(orientation=angles.deg2rad()), KERNEL).flatten(-2).double()
     gaps = turned - gabor(planted(), KERNEL).flatten().double()
@@ -564,7 +564,7 @@ def figures(plan: Plan, sections: dict[str, Rows]) -> dict[str, Any]:
     place.set(xlabel="θ, degrees", ylabel="share of the largest", xticks=range(-90, 91, 45),
               ylim=(-0.02, 1.1))  # fmt: skip
     names = dict(zip(*reversed(place.get_legend_handles_labels()), strict=True))
-    place.legend(names.values(), names.keys(), loc="lower left")
+    figure.legend(names.values(), names.keys(), loc="outside lower center", ncols=2)
 
     made["basin"], (place,) = panels("Half-width of the basin on white input", height=3.4)
     for gamma, mark, color in ((1, "o", blue), (0.7, "s", orange), (0.5, "^", green)):
@@ -617,10 +617,10 @@ def figures(plan: Plan, sections: dict[str, Rows]) -> dict[str, Any]:
     places[0].plot([r["rate"] for r in mse], [100 * r["settled"] for r in mse], "o-", color=blue)
     places[0].axvline(1, color=plots.MUTED, linestyle=":")
     places[0].set(xlabel="η c²", ylabel="settle, %")
-    for measure, mark, color in (("RMSE", "o", red), ("L1", "s", green)):
+    for measure, mark, color in (("RMSE", "o", red), ("L1", "+", green)):
         chosen = [r for r in rows if r["loss"] == measure and r["amplitude"] is not None]
         places[1].loglog([r["predicted"] for r in chosen], [r["amplitude"] for r in chosen], mark,
-                         color=color, label=measure)  # fmt: skip
+                         color=color, label=measure, markersize=9, fillstyle="none")  # fmt: skip
     ends_of_line = [min(r["predicted"] for r in rows if r["predicted"]), predicted_width(planted())]
     places[1].plot(ends_of_line, ends_of_line, color=plots.MUTED, linestyle=":", label="equal")
     places[1].set(xlabel="η c / 2, rad", ylabel="measured, rad")
