@@ -211,6 +211,53 @@ def tables(results: dict[str, Any]) -> dict[str, str]:
     return made
 
 
+def phrases(results: dict[str, Any]) -> list[str]:
+    """What the page's sentences say in numbers, as they stand in it."""
+    sections = results["sections"]
+    mse, rmse = sections["stability"]
+    ratios = [
+        [r["measured"] / r["predicted"] for r in sections["basin"]
+         if low <= r["sigma"] / r["wavelength"] < high]
+        for low, high in ((0.5, 9), (0.3, 0.5), (0, 0.3))
+    ]  # fmt: skip
+    exact = [
+        abs(r["measured"] / r["all_angles"] - 1)
+        for r in sections["basin"]
+        if r["all_angles"] and r["sigma"] / r["wavelength"] >= 0.5
+    ]
+    bare, centred = (
+        next(r for r in sections["scale"] if r["scale"] == name and r["padding"] == "valid")
+        for name in ("0…1", "0…1, centred")
+    )
+    photographs = [r for r in sections["antipode"] if r["collection"]]
+    pushed = sum(r["slope"] > 0 for r in photographs)
+    over = [r["cone_over_start"] for r in photographs]
+    found = [r["recovered_kernel_error"] for r in sections["recovering"]]
+    spurious = [n for r in sections["minima"] for n in r["spurious"]]
+    trained = {r["input"]: percent(r["succeeds"]) for r in sections["training"]}
+    runs = {name: sections[f"remedies_{name}"][0]["runs"] for name in COLLECTIONS}
+    return [
+        f"below {math.ceil(abs(sections['antipode'][0]['slope']) * 1e7)}e-7 of the steepest",
+        f"{pushed} of {len(photographs)} photographs push θ one way",
+        f"{min(over):.1f} to {max(over):.0f} times",
+        f"{min(ratios[0]):.2f} to {max(ratios[0]):.2f} where σ/λ is at least a half",
+        f"{min(ratios[1]):.2f} to {max(ratios[1]):.2f} between a third and a half",
+        f"down to {min(ratios[2]):.2f} below a third",
+        f"within {100 * max(exact):.2f} %",
+        f"from {percent(bare['share'])} to {percent(centred['share'])}",
+        f"gives {mse['step_limit']:.4f} as the largest step",
+        f"1/c² is {mse['predicted_limit']:.4f}",
+        f"slope of {rmse['slope']:.4f}, and c is {rmse['c']:.4f}",
+        f"{results['n_starts']} starts evenly around the circle",
+        f"last tenth of {results['n_steps']} steps",
+        f"{sections['cone_MSE'][0]['runs']} runs in every cell",
+        f"{runs['scikit-image']} runs on scikit-image's and {runs['Kodak']} on Kodak's",
+        f"between {100 * min(found):.1f} % and {100 * max(found):.1f} %",
+        f"{trained['photograph']} as it is, {trained['whitened']} whitened",
+        f"{min(spurious):.0f} to {max(spurious):.0f} wrong minima",
+    ]
+
+
 def table(header: str, rows: Iterable[Iterable[Any]]) -> str:
     names = header.split(" | ")
     lines = [names, ["---"] * len(names)]
@@ -241,8 +288,10 @@ def verdict(row: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    for name, text in tables(json.loads(NUMBERS.read_text(encoding="utf-8"))).items():
+    results = json.loads(NUMBERS.read_text(encoding="utf-8"))
+    for name, text in tables(results).items():
         print(f"\n{name}\n\n{text}")
+    print("\nphrases\n", *phrases(results), sep="\n")
 
 
 if __name__ == "__main__":
