@@ -337,7 +337,7 @@ def window(plan: Plan) -> Rows:
     rows = []
     for measure, optimiser, name, rate, starts in runs:
         step = rate * (1 if measure == "MSE" else width)
-        path, _ = descend(unit[measure], truth, starts, measure, optimiser, step, plan.n_steps // 3)
+        path, _ = descend(unit[measure], truth, starts, measure, optimiser, step, 200)
         row = {"loss": measure, "optimiser": optimiser, "unit": name, "rate": rate}
         row["predicted"] = 0.0 if measure == "MSE" else step / 2
         row["starts"] = "near" if starts is near else "all"
@@ -686,7 +686,7 @@ def main() -> None:
     arguments = parser.parse_args()
 
     if arguments.quick:
-        plan = Plan(photographs(48, ("camera", "gravel")), {}, 4, 120, 10, full=False)
+        plan = Plan(photographs(48, ("camera", "gravel")), {}, 4, 80, 10, full=False)
     else:
         folder = arguments.data / "natural" / "kodak"
         files = read_images(folder) if folder.is_dir() else []

@@ -280,7 +280,8 @@ def power(amplitude: float | None) -> str:
 def verdict(row: dict[str, Any]) -> str:
     """What became of one descent, in a few words."""
     if row["ejections"]:
-        return f"thrown out, {row['ejections']:.0f} times"
+        n = round(row["ejections"])
+        return "thrown out once" if n == 1 else f"thrown out {n} times"
     if row["amplitude"] is None:
         return "never arrives"
     cycles = f"cycles at {row['amplitude']:.2g} rad"
