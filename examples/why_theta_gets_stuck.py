@@ -253,7 +253,7 @@ def basin(plan: Plan) -> Rows:
     """The convex half-width on white input, measured and predicted, rad."""
     grid = itertools.product((4.0, 6.0, 8.0, 12.0), (2.0, 3.0, 4.0), (1.0, 0.7, 0.5))
     rows = []
-    for wavelength, sigma, gamma in itertools.islice(grid, 0, None, 1 if plan.full else 7):
+    for wavelength, sigma, gamma in itertools.islice(grid, 0, None, 1 if plan.full else 11):
         truth, size = planted(gamma, wavelength=wavelength, sigma=sigma), int(6 * sigma / gamma) | 1
         row = {"wavelength": wavelength, "sigma": sigma, "aspect_ratio": gamma}
         row["measured"] = circle(impulse(size), truth, size=size).half_width[0]
@@ -299,7 +299,7 @@ def cone(plan: Plan, measure: str) -> Rows:
     rows = []
     for decay in (False, True) if measure == "RMSE" else (False,):
         for name in OPTIMISERS:
-            for rate in (0.001, 0.01, 0.1, 1.0):
+            for rate in (0.001, 0.01, 0.1, 1.0) if plan.full else (0.01, 0.1):
                 path, _ = descend(seen, truth, starts, measure, name, rate, plan.n_steps, decay)
                 found = ends(path, truth)
                 row = {"loss": measure, "optimiser": name, "decay": decay, "rate": rate}
@@ -335,7 +335,7 @@ def window(plan: Plan) -> Rows:
     runs += [("RMSE", f"momentum {beta}", "η c / w", rate, everywhere)
              for beta in (0.0, 0.5, 0.9, 0.99) for rate in (0.03, 0.3)]  # fmt: skip
     rows = []
-    for measure, optimiser, name, rate, starts in runs:
+    for measure, optimiser, name, rate, starts in runs[:: 1 if plan.full else 2]:
         step = rate * (1 if measure == "MSE" else width)
         path, _ = descend(unit[measure], truth, starts, measure, optimiser, step, 200)
         row = {"loss": measure, "optimiser": optimiser, "unit": name, "rate": rate}
