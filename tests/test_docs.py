@@ -25,7 +25,7 @@ EXAMPLES = ROOT / "examples"
 # Packages that a page may use and a user may lack; the development environment has them.
 OPTIONAL = {"cv2", "matplotlib", "numpy", "skimage"}
 
-PAGES = [ROOT / "README.md", *sorted(DOCS.glob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))]
 # A block of Python and, where a block of text follows at once, what it prints.
 BLOCK = re.compile(
     r"^```python\n(.*?)^```\n(?:\s*^```text\n(.*?)^```\n)?", re.MULTILINE | re.DOTALL
@@ -147,7 +147,8 @@ def test_figures_on_the_pages_exist_and_are_used():
     assert used == {path.name for path in (DOCS / "_static").glob("*.svg")}
 
 
-@pytest.mark.parametrize("example", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.stem)
+# why_theta_gets_stuck.py has tests of its own.
+@pytest.mark.parametrize("example", sorted(EXAMPLES.glob("first_*.py")), ids=lambda path: path.stem)
 def test_an_example_runs(example, tmp_path):
     pytest.importorskip("skimage")
     environment = os.environ | {"PYTHONWARNINGS": "error::UserWarning"}
