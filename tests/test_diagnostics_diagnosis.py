@@ -136,6 +136,30 @@ def test_trials_of_the_remedy_are_told():
         result.mended(Finding("frozen", Severity.NOTE, "It is."))
 
 
+def test_faults_that_hide_each_other_are_mended_together():
+    setup = student(off=math.pi / 2, loss=rmse, rate=1.0)
+    setup.optimizer.param_groups[0]["momentum"] = 0.9
+    result = diagnosis(setup)
+    alone = [f.numbers["explained_with_remedy"] for f in result.severe if f.remedy]
+    assert max(alone) < 0.99
+    assert len(result.together) >= 2
+    assert all(found in result.findings for found in result.together)
+    mended = result.mended()
+    mended.train(100)
+    assert mended.explained() > 0.99
+    assert result.to_json()["together"] == [found.cause for found in result.together]
+
+
+def test_a_loss_is_known_by_its_values():
+    from gaborium.diagnostics.diagnosis import _Examination
+
+    for loss, name in ((lambda o, t: ((o - t) ** 2).mean(), "mse"), (rmse, "rmse")):
+        examination = _Examination(student(loss=loss), 1, 0, lambda *_: None)
+        assert examination._output_loss().measure == name
+    examination = _Examination(student(loss=F.l1_loss), 1, 0, lambda *_: None)
+    assert examination._output_loss().measure is F.l1_loss
+
+
 @pytest.mark.parametrize("sign", [1, -1])
 def test_kernels_beside_the_middle_are_seen(sign):
     class Beside(nn.Module):

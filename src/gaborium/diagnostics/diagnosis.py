@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gaborium.diagnostics import units
@@ -87,6 +88,8 @@ class Diagnosis:
         explained: share of the targets' variance that the outputs explain before and after that
             trial; NaN where outputs and targets differ in shape.
         setup: what was examined.
+        together: where no remedy is enough alone, findings whose remedies are, one after the
+            other.
     """
 
     findings: list[Finding]
@@ -95,6 +98,7 @@ class Diagnosis:
     losses: list[float]
     explained: tuple[float, float]
     setup: SetUp
+    together: tuple[Finding, ...] = ()
 
     @property
     def severe(self) -> list[Finding]:
@@ -102,16 +106,21 @@ class Diagnosis:
         return [found for found in self.findings if found.severity is Severity.SEVERE]
 
     def mended(self, finding: Finding | None = None) -> SetUp:
-        """A copy of the set-up with the remedy of a finding, by default of the first, carried out.
+        """A copy of the set-up with a remedy carried out.
+
+        Args:
+            finding: whose remedy; by default those of ``together``, or else that of the first
+                finding that has one.
 
         Raises:
             ValueError: there is no finding with a remedy.
         """
-        if finding is None:
-            finding = next((found for found in self.findings if found.remedy), None)
-        if finding is None or not finding.remedy:
+        chosen = [finding] if finding is not None else list(self.together)
+        if not chosen:
+            chosen = [found for found in self.findings if found.remedy][:1]
+        if not chosen or not chosen[0].remedy:
             raise ValueError("There is no finding with a remedy to carry out.")
-        return self.setup.mended(finding.remedy)
+        return _mended(self.setup, chosen)
 
     def to_json(self) -> dict[str, Any]:
         """Findings, losses and what was skipped, as plain values."""
@@ -122,6 +131,7 @@ class Diagnosis:
             "skipped": dict(self.skipped),
             "losses": list(self.losses),
             "explained": list(self.explained),
+            "together": [found.cause for found in self.together],
         }
 
     def __str__(self) -> str:
@@ -235,7 +245,10 @@ class _Examination:
         losses = trial.train(self.n_steps, seed=self.seed)
         after = trial.explained()
         findings = self._tried(self._merged(), losses, after)
-        return Diagnosis(findings, self.parts, self.skipped, losses, (before, after), setup)
+        together = self._together(findings, after)
+        return Diagnosis(
+            findings, self.parts, self.skipped, losses, (before, after), setup, together
+        )
 
     def _ask(self, name: str, question: Callable[[], Any], *, must: bool = False) -> None:
         """Put one question; what it cannot be asked of is skipped, and said so."""
@@ -431,10 +444,17 @@ class _Examination:
         return [(field, index) for index in range(n) for field in fields]
 
     def _output_loss(self) -> OutputLoss:
+        """The loss, by name where it is the squared error or its root under another one."""
         setup = self.setup
         measure: Any = setup.loss
-        if measure is nn.functional.mse_loss or isinstance(measure, nn.MSELoss):
-            measure = "mse"
+        with torch.no_grad():
+            output = SetUp(copied(self.module), setup.loss, setup.inputs, None).output()
+            outputs = [output, 0.5 * output + setup.targets.std()]
+            given = torch.stack([setup.loss(one, setup.targets).double() for one in outputs])
+            squared = torch.stack([F.mse_loss(one, setup.targets).double() for one in outputs])
+        for name, expected in (("mse", squared), ("rmse", squared.sqrt())):
+            if torch.allclose(given, expected, rtol=1e-5, atol=0.0):
+                measure = name
         return OutputLoss(setup.inputs, setup.targets, measure)
 
     def _step_limit(self) -> Any:
@@ -514,6 +534,35 @@ class _Examination:
             not math.isfinite(losses[-1]) or with_it[-1] < 0.7 * losses[-1]
         )
         return good, {"loss_without_remedy": losses[-1], "loss_with_remedy": with_it[-1]}
+
+    def _together(self, findings: list[Finding], after: float) -> tuple[Finding, ...]:
+        """Remedies that are enough one after the other, where none is alone."""
+        tried = [f for f in findings if "explained_with_remedy" in f.numbers]
+        reached = [f.numbers["explained_with_remedy"] for f in tried]
+        if not after < _LEARNT or len(tried) < 2 or max(reached) > _LEARNT:
+            return ()
+        chosen: list[Finding] = []
+        for found in tried:
+            # Another finding may have the same remedy.
+            if any(found.remedy == other.remedy for other in chosen):
+                continue
+            chosen.append(found)
+            self.report("remedies together", len(chosen), len(tried))
+            try:
+                mended = _mended(self.setup, chosen)
+                mended.train(self.n_steps, seed=self.seed)
+                if mended.explained() > _LEARNT:
+                    return tuple(chosen)
+            except Exception:  # one remedy may take away what the next one needs
+                chosen.pop()
+        return ()
+
+
+def _mended(setup: SetUp, findings: Sequence[Finding]) -> SetUp:
+    """A copy with remedies carried out one after the other."""
+    for found in findings:
+        setup = setup.mended(found.remedy)
+    return setup
 
 
 def _of(name: str) -> str:

@@ -183,6 +183,13 @@ def joint_advice(diagnosis: Diagnosis) -> str:
         >>> joint_advice(Diagnosis([], {}, {}, [], (0.0, 1.0), SetUp(torch.nn.ReLU(), print, 0, 0)))
         ''
     """
+    if diagnosis.together:
+        numbers = [str(diagnosis.findings.index(found) + 1) for found in diagnosis.together]
+        listed = ", ".join(numbers[:-1]) + " and " + numbers[-1]
+        return (
+            f"No remedy was enough alone; those of {listed}, one after the other, are: "
+            "diagnosis.mended() carries them out."
+        )
     reached = [
         found.numbers["explained_with_remedy"]
         for found in diagnosis.severe
