@@ -86,11 +86,15 @@ class TwoGabors:
         n = min(waves.shape[1], 1 + _WAVES)
         pairs = [(z, waves[:, 0])]
         pairs += [(waves[:, i], waves[:, j]) for i in range(1, n) for j in range(i + 1, n)]
-        for turn in (0.5, 1.0):  # rad, to both sides
+        between, columns = [], self.one.columns
+        for turn in (0.4, 0.7):  # rad, to both sides
             turned = z[:, None].repeat(1, 2, 1)
-            turned[..., self.one.columns["orientation"]] += turn * turned.new_tensor([1.0, -1.0])
-            pairs.append((turned[:, 0], turned[:, 1]))
-        return _likeliest(self, target, torch.stack([torch.cat(p, 1) for p in pairs], 1), n_starts)
+            turned[..., columns["orientation"]] += turn * turned.new_tensor([1.0, -1.0])
+            turned[..., columns["aspect_ratio"]] = 0.0
+            between.append(turned.flatten(1))
+        likely = torch.stack([torch.cat(pair, 1) for pair in pairs], 1)
+        likely = _likeliest(self, target, likely, max(1, n_starts - len(between)))
+        return torch.cat([likely, torch.stack(between, 1)], 1)
 
     def at(self, z: Tensor) -> _Both:
         """Its kernels for geometries ``(batch, columns)``."""

@@ -24,6 +24,8 @@ _SHAPES = ((1.0, 1.0), (0.7, 0.5), (0.55, 0.3), (1.2, 1.6))
 _RARE = ((2.0, 3.0), (4.0, 8.0))  # and these, seldom: waves along a line
 _N_WIDTHS = 5
 _KEPT, _KEPT_CLOSELY = 3, 10  # round waves that are stretched, at a first look and at a closer one
+_MANY = 24  # starts from which on a quarter of them is drawn at random
+_DRAWN = 50  # geometries for each of these, of which the best are taken
 _TURNED = 2  # of the best, how many are tried in other directions
 
 
@@ -101,7 +103,27 @@ class StartGrid:
             near_blobs = _turned(self.family, best[:, :_TURNED])
             z = torch.cat([z, near_blobs], 1)
             cost = torch.cat([cost, self._misfit(target, near_blobs)], 1)
-        return _pick(z, cost.topk(min(n_starts, z.shape[1]), largest=False).indices)
+        n_drawn = n_starts // 4 if closely and n_starts >= _MANY else 0
+        best = _pick(z, cost.topk(min(n_starts - n_drawn, z.shape[1]), largest=False).indices)
+        if n_drawn == 0:
+            return best
+        drawn = self._drawn(_DRAWN * n_drawn, best).expand(len(best), -1, -1)
+        chosen = self._misfit(target, drawn).topk(n_drawn, largest=False).indices
+        return torch.cat([best, _pick(drawn, chosen)], 1)
+
+    def _drawn(self, n: int, like: Tensor) -> Tensor:
+        """Geometries at random, the same for all problems, ``(n, columns)``."""
+        family, columns = self.family, self.family.columns
+        low, high = family.bounds(like)
+        z = torch.rand(n, len(low), generator=torch.Generator().manual_seed(0)).to(like)
+        for name in family.angle_names:
+            z[:, columns[name]] *= math.pi
+        rest = slice(columns["frequency"], None)
+        z[:, rest] = low[rest] + z[:, rest] * (high - low)[rest]
+        for i in range(columns["aspect_ratio"], len(low)):
+            if i not in family.free:
+                z[:, i] = 0.0
+        return z
 
     def _misfit(self, target: Target, z: Tensor) -> Tensor:
         """Of several geometries ``(batch, *several, columns)`` for each problem."""
