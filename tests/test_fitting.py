@@ -897,3 +897,17 @@ def test_the_root_leaves_out_what_no_patch_has():
     assert root.shape == inverse.shape == (3, 8)
     torch.testing.assert_close(root.T @ root, covariance)
     torch.testing.assert_close(root @ inverse.T, torch.eye(3, dtype=F64))
+
+
+def test_starts_at_random_are_the_same_for_every_kernel():
+    kernels = torch.randn(3, 5, 5, dtype=F64)
+    options = {"center": True, "n_starts": 24}
+    whole = fit(kernels, **options)
+    alone = [fit(kernels[i : i + 1], **options) for i in range(len(kernels))]
+    expected = torch.cat([one.explained_variance for one in alone])
+    torch.testing.assert_close(whole.explained_variance, expected, rtol=1e-9, atol=1e-12)
+    few = fit(kernels, **(options | {"n_starts": 4}))
+    assert (whole.explained_variance > few.explained_variance - 1e-9).all()
+    state = torch.random.get_rng_state()
+    fit(kernels, **options)
+    assert torch.equal(torch.random.get_rng_state(), state)
