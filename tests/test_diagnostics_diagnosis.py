@@ -312,10 +312,9 @@ def bench():
         sys.modules.pop("faults", None)
 
 
+# One of each kind; benchmarks/faults.py has all of them, on three photographs.
 FAULTS = (
     "kernel written through .data",
-    "kernel made under no_grad",
-    "kernel wrapped as a parameter again",
     "degrees for radians",
     "stale cache",
     "off-centre grid",
@@ -325,29 +324,19 @@ FAULTS = (
     "step too large",
     "too much momentum",
     "antipodal start",
-    "flat plateau",
     "zero padding of a bright image",
     "images from 0 to 255",
-    "orientation of a blob",
-    "all parameters frozen",
     "a field left out of learn",
-    "optimiser of another copy",
     "wrong sign of the phase",
     "loss scaled by 1e-6",
     "float16 overflow",
-    "root of an exact hit",
     "amplitude behind batch norm",
 )
 SOUND = (
-    "the student's, squared error",
     "momentum",
-    "all parameters, Adam",
-    "same padding of a centred image",
     "root of the error, Adam with a small step",
     "a hand-written layer",
-    "already there",
     "noise on the targets",
-    "one dimension",
     "three dimensions",
     "quadrature output",
 )
