@@ -180,7 +180,7 @@ def diagnose(
 
     Example:
         >>> from gaborium import Gabor2d, GaborConv2d
-        >>> image = torch.randn(1, 1, 32, 32)
+        >>> image = torch.randn(1, 1, 32, 32, generator=torch.Generator().manual_seed(0))
         >>> planted = Gabor2d.of(orientation=0.8, wavelength=6.0, sigma=2.0)
         >>> targets = GaborConv2d(1, 1, 11, start=planted, bias=False)(image).detach()
         >>> start = planted.replace(orientation=planted.orientation - torch.pi / 2)
