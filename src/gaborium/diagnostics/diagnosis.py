@@ -181,11 +181,11 @@ def diagnose(
     Example:
         >>> from gaborium import Gabor2d, GaborConv2d
         >>> image = torch.randn(1, 1, 32, 32, generator=torch.Generator().manual_seed(0))
-        >>> planted = Gabor2d.of(orientation=0.8, wavelength=6.0, sigma=2.0)
-        >>> targets = GaborConv2d(1, 1, 11, start=planted, bias=False)(image).detach()
+        >>> planted = Gabor2d.of(orientation=0.8, wavelength=4.0, sigma=2.0, aspect_ratio=0.5)
+        >>> targets = GaborConv2d(1, 1, 15, start=planted, bias=False)(image).detach()
         >>> start = planted.replace(orientation=planted.orientation - torch.pi / 2)
         >>> layer = GaborConv2d(
-        ...     1, 1, 11, start=start, bias=False, learn="orientation", coordinates="textbook"
+        ...     1, 1, 15, start=start, bias=False, learn="orientation", coordinates="textbook"
         ... )
         >>> found = diagnose(layer, nn.functional.mse_loss, (image, targets)).findings[0]
         >>> found.cause
