@@ -155,9 +155,9 @@ def test_a_loss_is_known_by_its_values():
 
     for loss, name in ((lambda o, t: ((o - t) ** 2).mean(), "mse"), (rmse, "rmse")):
         examination = _Examination(student(loss=loss), 1, 0, lambda *_: None)
-        assert examination._output_loss().measure == name
+        assert examination.output_loss.measure == name
     examination = _Examination(student(loss=F.l1_loss), 1, 0, lambda *_: None)
-    assert examination._output_loss().measure is F.l1_loss
+    assert examination.output_loss.measure is F.l1_loss
 
 
 @pytest.mark.parametrize("sign", [1, -1])
@@ -213,6 +213,23 @@ def test_networks_and_what_cannot_be_asked_of_them():
     assert "health of 0" in result.parts
     assert "amplitude absorbed" in {found.cause for found in result.findings}
     assert math.isnan(result.explained[0])
+
+
+def test_dropout_draws_none_of_the_callers_random_numbers():
+    torch.manual_seed(0)
+    network = nn.Sequential(GaborConv2d(1, 2, 5, padding=2, seed=0), nn.Dropout(0.5))
+    inputs = torch.randn(2, 1, 12, 12)
+    targets = torch.randn(2, 2, 12, 12)
+    setup = SetUp(network, F.mse_loss, inputs, targets)
+    torch.manual_seed(7)
+    expected = torch.rand(3)
+    torch.manual_seed(7)
+    result = diagnose(network, F.mse_loss, (inputs, targets), n_steps=3)
+    assert setup.explained() == setup.explained()
+    assert setup.value() == setup.value()
+    assert torch.equal(torch.rand(3), expected)
+    # The amplitude counts, though no two draws of dropout are alike.
+    assert "amplitude absorbed" not in {found.cause for found in result.findings}
 
 
 def test_nothing_of_the_callers_changes():

@@ -6,7 +6,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -23,7 +23,7 @@ from gaborium.diagnostics.losses import OutputLoss
 from gaborium.diagnostics.mending import LAYERS, NEW_OPTIMIZER, convolution_of
 from gaborium.diagnostics.setups import Loss, SetUp
 from gaborium.diagnostics.stability import step_limit
-from gaborium.diagnostics.trials import copied
+from gaborium.diagnostics.trials import copied, seeded, tensors_of
 from gaborium.diagnostics.views import GaborLayer, recover_arguments, recover_options
 from gaborium.fitting import FitResult, fit, recover
 
@@ -228,14 +228,13 @@ class _Examination:
         for name in self.layers:
             self._ask(f"health{_of(name)}", partial(health, self.layers[name], name=name))
             self._ask(f"amplitude{_of(name)}", partial(self._absorbed, name))
-        self.regression = self._is_regression()
         if self.alone is not None and self.regression and not broken:
             self._ask("identifiability", self._identifiability)
             self._ask("reachable minimum", self._reachable)
             for field, index in self._looked_at():
                 self._ask(
                     f"landscape of {field}, filter {index}",
-                    partial(landscape, self._output_loss(), self.module, field, filter=index),
+                    partial(landscape, self.output_loss, self.module, field, filter=index),
                 )
         if not broken:
             self._ask("step limit", self._step_limit)
@@ -326,18 +325,14 @@ class _Examination:
         """Whether what follows a layer undoes the amplitude of its kernels."""
         if name == "" or not self.module.training:
             return None
-        outputs = []
-        for factor in (1.0, 3.0):
-            own = SetUp(copied(self.module), self.setup.loss, self.setup.inputs, None)
-            layer: Any = own.module.get_submodule(name)
-            with torch.no_grad():
-                layer.params = layer.params.replace(amplitude=layer.params.amplitude * factor)
-                if layer.bias is not None:
-                    layer.bias.mul_(factor)
-                output = own.output()
-            outputs.append(output if isinstance(output, Tensor) else None)
-        one, other = outputs
-        if one is None or other is None or not _close(one, other):
+        louder: Any = copied(self.module)
+        layer: Any = louder.get_submodule(name)
+        with torch.no_grad():
+            layer.params = layer.params.replace(amplitude=layer.params.amplitude * 3.0)
+            if layer.bias is not None:
+                layer.bias.mul_(3.0)
+        one, other = self.output, self._answer(louder)
+        if not isinstance(one, Tensor) or not isinstance(other, Tensor) or not _close(one, other):
             return None
         layer = self.layers[name]
         norm = layer.weight.detach().flatten(1).norm(dim=1)
@@ -366,11 +361,21 @@ class _Examination:
             )
         ]  # fmt: skip
 
-    def _is_regression(self) -> bool:
+    @cached_property
+    def output(self) -> Any:
+        """What the module answers to the inputs as it is."""
+        return self._answer(copied(self.module))
+
+    @torch.no_grad()
+    def _answer(self, module: nn.Module) -> Any:
+        """What a copy of the module answers, under the same random numbers each time."""
+        with seeded(self.seed, [*module.parameters(), *tensors_of(self.setup.inputs)]):
+            return replace(self.setup, module=module, optimizer=None).output()
+
+    @cached_property
+    def regression(self) -> bool:
         """Whether the targets are responses."""
-        targets = self.setup.targets
-        with torch.no_grad():
-            output = SetUp(copied(self.module), self.setup.loss, self.setup.inputs, None).output()
+        targets, output = self.setup.targets, self.output
         return (
             isinstance(targets, Tensor)
             and isinstance(output, Tensor)
@@ -443,13 +448,13 @@ class _Examination:
         n = min(layer.n_filters, _MANY_FILTERS)
         return [(field, index) for index in range(n) for field in fields]
 
-    def _output_loss(self) -> OutputLoss:
+    @cached_property
+    def output_loss(self) -> OutputLoss:
         """The loss, by name where it is the squared error or its root under another one."""
         setup = self.setup
         measure: Any = setup.loss
         with torch.no_grad():
-            output = SetUp(copied(self.module), setup.loss, setup.inputs, None).output()
-            outputs = [output, 0.5 * output + setup.targets.std()]
+            outputs = [self.output, 0.5 * self.output + setup.targets.std()]
             given = torch.stack([setup.loss(one, setup.targets).double() for one in outputs])
             squared = torch.stack([F.mse_loss(one, setup.targets).double() for one in outputs])
         for name, expected in (("mse", squared), ("rmse", squared.sqrt())):
@@ -465,7 +470,7 @@ class _Examination:
                 "The step is judged where targets are responses; the minimum of a classifier's "
                 "loss may lie at infinity."
             )
-        return step_limit(self._output_loss(), self.module, optimizer=self.setup.optimizer)
+        return step_limit(self.output_loss, self.module, optimizer=self.setup.optimizer)
 
     # -- trials of remedies, and the order ------------------------------------------------------
 

@@ -98,7 +98,8 @@ class SetUp:
     @torch.no_grad()
     def value(self) -> float:
         """The loss as it is."""
-        return self.loss(self.output(), self.targets).item()
+        with self._random_numbers(0):
+            return self.loss(self.output(), self.targets).item()
 
     def output(self) -> Any:
         """What the module answers to the inputs."""
@@ -115,7 +116,8 @@ class SetUp:
         It does not depend on the loss, nor on the scale of images and targets, and so compares
         set-ups before and after a remedy.
         """
-        output, targets = self.output(), self.targets
+        with self._random_numbers(0):
+            output, targets = self.output(), self.targets
         if not isinstance(output, Tensor) or not isinstance(targets, Tensor):
             return math.nan
         if output.shape != targets.shape or not targets.is_floating_point():
