@@ -24,10 +24,10 @@ from gaborium.starts import STARTS
 from gaborium.starts import start as draw_start
 
 _CONVOLUTIONS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
-_PLAIN_LAYERS: dict[int, Any] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+PLAIN_LAYERS: dict[int, Any] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 # Standard deviations of the envelope that a kernel should hold to each side; below that its
 # border cuts the envelope at more than a third of its height, and it is no Gabor any more.
-_ENOUGH_STDS = 1.5
+ENOUGH_STDS = 1.5
 
 Record = TypeVar("Record", bound=Gabor)
 
@@ -334,8 +334,8 @@ class _GaborConv(nn.Module, Generic[Record]):
         """Say it once when kernels cut their envelopes or alias their waves."""
         # A kernel of one pixel along an axis is a slice, not a cut.
         room = [size / 2 if size > 1 else math.inf for size in reversed(self.kernel_size)]
-        width = _widths(params)
-        cut = (width * (_ENOUGH_STDS - 1e-6) > width.new_tensor(room)).any(-1)
+        width = envelope_widths(params)
+        cut = (width * (ENOUGH_STDS - 1e-6) > width.new_tensor(room)).any(-1)
         aliased = params.wavelength < 2
         advice = []
         if cut.any():
@@ -385,7 +385,7 @@ class _GaborConv(nn.Module, Generic[Record]):
 
     def _empty_conv(self, *, bias: bool) -> Any:
         """An ``nn.ConvNd`` of these arguments without memory: on the meta device."""
-        return _PLAIN_LAYERS[self.n_dims](
+        return PLAIN_LAYERS[self.n_dims](
             self.in_channels,
             self.out_channels,
             self.kernel_size,
@@ -515,6 +515,10 @@ class GaborConv3d(_GaborConv[Gabor3d]):
     n_dims: ClassVar[int] = 3
 
 
+LAYERS: dict[int, Any] = {1: GaborConv1d, 2: GaborConv2d, 3: GaborConv3d}
+GABOR_LAYERS = tuple(LAYERS.values())
+
+
 def suggest_kernel_size(params: Gabor, n_stds: float = 3.0) -> tuple[int, ...]:
     """Odd sizes, one per axis, that hold every envelope to ``n_stds`` standard deviations.
 
@@ -524,7 +528,7 @@ def suggest_kernel_size(params: Gabor, n_stds: float = 3.0) -> tuple[int, ...]:
         (25, 13)
     """
     middle = params.center.detach().abs()
-    halves = (n_stds * _widths(params) + middle - 1e-6).reshape(-1, params.n_dims).amax(0)
+    halves = (n_stds * envelope_widths(params) + middle - 1e-6).reshape(-1, params.n_dims).amax(0)
     return tuple(2 * half + 1 for half in reversed(halves.ceil().long().tolist()))
 
 
@@ -537,7 +541,7 @@ def _widened(value: Tensor) -> Tensor:
     return wide
 
 
-def _widths(params: Gabor) -> Tensor:
+def envelope_widths(params: Gabor) -> Tensor:
     """Standard deviation of each envelope along each axis: ``(*batch, d)``, px, x first."""
     params = params.detach().to(torch.float64).expand()
     along = params.sigma.unsqueeze(-1)

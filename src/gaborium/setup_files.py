@@ -18,10 +18,8 @@ from torch import Tensor, nn
 from gaborium.coordinates import Coordinates
 from gaborium.diagnostics import Diagnosis, SetUp, health
 from gaborium.kernel_files import read_arrays, read_kernels
-from gaborium.layers import GaborConv1d, GaborConv2d, GaborConv3d, suggest_kernel_size
+from gaborium.layers import LAYERS, PLAIN_LAYERS, suggest_kernel_size
 
-_LAYERS: dict[int, Any] = {1: GaborConv1d, 2: GaborConv2d, 3: GaborConv3d}
-_CONVOLUTIONS: dict[int, Any] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 _EXPECTED = "(module, loss, (inputs, targets)) or (module, loss, (inputs, targets), optimizer)"
 _LARGEST = 101  # px; an envelope that needs more is a plane wave to whoever looks
 _LONGEST = 200  # characters of somebody else's message
@@ -248,7 +246,7 @@ def read_layer(
     values = values.flatten(0, -n_dims - 2)
     if values.dtype in (torch.float16, torch.bfloat16):
         values = values.float()
-    conv = _CONVOLUTIONS[n_dims](
+    conv = PLAIN_LAYERS[n_dims](
         values.shape[1], len(values), tuple(values.shape[2:]), bias=False, device="meta"
     )
     conv.weight = nn.Parameter(values)
@@ -300,7 +298,7 @@ def _gabor_layer(state: dict[str, Tensor], prefix: str, shown: str, size: int | 
     if (
         "center" not in state
         or state["center"].ndim != 3
-        or state["center"].shape[-1] not in _LAYERS
+        or state["center"].shape[-1] not in LAYERS
     ):
         raise ValueError(
             f"{what} has log_sigma but no center of shape (filters, channels, 1 to 3); save the "
@@ -325,7 +323,7 @@ def _gabor_layer(state: dict[str, Tensor], prefix: str, shown: str, size: int | 
     n_filters, n_channels = params.batch_shape
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the findings say it
-        return _LAYERS[n_dims](
+        return LAYERS[n_dims](
             n_channels,
             n_filters,
             size or tuple(min(side, _LARGEST) for side in suggest_kernel_size(params)),

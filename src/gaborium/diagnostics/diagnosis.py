@@ -20,12 +20,13 @@ from gaborium.diagnostics.gradients import check_gradients
 from gaborium.diagnostics.information import identifiability
 from gaborium.diagnostics.landscape import landscape
 from gaborium.diagnostics.losses import OutputLoss
-from gaborium.diagnostics.mending import LAYERS, NEW_OPTIMIZER, convolution_of
+from gaborium.diagnostics.mending import NEW_OPTIMIZER, convolution_of
 from gaborium.diagnostics.setups import Loss, SetUp
 from gaborium.diagnostics.stability import step_limit
 from gaborium.diagnostics.trials import copied, seeded, tensors_of
 from gaborium.diagnostics.views import GaborLayer, recover_arguments, recover_options
 from gaborium.fitting import FitResult, fit, recover
+from gaborium.layers import GABOR_LAYERS
 
 Progress = Callable[[str, int, int], None]  # what is looked at, parts done, parts in all
 
@@ -212,7 +213,7 @@ class _Examination:
         self.layers: dict[str, Any] = {
             name: part
             for name, part in setup.module.named_modules()
-            if isinstance(part, tuple(LAYERS.values()))
+            if isinstance(part, GABOR_LAYERS)
         }
         self.parts: dict[str, Any] = {}
         self.skipped: dict[str, str] = {}
@@ -285,7 +286,7 @@ class _Examination:
         given = inputs if isinstance(inputs, tuple) else (inputs,)
         for name, part in self.module.named_modules():
             own = [n for n, _ in part.named_parameters(recurse=False)]
-            if isinstance(part, tuple(LAYERS.values())) or not any(map(units.is_gabor_like, own)):
+            if isinstance(part, GABOR_LAYERS) or not any(map(units.is_gabor_like, own)):
                 continue
             found = convolution_of(self.module, name, given)
             if found is None or found.weight[0].numel() == 1:

@@ -15,14 +15,12 @@ from gaborium.diagnostics.findings import Finding, Severity, by_severity
 from gaborium.diagnostics.mending import rebuilding_code
 from gaborium.fitting import fit
 from gaborium.kernels import gabor
-from gaborium.layers import GaborConv1d, GaborConv2d, GaborConv3d, suggest_kernel_size
+from gaborium.layers import ENOUGH_STDS, GABOR_LAYERS, envelope_widths, suggest_kernel_size
 from gaborium.params import UNITS, Gabor
 
-_GABOR_LAYERS = (GaborConv1d, GaborConv2d, GaborConv3d)
 _DEAD = 1e-3  # of the median norm
 _SAME = 0.99  # cosine of two kernels
 _LEAK = 0.1  # response to a constant, as a share of the largest that a kernel could give
-_ENOUGH_STDS = 1.5  # of the envelope to each side, as the layers ask for when they are made
 _POINT = 0.3  # px; a narrower envelope leaves one pixel
 _BLOB = 0.3  # cycles within one standard deviation to each side
 _STRETCHED = 8.0
@@ -251,7 +249,7 @@ def health(layer: nn.Module, start: Gabor | None = None, *, name: str = "") -> H
             "health needs a layer with a weight of shape (out, in, *kernel_size), got "
             f"{type(layer).__name__}."
         )
-    ours = isinstance(layer, _GABOR_LAYERS)
+    ours = isinstance(layer, GABOR_LAYERS)
     with torch.no_grad():
         kernels = weight.detach().double()
         params, known = _params_of(layer, kernels)
@@ -302,7 +300,7 @@ def reseed(layer: Any, filters: list[int], *, seed: int | None = None) -> None:
         >>> health(layer).duplicates
         ()
     """
-    if not isinstance(layer, _GABOR_LAYERS):
+    if not isinstance(layer, GABOR_LAYERS):
         raise TypeError(f"reseed needs a Gabor layer, got {type(layer).__name__}.")
     fresh = copy.deepcopy(layer)
     fresh.start, fresh.seed = "random", seed
@@ -329,7 +327,7 @@ def duplicates_of(layer: Any) -> tuple[Duplicate, ...]:
 
 def _params_of(layer: nn.Module, kernels: Tensor) -> tuple[Gabor, Tensor]:
     """The filters' record ``(filters, channels)``, and which filters it describes."""
-    if isinstance(layer, _GABOR_LAYERS):
+    if isinstance(layer, GABOR_LAYERS):
         params: Gabor = layer.params
         params = params.detach().to(torch.float64).expand()
         return params, torch.ones(len(params), dtype=torch.bool, device=params.device)
@@ -348,10 +346,8 @@ def _is_cut(params: Gabor, sizes: tuple[int, ...]) -> Tensor:
     """Whether the kernel holds too little of an envelope along some axis: ``(*batch,)``."""
     # A kernel of one pixel along an axis is a slice, not a cut.
     room = [size / 2 if size > 1 else math.inf for size in reversed(sizes)]
-    along, across = _widths(params)
-    share = params.direction.square()
-    width = (share * along[..., None].square() + (1 - share) * across[..., None].square()).sqrt()
-    needed = width * (_ENOUGH_STDS - 1e-6) + params.center.abs()
+    width = envelope_widths(params)
+    needed = width * (ENOUGH_STDS - 1e-6) + params.center.abs()
     return (needed > width.new_tensor(room)).any(-1)
 
 
@@ -402,7 +398,7 @@ def _displacement(
 ) -> tuple[dict[str, Tensor], Tensor | None]:
     if start is None:
         return {}, None
-    if isinstance(layer, _GABOR_LAYERS):
+    if isinstance(layer, GABOR_LAYERS):
         before = copy.deepcopy(layer).double()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the caller has seen them

@@ -13,9 +13,8 @@ from torch import Tensor, nn
 from gaborium.diagnostics import mending, units
 from gaborium.diagnostics.findings import Finding, Severity, by_severity
 from gaborium.diagnostics.trials import Break, Loss, Run, Trace, Trials, copied, same, tensors_of
-from gaborium.layers import GaborConv1d, GaborConv2d, GaborConv3d
+from gaborium.layers import GABOR_LAYERS
 
-_GABOR_LAYERS = (GaborConv1d, GaborConv2d, GaborConv3d)
 _HALF = (torch.float16, torch.bfloat16)
 _N_DIRECTIONS = 3  # the gradient's own, and two at random
 _STEP = 1e-6  # of a finite difference, as a share of the parameter's size
@@ -804,7 +803,7 @@ class _Check:
 
     def _is_ours(self, name: str) -> bool:
         owner = self.module.get_submodule(name.rpartition(".")[0])
-        return isinstance(owner, _GABOR_LAYERS)
+        return isinstance(owner, GABOR_LAYERS)
 
     def _is_turn(self, name: str, turn: float) -> bool:
         """Whether the output is the same when a parameter is moved by a supposed whole turn."""
@@ -826,7 +825,7 @@ class _Check:
             thaw = "".join(f"module.get_parameter({n!r}).requires_grad_(True)\n" for n in frozen)
             self._say_frozen(frozen, "have requires_grad=False", thaw, nothing=nothing)
         for name, part in self.module.named_modules():
-            if isinstance(part, _GABOR_LAYERS):
+            if isinstance(part, GABOR_LAYERS):
                 # The centre stays where it is unless asked for.
                 fields = type(part.params).field_names()
                 left = [f for f in fields if f not in part.learn and f != "center"]

@@ -9,11 +9,9 @@ from torch import Tensor, nn
 
 from gaborium.diagnostics.trials import Convolution, Trace, Trials, copied, same
 from gaborium.fitting import fit
-from gaborium.layers import GaborConv1d, GaborConv2d, GaborConv3d
+from gaborium.layers import LAYERS
 from gaborium.params import Gabor
 from gaborium.starts import start as draw_start
-
-LAYERS: dict[int, type[Any]] = {1: GaborConv1d, 2: GaborConv2d, 3: GaborConv3d}
 
 # A replaced module has new parameters, which an optimiser made before does not know.
 RENEW_OPTIMIZER = """\

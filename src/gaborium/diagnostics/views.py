@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from gaborium.diagnostics.moments import Moments, patch_moments
 from gaborium.kernels import gabor_jacobian
-from gaborium.layers import GaborConv1d, GaborConv2d, GaborConv3d
+from gaborium.layers import GABOR_LAYERS, GaborConv1d, GaborConv2d, GaborConv3d
 
 GaborLayer = GaborConv1d | GaborConv2d | GaborConv3d
 _AXES = ("x", "y", "z")
@@ -19,7 +19,7 @@ _AXES = ("x", "y", "z")
 def find_gabor_layer(module: nn.Module) -> tuple[str, GaborLayer | None]:
     """The first Gabor layer in a module, and its name; ``""`` is the module itself."""
     for name, part in module.named_modules():
-        if isinstance(part, (GaborConv1d, GaborConv2d, GaborConv3d)):
+        if isinstance(part, GABOR_LAYERS):
             return name, part
     return "", None
 
