@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import shutil
 import stat
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from gaborium.errors import require
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_NO_DIGEST = "0" * 64  # stands where the checksum comes, and is part of what it is taken of
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:
@@ -59,6 +69,98 @@ def write_bytes(path: str | os.PathLike[str], data: bytes) -> None:
             _replace_file(Path(os.path.realpath(path)), data)
     except OSError as error:
         raise _cannot_write(path, error) from None
+
+
+def write_tensors(
+    path: str | os.PathLike[str],
+    tensors: Mapping[str, Tensor],
+    facts: Mapping[str, Any],
+    *,
+    extra: str,
+    purpose: str,
+) -> None:
+    """Write tensors by name, and facts about them, into a safetensors file, all or nothing.
+
+    The file carries its own SHA-256, so that damage is noticed, and holds no code. Equal content
+    makes equal bytes.
+
+    Args:
+        path: the file, as for ``write_text``.
+        tensors: on any device; those that share memory get their own.
+        facts: what JSON can hold, with the whole number ``format`` among them.
+        extra: of this project, that installs safetensors.
+        purpose: what needs it, as for ``require``.
+
+    Raises:
+        ImportError: safetensors is not installed.
+        OSError: it cannot be written there, as for ``write_text``.
+    """
+    safetensors = require("safetensors.torch", extra=extra, purpose=purpose)
+    data: bytes = safetensors.save(
+        {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()},
+        # One entry, because the format does not keep the order of several.
+        {"gaborium": json.dumps({**facts, "sha256": _NO_DIGEST})},
+    )
+    digest = hashlib.sha256(data).hexdigest()
+    write_bytes(path, data.replace(_NO_DIGEST.encode(), digest.encode(), 1))
+
+
+def read_tensors(
+    path: str | os.PathLike[str], *, newest: int, what: str, again: str, extra: str, purpose: str
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read what ``write_tensors`` has written, and verify its checksum.
+
+    Args:
+        path: the file.
+        newest: the highest ``format`` that the caller reads.
+        what: the file should be, as ``"a result of FitResult.save"``.
+        again: what to do about a damaged one, as ``"fit again"``.
+        extra: of this project, that installs safetensors.
+        purpose: what needs it, as for ``require``.
+
+    Returns:
+        The tensors, on the CPU, and the facts.
+
+    Raises:
+        ImportError: safetensors is not installed.
+        OSError: the file cannot be read.
+        ValueError: it is cut off or damaged, is none of these files, or has a newer format.
+    """
+    safetensors = require("safetensors.torch", extra=extra, purpose=purpose)
+    data = Path(path).read_bytes()
+    try:
+        facts = _verified_facts(data, newest, what, again)
+    except ValueError as error:
+        raise ValueError(f"{os.fspath(path)!r} {error}") from None
+    return safetensors.load(data), facts
+
+
+def _verified_facts(data: bytes, newest: int, what: str, again: str) -> dict[str, Any]:
+    """What a file says about its tensors; ``ValueError`` ends a sentence on what is wrong."""
+    again = f"{again}, or take it from a copy."
+    # A safetensors file begins with the length of a header, and the header tells all others.
+    start = 8 + int.from_bytes(data[:8], "little")
+    if len(data) < 9 or (data[8:9] == b"{" and len(data) < start):
+        raise ValueError(f"is cut off after {len(data)} bytes; {again}")
+    try:
+        header = json.loads(data[8:start])
+        facts = json.loads(header.pop("__metadata__")["gaborium"])
+        version, digest = facts["format"], facts["sha256"]
+        end = start + max((entry["data_offsets"][1] for entry in header.values()), default=0)
+    except (AttributeError, LookupError, TypeError, ValueError):
+        raise ValueError(
+            f"is not {what}, or its first bytes are damaged; give such a file."
+        ) from None
+    if version > newest:
+        raise ValueError(
+            f"has format {version}, and this version reads up to {newest}; update gaborium."
+        )
+    if len(data) < end:
+        raise ValueError(f"is cut off: {len(data)} of {end} bytes are there; {again}")
+    blank = data.replace(digest.encode(), _NO_DIGEST.encode(), 1)
+    if hashlib.sha256(blank).hexdigest() != digest:
+        raise ValueError(f"is damaged: its checksum does not agree with its content; {again}")
+    return facts
 
 
 @contextmanager

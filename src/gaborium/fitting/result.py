@@ -3,24 +3,20 @@
 from __future__ import annotations
 
 import enum
-import hashlib
 import json
 import os
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from gaborium.errors import require
-from gaborium.files import write_bytes
+from gaborium.files import read_tensors, write_tensors
 from gaborium.params import RECORDS, UNITS, Gabor, plain
 
 _FORMAT = 1  # of saved results
-_NO_DIGEST = "0" * 64  # stands where the checksum comes, and is part of what it is taken of
+_NEED = {"extra": "shards", "purpose": "Saved fits"}
 
 
 class Outcome(enum.Enum):
@@ -162,7 +158,6 @@ class FitResult:
             ...     FitResult.load(f"{folder}/fit.safetensors")
             FitResult(2 x Gabor2d: 2 CONVERGED)
         """
-        safetensors = require("safetensors.torch", extra="shards", purpose="Saved fits")
         # The codes count the names that are stored beside them, not the places in the enum, which
         # may change.
         names = list(dict.fromkeys(outcome.name for outcome in self.outcome))
@@ -181,16 +176,8 @@ class FitResult:
             "record": type(self.params).__name__,
             "names": self.names,
             "outcomes": names,
-            "sha256": _NO_DIGEST,
         }
-        data = safetensors.save(
-            # Fields may share memory, for which the format has no word: each gets its own.
-            {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()},
-            # One entry, because the format does not keep the order of several.
-            {"gaborium": json.dumps(facts)},
-        )
-        digest = hashlib.sha256(data).hexdigest()
-        write_bytes(path, data.replace(_NO_DIGEST.encode(), digest.encode(), 1))
+        write_tensors(path, tensors, facts, **_NEED)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> FitResult:
@@ -207,11 +194,10 @@ class FitResult:
             OSError: the file cannot be read.
             ValueError: it is cut off or damaged, is no saved fit, or has a newer format.
         """
-        safetensors = require("safetensors.torch", extra="shards", purpose="Saved fits")
-        data = Path(path).read_bytes()
+        tensors, facts = read_tensors(
+            path, newest=_FORMAT, what="a result of FitResult.save", again="fit again", **_NEED
+        )
         try:
-            facts = _verified_facts(data)
-            tensors = safetensors.load(data)
             record = {record.__name__: record for record in RECORDS.values()}[facts["record"]]
             fields = record.field_names()
             outcomes = [Outcome[name] for name in facts["outcomes"]]
@@ -224,8 +210,6 @@ class FitResult:
                 names=tuple(facts["names"]),
                 n_iterations=tensors["n_iterations"],
             )
-        except ValueError as error:
-            raise ValueError(f"{os.fspath(path)!r} {error}") from None
         except LookupError as error:
             raise ValueError(
                 f"{os.fspath(path)!r} has no {error} that this version knows; update gaborium."
@@ -253,31 +237,3 @@ class FitResult:
                         }
                     )
         return rows
-
-
-def _verified_facts(data: bytes) -> dict[str, Any]:
-    """What a saved result says about itself; ``ValueError`` ends a sentence on what is wrong."""
-    again = "fit again, or take it from a copy."
-    # A safetensors file begins with the length of a header, and the header tells all others.
-    start = 8 + int.from_bytes(data[:8], "little")
-    if len(data) < 9 or (data[8:9] == b"{" and len(data) < start):
-        raise ValueError(f"is cut off after {len(data)} bytes; {again}")
-    try:
-        header = json.loads(data[8:start])
-        facts = json.loads(header.pop("__metadata__")["gaborium"])
-        version, digest = facts["format"], facts["sha256"]
-        end = start + max(entry["data_offsets"][1] for entry in header.values())
-    except (AttributeError, LookupError, TypeError, ValueError):
-        raise ValueError(
-            "is not a result of FitResult.save, or its first bytes are damaged; give such a file."
-        ) from None
-    if version > _FORMAT:
-        raise ValueError(
-            f"has format {version}, and this version reads up to {_FORMAT}; update gaborium."
-        )
-    if len(data) < end:
-        raise ValueError(f"is cut off: {len(data)} of {end} bytes are there; {again}")
-    blank = data.replace(digest.encode(), _NO_DIGEST.encode(), 1)
-    if hashlib.sha256(blank).hexdigest() != digest:
-        raise ValueError(f"is damaged: its checksum does not agree with its content; {again}")
-    return facts

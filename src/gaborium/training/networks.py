@@ -41,8 +41,9 @@ def first_layer(
     n_dims: int,
     in_channels: int,
     n_filters: int,
-    kernel_size: int,
-    stride: int = 1,
+    kernel_size: int | tuple[int, ...],
+    stride: int | tuple[int, ...] = 1,
+    padding: int | tuple[int, ...] | str | None = None,
     start: str = "bank",
     output: str = "real",
     learn: Collection[str] | None = None,
@@ -55,7 +56,7 @@ def first_layer(
           Gabor filters that learn; ``"gabor-fixed"``: the same filters, of which nothing learns;
           ``"mixed"``: Gabor filters in the first half of the channels, free ones in the second
         - all begin at one scale: white input of unit variance gives responses of variance 1/3
-        - none has a bias, since batch normalisation follows; all pad by half a kernel
+        - none has a bias, since batch normalisation follows
         - with ``output="energy"`` a free channel is the norm of a pair of free kernels, as a
           Gabor one is of an even and an odd kernel
 
@@ -66,6 +67,7 @@ def first_layer(
         n_filters: channels of the output.
         kernel_size: pixels along each axis.
         stride: along each axis.
+        padding: as of ``nn.ConvNd``; by default half a kernel.
         start: where Gabor filters begin: ``"bank"``, ``"random"``, ``"v1"``, or ``"equal"``: one
             Gabor function, drawn as for ``"random"``, in all channels.
         output: ``"real"`` or ``"energy"``.
@@ -102,7 +104,7 @@ def first_layer(
     if n_filters < (2 if kind == "mixed" else 1):
         raise ValueError(f"n_filters must be at least 1 (mixed: 2), got {n_filters}.")
     size = as_sizes("kernel_size", kernel_size, n_dims)
-    padding = tuple(side // 2 for side in size)
+    padding = tuple(side // 2 for side in size) if padding is None else padding
     shared: dict[str, Any] = {"stride": stride, "padding": padding, "bias": False}
     if kind == "free":
         n_kernels = n_filters * (2 if output == "energy" else 1)

@@ -1,0 +1,113 @@
+"""Recipes: what is legal, what is told about the rest, and that a file holds all of one."""
+
+import dataclasses
+import inspect
+import re
+
+import pytest
+
+from gaborium.training.recipe import Recipe
+
+FULL = Recipe(
+    data='a "quoted" path\\with\x7fé',
+    data_folder="/data",
+    samples_per_class=10,
+    network="energy",
+    first_layer="mixed",
+    beside=("free", "gabor-fixed"),
+    n_filters=12,
+    kernel_size=7,
+    stride=2,
+    start="equal",
+    learn=("orientation", "phase"),
+    optimizer="natural",
+    learning_rate=1e-5,
+    gabor_learning_rate=3.0,
+    weight_decay=1e-4,
+    epochs=3,
+    batch_size=16,
+    seeds=(4, 7),
+    corruption=("noise",),
+    accelerator="cpu",
+    devices=2,
+    precision="bf16-mixed",
+    accumulate=2,
+)
+
+
+def test_a_file_holds_all_of_a_recipe(tmp_path):
+    default = Recipe()
+    names = {field.name for field in dataclasses.fields(Recipe)}
+    assert [n for n in names if getattr(FULL, n) == getattr(default, n)] == []
+    for recipe in (FULL, default):
+        path = tmp_path / "recipe.toml"
+        text = recipe.to_toml(path)
+        assert Recipe.from_toml(path) == recipe
+        assert path.read_text(encoding="utf-8") == text
+
+
+def test_what_is_left_out_has_its_default(tmp_path):
+    (tmp_path / "r.toml").write_text("# mine\nepochs = 3\nlearning_rate = 1\n")
+    recipe = Recipe.from_toml(tmp_path / "r.toml")
+    assert recipe == Recipe(epochs=3, learning_rate=1.0)
+    assert isinstance(recipe.learning_rate, float)
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("epoch = 3", "has no field 'epoch'; there are data, "),
+        ("epochs = '3'", "epochs must be a whole number, got '3'."),
+        ("epochs = 3.0", "epochs must be a whole number, got 3.0."),
+        ("devices = true", "devices must be a whole number, got True."),
+        ("learning_rate = '1e-3'", "learning_rate must be a number, got '1e-3'."),
+        ("data = 3", "data must be a text, got 3."),
+        ("beside = 'free'", "beside must be a list of texts, got 'free'."),
+        ("seeds = [0, 'a']", "seeds must be a list of whole numbers, got [0, 'a']."),
+        ("seeds = 3", "seeds must be a list of whole numbers, got 3."),
+        ("epochs = 0", "epochs must be at least 1, got 0."),
+        ("learning_rate = nan", "learning_rate must be at least 0, got nan."),
+        ("learning_rate = inf", "learning_rate must be at least 0, got inf."),
+        ("seeds = [0, -1]", "seeds must be at least 0, got -1."),
+        ("seeds = []", "seeds must hold at least one number, got none."),
+        ("seeds = [1, 1]", "seeds must differ from one another, got [1, 1]."),
+        ("data = ''", "data must be the name of a data set, got an empty text."),
+        ("network = 'vgg'", "network must be one of 'cnn', 'energy', got 'vgg'."),
+        ("corruption = ['fuzz']", "corruption must be one of 'noise', "),
+        ("beside = ['gabour']", "beside must be one of 'free', 'gabor', "),
+        ("epochs = ", "is no TOML file: "),
+        ("[epochs]\nn = 3", "epochs must be a whole number, got {'n': 3}."),
+    ],
+)
+def test_an_illegal_recipe_is_told_in_a_line(tmp_path, text, told):
+    path = tmp_path / "bad.toml"
+    path.write_text(text)
+    with pytest.raises((TypeError, ValueError), match=re.escape(told)) as error:
+        Recipe.from_toml(path)
+    assert str(error.value).startswith(repr(str(path)))
+    assert "\n" not in str(error.value)
+
+
+def test_a_file_that_cannot_be_read(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"^There is no recipe '.*none\.toml'\.$"):
+        Recipe.from_toml(tmp_path / "none.toml")
+    with pytest.raises(IsADirectoryError, match="is a folder"):
+        Recipe.from_toml(tmp_path)
+
+
+def test_replace_checks_as_a_new_recipe_does():
+    assert Recipe().replace(epochs=3) == Recipe(epochs=3)
+    with pytest.raises(ValueError, match=r"^A recipe has no field 'epoch'"):
+        Recipe().replace(epoch=3)
+    with pytest.raises(ValueError, match=r"^epochs must be at least 1"):
+        Recipe().replace(epochs=0)
+
+
+def test_sides_are_told_once():
+    assert Recipe(first_layer="free", beside=("free", "gabor")).sides == ("free", "gabor")
+    assert Recipe(beside=()).sides == ("gabor",)
+
+
+def test_every_field_is_explained():
+    text = inspect.getdoc(Recipe)
+    assert [f.name for f in dataclasses.fields(Recipe) if f"    {f.name}: " not in text] == []
