@@ -152,7 +152,7 @@ def test_interrupted_anywhere_and_resumed_equals_uninterrupted(
     lines = lines_of(tmp_path)
     assert [line["step"] for line in lines if line["kind"] == "step"] == [3, 6] * 2
     assert [line["step"] for line in lines if line["kind"] == "epoch"] == [0, 4, 8] * 2
-    assert result.runs[0].steps == [0, 4, 8]
+    assert result.runs[0].epochs == [0, 1, 2]
 
 
 @pytest.mark.parametrize("n", [1, 2])

@@ -21,10 +21,13 @@ from gaborium.errors import require
 from gaborium.experiments import Descent, Recovery
 from gaborium.fitting import FitResult, Outcome
 from gaborium.kernels import gabor
+from gaborium.params import UNITS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
+    from gaborium.training import TrainResult
 
 __all__ = [
     "plot_fit",
@@ -35,6 +38,8 @@ __all__ = [
     "plot_parameters",
     "plot_recovery",
     "plot_step_limit",
+    "plot_trained_filters",
+    "plot_training",
 ]
 
 # Okabe and Ito's colours, which differ for every kind of colour vision. Step sizes run from blue
@@ -770,6 +775,91 @@ def plot_orientation(recovery: Recovery) -> Figure:
     return figure
 
 
+def plot_training(result: TrainResult) -> Figure:
+    """Draw the learning curves of every run, and how far the Gabor parameters went.
+
+    Args:
+        result: from ``gaborium.train``.
+
+    Returns:
+        The figure.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    moving = [run for run in result.runs if any(run.displacement.values())]
+    fields = list(moving[0].displacement) if moving else []
+    colors = dict(zip(result.sides, (TRAINED, INK, *_RATES), strict=False))
+    with _style():
+        rows = 1 + math.ceil(len(fields) / 3)
+        figure = _figure(_WIDTH, 2.2 * rows)
+        grid = figure.add_gridspec(rows, 6)
+        for name, columns, title in (
+            ("test_accuracy", slice(0, 3), "Accuracy on the test images"),
+            ("loss", slice(3, 6), "Loss on the training images"),
+        ):
+            place = figure.add_subplot(grid[0, columns])
+            for run in result.runs:
+                points = [(p["epoch"], p[name]) for p in run.curve if name in p]
+                label = run.side if run.seed == result.recipe.seeds[0] else None
+                if points:
+                    place.plot(*zip(*points, strict=True), color=colors[run.side], label=label)
+            place.set(title=title, xlabel="epoch")
+            if name == "test_accuracy":
+                place.yaxis.set_major_formatter(lambda value, _: f"{100 * value:g} %")
+                place.legend()
+        for index, name in enumerate(fields):
+            column = 2 * (index % 3)
+            place = figure.add_subplot(grid[1 + index // 3, column : column + 2])
+            unit = UNITS[name]
+            turn = 180 / math.pi if unit == "rad" else 1.0
+            for run in moving:
+                values = [turn * point["displacement"][name] for point in run.curve]
+                place.plot([p["epoch"] for p in run.curve], values, color=colors[run.side])
+            shown = {"rad": ", degrees", "px": ", px"}.get(unit, "")
+            place.set(title=f"Moved: {name.replace('_', ' ')}{shown}", xlabel="epoch")
+            place.set_ylim(bottom=0)
+    return figure
+
+
+def plot_trained_filters(result: TrainResult) -> Figure:
+    """Draw the filters of each first layer before and after training, of the first seed.
+
+    Args:
+        result: from ``gaborium.train``.
+
+    Returns:
+        The figure; every filter has its own scale, the same before and after.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    runs = [result.of(side)[0] for side in result.sides]
+    pairs = [kernel_images(run.kernels[[0, -1]]) for run in runs]
+    n = max(pair.shape[1] for pair in pairs)
+    columns = min(n, 8)
+    rows = math.ceil(n / columns)
+    with _style():
+        height = _WIDTH / (2 * columns) * rows * pairs[0].shape[-2] / pairs[0].shape[-1]
+        figure = _figure(_WIDTH, len(runs) * (max(height, 0.3) + 0.35))
+        parts = figure.subfigures(len(runs), 2, squeeze=False)
+        for line, run, pair in zip(parts, runs, pairs, strict=True):
+            for part, images, when in zip(line, pair, ("start", "end"), strict=True):
+                part.suptitle(f"{run.side}, seed {run.seed}: {when}", fontsize=8, x=0.02, ha="left")
+                axes = part.subplots(rows, columns, squeeze=False)
+                for index, place in enumerate(axes.flat):
+                    _frame(place, visible=index < len(images))
+                    if index >= len(images):
+                        continue
+                    scale = largest(pair[:, index])
+                    if images.shape[1] == 1:
+                        _signed(place, images[index, 0], scale)
+                    else:
+                        grey = (0.5 + 0.5 * images[index] / scale).clamp(0, 1)
+                        place.imshow(grey.permute(1, 2, 0).numpy(), interpolation="nearest")
+    return figure
+
+
 # -- what the figures and the report share ----------------------------------------------------
 
 
@@ -825,6 +915,23 @@ def panels(result: FitResult, kernels: Tensor, chosen: Sequence[int]) -> Tensor:
     if n_dims == 3:
         three = three[..., size[0] // 2, :, :]
     return three.unsqueeze(-2) if n_dims == 1 else three
+
+
+def kernel_images(kernels: Tensor) -> Tensor:
+    """Kernels at some times as images: ``(times, n, 1 or 3, height, width)``.
+
+    Of other numbers of channels than 1 or 3 the one of most power, of volumes the middle slice.
+
+    Args:
+        kernels: ``(times, n, channels, *size)``.
+    """
+    kernels = kernels.detach().cpu().double()
+    if kernels.shape[2] not in (1, 3):
+        strongest = kernels.flatten(3).square().sum((0, -1)).argmax(1)
+        kernels = kernels[:, torch.arange(len(strongest)), strongest].unsqueeze(2)
+    if kernels.ndim == 6:
+        kernels = kernels[:, :, :, kernels.shape[3] // 2]
+    return kernels.unsqueeze(-2) if kernels.ndim == 4 else kernels
 
 
 def colored(images: Tensor) -> Tensor:

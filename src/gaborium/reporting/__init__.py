@@ -2,7 +2,8 @@
 
 ``recovery`` is the page of an experiment with a planted kernel, with its words in ``wording`` and
 its charts in ``charts``; ``fits`` is the page of kernels and the Gabor functions nearest to them;
-``diagnosis`` is that of a training loop that does not learn. ``page`` is what all of them need.
+``diagnosis`` is that of a training loop that does not learn; ``training`` is that of networks which
+do. ``page`` is what all of them need.
 """
 
 from gaborium.reporting.diagnosis import (
@@ -16,6 +17,14 @@ from gaborium.reporting.diagnosis import (
 )
 from gaborium.reporting.fits import fit_headline, fit_record, fit_summary, report_fit, write_fit
 from gaborium.reporting.recovery import recovery_record, report_recovery, write_recovery
+from gaborium.reporting.training import (
+    in_percent,
+    report_training,
+    training_headline,
+    training_record,
+    training_sentences,
+    write_training,
+)
 from gaborium.reporting.wording import headline, outcome_sentences, percent
 
 __all__ = [
@@ -25,6 +34,7 @@ __all__ = [
     "fit_record",
     "fit_summary",
     "headline",
+    "in_percent",
     "joint_advice",
     "outcome_sentences",
     "percent",
@@ -32,9 +42,14 @@ __all__ = [
     "report_diagnosis",
     "report_fit",
     "report_recovery",
+    "report_training",
+    "training_headline",
+    "training_record",
+    "training_sentences",
     "trial_sentence",
     "worded_numbers",
     "write_diagnosis",
     "write_fit",
     "write_recovery",
+    "write_training",
 ]

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from gaborium.errors import require
+from gaborium.params import plain
 from gaborium.training.recipe import Recipe
 
 RECIPE_FILE, METRICS_FILE = "recipe.toml", "metrics.jsonl"
@@ -96,7 +97,7 @@ class Journal:
     def write(self, line: dict[str, Any], n_steps: int) -> None:
         """Append a line, and show it."""
         if self.file is not None:
-            self.file.write((json.dumps(line) + "\n").encode())
+            self.file.write((json.dumps(plain(line), allow_nan=False) + "\n").encode())
             self.file.flush()
         if self.writer is not None:
             for name, value in line.items():

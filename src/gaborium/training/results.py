@@ -60,10 +60,10 @@ class Run:
         curve: what was measured after some of the epochs, 0 is before the first: ``epoch``,
             ``step``, ``loss`` and ``accuracy`` over the epoch's training images, ``test_loss``,
             ``test_accuracy``, ``displacement``.
-        steps: of the snapshots below.
-        kernels: of the first layer at these steps: ``(snapshots, filters, channels, *size)``, at
+        epochs: after which the snapshots below were taken.
+        kernels: of the first layer then: ``(snapshots, filters, channels, *size)``, at
             most 64 filters.
-        params: Gabor parameters at these steps, ``(snapshots, filters, channels or 1)``; ``None``
+        params: Gabor parameters then, ``(snapshots, filters, channels or 1)``; ``None``
             of a free layer.
         seconds: spent in training and evaluation.
         stopped: empty, or a line that says why it was stopped.
@@ -77,7 +77,7 @@ class Run:
     n_first_parameters: int
     n_parameters: int
     curve: list[dict[str, Any]]
-    steps: list[int]
+    epochs: list[int]
     kernels: Tensor
     params: Gabor | None
     seconds: float
@@ -116,7 +116,7 @@ class Run:
 
     def to_record(self) -> dict[str, Any]:
         """The run as plain objects for JSON, without the snapshots between start and end."""
-        left_out = ("kernels", "params", "steps")
+        left_out = ("kernels", "params", "epochs")
         record = {
             one.name: getattr(self, one.name)
             for one in dataclasses.fields(self)

@@ -29,7 +29,8 @@ from gaborium.training.recipe import Recipe
 from gaborium.training.results import Run
 
 RUN_FILE = "run.safetensors"
-_CURVE_POINTS = 20  # evaluations of a run, at most
+_N_EVALUATIONS = 10  # of a run on the test images, at most, beside that before the first step
+_N_SNAPSHOTS = 30  # of the filters
 _MOST_FILTERS = 64  # in the snapshots
 _EVALUATED = 256  # images at a time
 _HELD = 2**31  # bytes of images that are held on the device; more are moved batch by batch
@@ -62,7 +63,7 @@ class _State:
 
     step: int = 0
     curve: list[dict[str, Any]] = field(default_factory=list)
-    steps: list[int] = field(default_factory=list)
+    epochs: list[int] = field(default_factory=list)
     kernels: list[Tensor] = field(default_factory=list)
     params: list[dict[str, Tensor]] = field(default_factory=list)
     seconds: float = 0.0
@@ -117,8 +118,8 @@ class Trainer:
                 f"batch_size must give each of {fabric.world_size} processes an image, got "
                 f"{recipe.batch_size} for {len(data.labels)} training images."
             )
-        every = math.ceil(recipe.epochs / _CURVE_POINTS)
-        self.points = {e for e in range(1, recipe.epochs + 1) if e % every == 0} | {recipe.epochs}
+        self.evaluated = _spread(recipe.epochs, _N_EVALUATIONS)
+        self.seen_after = _spread(recipe.epochs, _N_SNAPSHOTS)
 
         self.network, self.first = self._network(data)
         self.gabor: Any = gabor_layer(self.first)
@@ -188,7 +189,8 @@ class Trainer:
         state = self.state
         if state.step == 0 and not state.curve:
             self._save()
-            self._evaluate(epoch=0)
+            self._evaluate(0)
+            self._look(0)
         while state.step < self.n_steps:
             epoch, number = divmod(state.step, self.n_batches)
             order = sample_order(self.seed, epoch, len(self.labels))
@@ -202,15 +204,20 @@ class Trainer:
                 stopped = self._log(epoch, state.step) if log or save or last else ""
                 if stopped:
                     return stopped
-                if last and epoch + 1 in self.points:
-                    self._evaluate(epoch + 1)
-                elif last:
-                    self._write("epoch", epoch + 1, **self._means(0))
                 if last:
-                    state.epoch, state.logged = [], 0
-                if save or (last and epoch + 1 in self.points):
+                    self._end_epoch(epoch + 1)
+                if save or (last and epoch + 1 in self.evaluated):
                     self._save()
         return ""
+
+    def _end_epoch(self, epoch: int) -> None:
+        if epoch in self.evaluated:
+            self._evaluate(epoch)
+        else:
+            self._write("epoch", epoch, **self._means(0))
+        if epoch in self.seen_after:
+            self._look(epoch)
+        self.state.epoch, self.state.logged = [], 0
 
     def _step(self, rows: Tensor, epoch: int, number: int) -> None:
         """One step on the images ``rows``, of which each process takes its share."""
@@ -226,7 +233,7 @@ class Trainer:
             labels = self.labels[part.to(self.labels.device)]
             waits = i + 1 < len(parts) and fabric.world_size > 1
             with fabric.no_backward_sync(self.module) if waits else contextlib.nullcontext():
-                scores = _scores(self.module(self._seen(self.images, part)))
+                scores = self._scores(self.module(self._seen(self.images, part)))
                 loss = F.cross_entropy(scores, labels, reduction="sum")
                 # Fabric averages over the processes, whose shares differ in size.
                 fabric.backward(loss * (fabric.world_size / len(rows)))
@@ -245,6 +252,17 @@ class Trainer:
 
     def _normal(self, unit: Tensor) -> Tensor:
         return (unit.to(self.dtype) - self.mean) / self.std
+
+    def _scores(self, output: Any) -> Tensor:
+        """What a network says of each class; some return it within a record."""
+        scores: Tensor = output if isinstance(output, Tensor) else output.logits
+        n_classes = self.job.dataset.n_classes
+        if scores.ndim != 2 or scores.shape[1] != n_classes:
+            raise ValueError(
+                f"model must return (batch, {n_classes}), a number for each class of "
+                f"{self.job.dataset.name!r}, got shape {tuple(scores.shape)}."
+            )
+        return scores
 
     # -- measuring ----------------------------------------------------------------------------
 
@@ -288,13 +306,17 @@ class Trainer:
         return line
 
     def _evaluate(self, epoch: int) -> None:
-        """Measure on the test images, and keep the filters as they are now."""
-        state = self.state
+        """Measure on the test images."""
         loss, accuracy = self._tested(self.network)
         measured = {**self._means(0), "test_loss": loss, "test_accuracy": accuracy}
         line = self._write("epoch", epoch, **measured)
-        state.curve.append({k: v for k, v in line.items() if k not in ("kind", "side", "seed")})
-        state.steps.append(state.step)
+        kept = {k: v for k, v in line.items() if k not in ("kind", "side", "seed")}
+        self.state.curve.append(kept)
+
+    def _look(self, epoch: int) -> None:
+        """Keep the filters as they are now."""
+        state = self.state
+        state.epochs.append(epoch)
         state.kernels.append(first_kernels(self.first)[:_MOST_FILTERS])
         if self.gabor is not None:
             state.params.append(self._params().as_dict())
@@ -323,7 +345,7 @@ class Trainer:
                 seen = self._normal(unit.to(fabric.device))
             labels = self.test_labels[rows.to(self.test_labels.device)]
             with fabric.autocast():
-                scores = _scores(network(seen)).float()
+                scores = self._scores(network(seen)).float()
             loss = F.cross_entropy(scores, labels, reduction="sum")
             hits = (scores.argmax(1) == labels).sum()
             sums.append(torch.stack([loss, hits.float(), loss.new_tensor(float(len(rows)))]))
@@ -386,7 +408,7 @@ class Trainer:
             n_first_parameters=n_learned(self.first),
             n_parameters=n_learned(self.network),
             curve=state.curve,
-            steps=state.steps,
+            epochs=state.epochs,
             kernels=torch.stack(state.kernels),
             params=params,
             seconds=self._seconds(),
@@ -425,7 +447,7 @@ class Trainer:
                 "network": dict(self.network.state_dict()),
                 "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
                 "curve": state.curve,
-                "steps": state.steps,
+                "epochs": state.epochs,
                 "kernels": state.kernels,
                 "params": state.params,
                 "seconds": self._seconds(),
@@ -459,7 +481,7 @@ class Trainer:
         self.state = _State(
             step=saved["step"],
             curve=saved["curve"],
-            steps=saved["steps"],
+            epochs=saved["epochs"],
             kernels=saved["kernels"],
             params=saved["params"],
             seconds=saved["seconds"],
@@ -539,11 +561,6 @@ def first_kernels(layer: nn.Module) -> Tensor:
     return (kernels[::2] if getattr(layer, "output", "real") == "energy" else kernels).clone()
 
 
-def _scores(output: Any) -> Tensor:
-    """What a network says of each class; some return it within a record."""
-    return output if isinstance(output, Tensor) else output.logits
-
-
 def _unit(images: Tensor) -> Tensor:
     """Images of bytes as numbers in [0, 1]; sounds as they are."""
     return images if images.is_floating_point() else images.float() / 255
@@ -562,6 +579,16 @@ def _statistics(images: Tensor) -> tuple[Tensor, Tensor]:
     variance = squares / count - mean.square()
     # A channel that never changes says nothing, whatever it is divided by.
     return mean, torch.where(variance > 1e-12, variance, 1.0).sqrt()
+
+
+def _spread(epochs: int, most: int) -> set[int]:
+    """At most so many epochs, evenly from the first to the last, which is one of them.
+
+    Example:
+        >>> sorted(_spread(25, 4))
+        [4, 11, 18, 25]
+    """
+    return set(range(epochs, 0, -math.ceil(epochs / most)))
 
 
 def sample_order(seed: int, epoch: int, n: int) -> Tensor:
