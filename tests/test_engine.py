@@ -1,10 +1,15 @@
 """Training: what is measured is right, and no kill changes a bit of it."""
 
+import dataclasses
+import errno
+import importlib.util
 import json
+import math
 import multiprocessing
 import os
 import signal
 import socket
+import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -12,9 +17,9 @@ from typing import Any
 import pytest
 import torch
 
-from gaborium.training import Recipe, train
-from gaborium.training.checkpoints import load_state
-from gaborium.training.datasets import Dataset
+from gaborium import GaborConv2d, files
+from gaborium.training import Checkpoints, Dataset, Recipe, journal, load_state, train
+from gaborium.training.trainer import Trainer, make_optimizers
 
 pytest.importorskip("lightning_fabric")
 pytest.importorskip("safetensors")
@@ -172,3 +177,321 @@ def test_killed_for_good_and_resumed_equals_uninterrupted(data, tmp_path, monkey
     assert in_processes(n, work("killed")) == [0] * n
     assert same(files_of(tmp_path / "killed"), files_of(tmp_path / "whole"))
     assert load_state(tmp_path / "whole/gabor-0/run.safetensors")["run"]["accuracy"] > 0.6
+
+
+def simple_network() -> torch.nn.Module:
+    """Without batch normalisation, which sees other batches in other numbers of processes."""
+    return torch.nn.Sequential(
+        torch.nn.Conv2d(1, 4, 5, padding=2), torch.nn.ReLU(), torch.nn.Flatten(),
+        torch.nn.Linear(4 * 144, 2),
+    )  # fmt: skip
+
+
+def nearly_same(one: Any, other: Any) -> None:
+    """Sums in another order have other last digits, and nothing else."""
+    assert torch.allclose(one.runs[0].kernels, other.runs[0].kernels, atol=1e-5)
+    for mine, theirs in zip(one.runs[0].curve, other.runs[0].curve, strict=True):
+        for name in ("test_loss", "test_accuracy"):
+            assert mine[name] == pytest.approx(theirs[name], rel=1e-3)
+    for name in ("loss", "accuracy"):
+        assert one.runs[0].curve[-1][name] == pytest.approx(other.runs[0].curve[-1][name], rel=1e-3)
+
+
+def test_another_number_of_processes_goes_on_with_a_warning(data, tmp_path, monkeypatch):
+    model, recipe = simple_network(), TINY.replace(learning_rate=1e-3)
+
+    def work(rank: int) -> None:
+        with monkeypatch.context() as patch:
+            if rank == 0:
+                killed_after(patch, 11, kill)
+            train(recipe, model=model, dataset=data, folder=tmp_path, **EVERY)
+
+    assert in_processes(2, work)[0] == -signal.SIGKILL
+    with pytest.warns(UserWarning, match="begun on 2 processes and goes on with 1"):
+        result = train(recipe, model=model, dataset=data, folder=tmp_path, **EVERY)
+    nearly_same(result, train(recipe, model=model, dataset=data))
+
+
+def test_processes_started_here_do_what_one_does(data):
+    model, recipe = simple_network(), TINY.replace(epochs=1, learning_rate=1e-3)
+    lines: list[dict[str, Any]] = []
+    parts = recipe.replace(devices=2, accumulate=2)
+    result = train(parts, model=model, dataset=data, progress=lines.append)
+    nearly_same(result, train(recipe, model=model, dataset=data))
+    assert [line["step"] for line in lines] == [0, 4]
+    assert lines[-1]["n_steps"] == 4
+
+
+# -- what is measured ---------------------------------------------------------------------------
+
+
+def test_a_gabor_layer_learns_moves_and_loses_when_put_back(data):
+    recipe = TINY.replace(beside=("gabor-fixed", "free"), epochs=6, seeds=(0, 1), start="random")
+    result = train(recipe.replace(gabor_learning_rate=0.1), dataset=data)
+    assert [(run.side, run.seed) for run in result.runs] == [
+        (side, seed) for side in ("gabor", "gabor-fixed", "free") for seed in (0, 1)
+    ]
+    gabor, fixed, free = (result.of(side)[0] for side in result.sides)
+    assert gabor.accuracy > 0.9
+    assert all(value > 0 for value in gabor.displacement.values())
+    assert set(gabor.displacement) == {
+        "orientation", "wavelength", "phase", "sigma", "aspect_ratio", "amplitude"
+    }  # fmt: skip
+    difference = gabor.end.difference(gabor.start)["orientation"].abs().mean()
+    assert gabor.displacement["orientation"] == pytest.approx(difference.item(), rel=1e-5)
+    assert gabor.accuracy_put_back is not None
+    assert fixed.accuracy_put_back is None
+    assert set(fixed.displacement.values()) == {0.0}
+    assert (free.params, free.displacement, free.accuracy_put_back) == (None, {}, None)
+    assert (gabor.n_first_parameters, fixed.n_first_parameters) == (24, 0)
+    assert free.n_first_parameters == 100
+    assert gabor.n_parameters - 24 == free.n_parameters - 100
+    assert torch.equal(gabor.kernels[0], fixed.kernels[-1])
+    assert not torch.equal(gabor.kernels[0], gabor.kernels[-1])
+    assert gabor.kernels.shape == (7, 4, 1, 5, 5)
+
+
+def test_put_back_means_the_start_and_nothing_else(data, monkeypatch):
+    seen = []
+    put_back = Trainer._put_back
+
+    def spied(self: Trainer) -> torch.nn.Module:
+        network = put_back(self)
+        seen.append((self.network.state_dict(), network.state_dict(), self._params()))
+        assert self.start.isclose(network.first.params.detach()).all()
+        return network
+
+    monkeypatch.setattr(Trainer, "_put_back", spied)
+    train(TINY, dataset=data)
+    trained, restored, _ = seen[0]
+    moved = {name for name in trained if not torch.equal(trained[name], restored[name])}
+    assert moved
+    assert all(name.startswith("first.") for name in moved)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"network": "energy"},
+        {"network": "energy", "first_layer": "mixed", "beside": ("free",)},
+        {"first_layer": "mixed", "learn": ("orientation",), "beside": ("gabor-fixed",)},
+        {"start": "equal", "precision": "bf16-mixed"},
+        {"precision": "64-true", "stride": 2, "weight_decay": 0.01},
+    ],
+    ids=str,
+)
+def test_every_part_of_a_recipe_trains(data, options):
+    result = train(TINY.replace(**{"epochs": 1, **options}), dataset=data)
+    for run in result.runs:
+        assert math.isfinite(run.curve[-1]["loss"])
+        assert run.kernels.shape[1:] == (4, 1, 5, 5)
+        assert run.kernels.isfinite().all()
+        if run.side != "gabor-fixed":
+            assert not torch.equal(run.kernels[0], run.kernels[-1])
+    if "learn" in options:
+        moved = {name for name, value in result.runs[0].displacement.items() if value > 1e-6}
+        assert moved == {"orientation"}
+
+
+def test_sounds(data):
+    sounds = torch.sin(torch.arange(64.0) * torch.tensor([0.5, 1.5])[data.labels, None])[:, None]
+    sound = Dataset("tones", sounds, data.labels, sounds, data.labels, ("low", "high"))
+    result = train(TINY.replace(epochs=2), dataset=sound)
+    assert result.runs[0].kernels.shape == (3, 4, 1, 5)
+    assert result.runs[0].accuracy > 0.6
+    with pytest.raises(ValueError, match="corruption is for images, and 'tones' has none"):
+        train(TINY.replace(corruption=("noise",)), dataset=sound)
+
+
+def test_corruption_is_measured_for_each_kind_and_strength(data):
+    recipe = TINY.replace(corruption=("noise", "contrast"), beside=("free",), epochs=4)
+    result = train(recipe, dataset=data)
+    for run in result.runs:
+        assert {kind: len(values) for kind, values in run.corrupted.items()} == {
+            "noise": 5, "contrast": 5
+        }  # fmt: skip
+    assert result.runs[0].corrupted["noise"][-1] <= result.runs[0].accuracy
+    means = result.corrupted("gabor", "noise")
+    assert [mean.mean for mean in means] == result.runs[0].corrupted["noise"]
+
+
+def test_images_are_normalised_by_the_training_images(data, monkeypatch):
+    seen, look = [], Trainer._seen
+    monkeypatch.setattr(Trainer, "_seen", lambda *args: seen.append(look(*args)) or seen[-1])
+    train(TINY.replace(epochs=1, batch_size=25), dataset=data)
+    batch = max(seen, key=lambda one: len(one) == 25)
+    assert batch.mean().item() == pytest.approx(0, abs=1e-5)
+    assert batch.std(correction=0).item() == pytest.approx(1, abs=1e-4)
+
+
+def test_no_random_number_of_the_callers_is_drawn(data):
+    torch.manual_seed(5)
+    wanted = torch.rand(3)
+    torch.manual_seed(5)
+    train(TINY.replace(epochs=1), dataset=data)
+    assert torch.equal(torch.rand(3), wanted)
+
+
+# -- networks of the caller's -------------------------------------------------------------------
+
+
+def own_network(n_classes: int = 2) -> torch.nn.Module:
+    return torch.nn.Sequential(
+        torch.nn.Conv2d(1, 6, 4, stride=2, padding=1), torch.nn.BatchNorm2d(6), torch.nn.ReLU(),
+        torch.nn.Dropout(0.3), torch.nn.Flatten(), torch.nn.Linear(6 * 36, n_classes),
+    )  # fmt: skip
+
+
+def test_a_network_of_ones_own_is_copied_and_resumed_exactly(data, tmp_path, monkeypatch):
+    model = own_network()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    whole = train(TINY, model=model, dataset=data)
+    assert whole.runs[0].kernels.shape == (4, 6, 1, 4, 4)
+    assert whole.runs[0].n_first_parameters == 36
+    with monkeypatch.context() as patch:
+        killed_after(patch, 6, strike)
+        with pytest.raises(Struck):
+            train(TINY, model=model, dataset=data, folder=tmp_path, **EVERY)
+    resumed = train(TINY, model=model, dataset=data, folder=tmp_path, **EVERY)
+    assert same(resumed.runs[0].curve, whole.runs[0].curve)
+    assert torch.equal(resumed.runs[0].kernels, whole.runs[0].kernels)
+    assert same(dict(model.state_dict()), before)
+    with pytest.raises(ValueError, match="was trained on other data"):
+        train(TINY, model=own_network(), dataset=data, folder=tmp_path)
+
+
+def test_a_network_that_does_not_suit_is_told(data):
+    with pytest.raises(ValueError, match=r"must return \(batch, 2\), .* got shape \(35, 3\)"):
+        train(TINY, model=own_network(3), dataset=data)
+    dilated = torch.nn.Sequential(torch.nn.Conv2d(1, 4, 3, dilation=2), torch.nn.Flatten())
+    with pytest.raises(ValueError, match="must have groups=1, dilation=1"):
+        train(TINY, model=dilated, dataset=data)
+
+
+# -- what goes wrong ----------------------------------------------------------------------------
+
+
+def test_a_loss_that_is_not_finite_stops_its_run_only(data, tmp_path, monkeypatch):
+    recipe = TINY.replace(beside=("free",))
+    step = Trainer._step
+
+    def spoiled(self: Trainer, rows: torch.Tensor, epoch: int, number: int) -> None:
+        if self.side == "gabor" and (epoch, number) == (1, 2):
+            with torch.no_grad():
+                self.network.classifier.weight.fill_(torch.nan)
+        step(self, rows, epoch, number)
+
+    monkeypatch.setattr(Trainer, "_step", spoiled)
+    with pytest.warns(UserWarning, match="The loss of gabor, seed 0 is not finite at step 7; try"):
+        result = train(recipe, dataset=data, folder=tmp_path, checkpoint_steps=3, log_steps=2)
+    gabor, free = result.runs
+    assert gabor.accuracy is None
+    assert "is not finite at step 7" in gabor.stopped
+    assert str(tmp_path / "gabor-0") in gabor.stopped
+    assert free.accuracy > 0.5
+    latest = Checkpoints(tmp_path / "gabor-0").latest()
+    assert latest["step"] == 6
+    assert all(value.isfinite().all() for value in latest["network"].values())
+    assert lines_of(tmp_path)[-1]["side"] == "free"
+    assert [line["step"] for line in lines_of(tmp_path) if line["kind"] == "stopped"] == [8]
+    row = result.to_table()[0]
+    assert (row["accuracy"], row["n_stopped"]) == (None, 1)
+    json.loads(result.to_json(), parse_constant=lambda token: pytest.fail(token))
+
+
+def test_the_natural_gradient_is_wired_or_told():
+    module = torch.nn.Sequential(torch.nn.Conv2d(1, 2, 3))
+    adam = make_optimizers(module, Recipe(learning_rate=0.5, optimizer="natural"))
+    assert [group["lr"] for group in adam[0].param_groups] == [0.5]
+    gabor = torch.nn.Sequential(GaborConv2d(1, 2, 5), torch.nn.Linear(2, 2))
+    rates = {"learning_rate": 0.5, "gabor_learning_rate": 0.25, "weight_decay": 0.1}
+    (adam,) = make_optimizers(gabor, Recipe(**rates))
+    groups = [(g["lr"], g["weight_decay"], len(g["params"])) for g in adam.param_groups]
+    assert groups == [(0.25, 0.0, 5), (0.5, 0.1, 3)]
+    assert sum(len(g["params"]) for g in adam.param_groups) == len(list(gabor.parameters()))
+    if importlib.util.find_spec("gaborium.optim") is None:
+        with pytest.raises(ImportError, match=r"needs gaborium\.optim, which this version lacks"):
+            make_optimizers(gabor, Recipe(optimizer="natural"))
+    else:
+        natural, rest = make_optimizers(gabor, Recipe(optimizer="natural", **rates))
+        taken = [p for one in (natural, rest) for g in one.param_groups for p in g["params"]]
+        assert len(taken) == len(set(map(id, taken))) == len(list(gabor.parameters()))
+
+
+def test_a_folder_is_of_one_recipe_one_data_set_and_one_process(data, tmp_path, monkeypatch):
+    monkeypatch.setattr(journal, "_PATIENCE", 0.1)
+    recipe = TINY.replace(epochs=1)
+    train(recipe, dataset=data, folder=tmp_path)
+    with pytest.raises(ValueError, match=r"another recipe: epochs \(1 there, 2 here\); choose"):
+        train(TINY.replace(epochs=2), dataset=data, folder=tmp_path)
+    other = dataclasses.replace(data, labels=1 - data.labels)
+    with pytest.raises(ValueError, match="was trained on other data of the name 'stripes'"):
+        train(recipe, dataset=other, folder=tmp_path)
+    filelock = pytest.importorskip("filelock")
+    with (
+        filelock.FileLock(tmp_path / ".lock"),
+        pytest.raises(BlockingIOError, match="Another process is working in"),
+    ):
+        train(recipe, dataset=data, folder=tmp_path)
+    before = files_of(tmp_path)
+    train(recipe, dataset=data, folder=tmp_path)
+    assert same(files_of(tmp_path), before)
+    train(TINY.replace(epochs=2), dataset=data, folder=tmp_path, resume=False)
+    assert lines_of(tmp_path)[-1]["epoch"] == 2
+
+
+def test_a_journal_that_lost_lines_is_not_continued(data, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        killed_after(patch, 6, strike)
+        with pytest.raises(Struck):
+            train(TINY, dataset=data, folder=tmp_path, **EVERY)
+    (tmp_path / "metrics.jsonl").write_text("")
+    with pytest.raises(ValueError, match=r"metrics\.jsonl' has 0 bytes, and had \d+ when"):
+        train(TINY, dataset=data, folder=tmp_path, **EVERY)
+
+
+def test_a_full_disk_stops_with_a_line_and_loses_nothing(data, tmp_path, monkeypatch):
+    save, saved = files.write_bytes, []
+
+    def full(path: Any, content: bytes) -> None:
+        saved.append(path)
+        if len(saved) == 4:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        save(path, content)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(files, "write_bytes", full)
+        with pytest.raises(OSError, match="No space left on device"):
+            train(TINY, dataset=data, folder=tmp_path / "a", **EVERY)
+    train(TINY, dataset=data, folder=tmp_path / "a", **EVERY)
+    train(TINY, dataset=data, folder=tmp_path / "b", **EVERY)
+    assert same(files_of(tmp_path / "a"), files_of(tmp_path / "b"))
+
+
+def test_too_small_batches_and_missing_devices_are_told(data):
+    for options, told in (
+        ({"checkpoint_steps": 0}, "checkpoint_steps must be at least 1, got 0"),
+        ({"log_steps": 0}, "log_steps must be at least 1, got 0"),
+    ):
+        with pytest.raises(ValueError, match=told):
+            train(TINY, dataset=data, **options)
+    if not torch.cuda.is_available():
+        with pytest.raises(ValueError, match=r"accelerator='cuda' with devices=1 is not to be had"):
+            train(TINY.replace(accelerator="cuda"), dataset=data)
+
+
+def test_tensorboard_gets_the_lines(data, tmp_path):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    train(TINY.replace(epochs=1), dataset=data, folder=tmp_path, tensorboard=True)
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    (value,) = events.Scalars("gabor, seed 0/epoch loss")
+    (line,) = [one for one in lines_of(tmp_path) if one["epoch"] == 1]
+    assert (value.step, value.value) == (line["step"], pytest.approx(line["loss"], rel=1e-6))
+
+
+def test_without_tensorboard_a_line_says_so(data, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tensorboard", None)
+    with pytest.warns(UserWarning, match="TensorBoard is not installed"):
+        train(TINY.replace(epochs=1), dataset=data, folder=tmp_path, tensorboard=True)

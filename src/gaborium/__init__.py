@@ -24,6 +24,9 @@ _HOMES = {
     "GaborConv3d": "layers",
     "suggest_kernel_size": "layers",
     "MixedConv": "mixed",
+    "train": "training",
+    "Recipe": "training",
+    "TrainResult": "training",
     "gabor": "kernels",
     "gabor_jacobian": "kernels",
     "quadrature_pair": "kernels",
@@ -32,11 +35,12 @@ _HOMES = {
     "sigma_from_bandwidth": "spectrum",
     "dc_response": "spectrum",
 }
-_NAMESPACES = ("diagnostics", "interop")
+_NAMESPACES = ("diagnostics", "interop", "training")
 
 if TYPE_CHECKING:
     from gaborium import diagnostics as diagnostics
     from gaborium import interop as interop
+    from gaborium import training as training
     from gaborium.fitting import FitResult as FitResult
     from gaborium.fitting import FitShards as FitShards
     from gaborium.fitting import Outcome as Outcome
@@ -58,6 +62,9 @@ if TYPE_CHECKING:
     from gaborium.spectrum import dc_response as dc_response
     from gaborium.spectrum import gabor_spectrum as gabor_spectrum
     from gaborium.spectrum import sigma_from_bandwidth as sigma_from_bandwidth
+    from gaborium.training import Recipe as Recipe
+    from gaborium.training import TrainResult as TrainResult
+    from gaborium.training import train as train
 
 __all__ = ["__version__", *_HOMES, *_NAMESPACES]  # noqa: PLE0604
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import os
 import shlex
 import signal
 import sys
@@ -11,7 +12,7 @@ import textwrap
 import time
 import warnings
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NoReturn
@@ -397,6 +398,123 @@ def diagnose(
     _print_end(console, out / name, begun)
 
 
+def train(
+    recipe: Path | None = None,
+    /,
+    *,
+    data: str | None = None,
+    data_folder: str | None = None,
+    samples_per_class: int | None = None,
+    network: str | None = None,
+    first_layer: str | None = None,
+    beside: tuple[str, ...] | None = None,
+    n_filters: int | None = None,
+    kernel_size: int | None = None,
+    stride: int | None = None,
+    start: str | None = None,
+    learn: tuple[str, ...] | None = None,
+    optimizer: str | None = None,
+    learning_rate: float | None = None,
+    gabor_learning_rate: float | None = None,
+    weight_decay: float | None = None,
+    epochs: int | None = None,
+    batch_size: int | None = None,
+    seeds: tuple[int, ...] | None = None,
+    corruption: tuple[str, ...] | None = None,
+    accelerator: str | None = None,
+    devices: int | None = None,
+    precision: str | None = None,
+    accumulate: int | None = None,
+    download: bool = False,
+    tensorboard: bool = False,
+    name: str = "train",
+    out: Path = Path("runs"),
+    overwrite: bool = False,
+) -> None:
+    """Train a small network, with a Gabor first layer and beside it with an ordinary one.
+
+    Without anything it learns textures that come with scikit-image. Writes recipe.toml,
+    metrics.jsonl as it goes, checkpoints, result.json, report.html and figures. Called again with
+    the same recipe and name after it was stopped, it goes on where it was.
+
+    Args:
+        recipe: A recipe as a TOML file. The options below stand above what it says.
+        data: "textures", "digits", "fashion-mnist", "mnist", "cifar10", "kth-tips", "brodatz",
+            "spoken-digits", a folder of images, or an .npz file.
+        data_folder: Where the files of a named data set are.
+        samples_per_class: Training images of each class; by default all.
+        network: "cnn", or "energy": a linear classifier on pooled Gabor energy.
+        first_layer: "gabor", "gabor-fixed", "mixed" or "free".
+        beside: First layers to train the same network with, for comparison.
+        n_filters: Filters of the first layer.
+        kernel_size: Of the first layer, px.
+        stride: Of the first layer, px.
+        start: Of the Gabor filters: "bank", "random", "v1" or "equal".
+        learn: Fields of the Gabor filters that train.
+        optimizer: Of the Gabor parameters: "adam" or "natural".
+        learning_rate: Of all that is no Gabor parameter.
+        gabor_learning_rate: Of the Gabor parameters.
+        weight_decay: Of all that is no Gabor parameter.
+        epochs: Passes over the training images.
+        batch_size: Images of one step at most.
+        seeds: A network is trained for each.
+        corruption: Kinds under which accuracy is measured: "noise", "blur", "contrast", "fog",
+            "pixelate".
+        accelerator: "auto", "cpu", "cuda" or "mps".
+        devices: Processes on this machine, with a device each.
+        precision: "32-true", "64-true" or "bf16-mixed".
+        accumulate: Parts in which each batch goes through the network.
+        download: Fetch what is missing in data_folder from where it was published.
+        tensorboard: Write for TensorBoard too, where it is installed.
+        name: Name of the run.
+        out: Folder of all runs.
+        overwrite: Begin again, and replace an earlier run of this name.
+    """
+    given = dict(locals())
+    begun = time.monotonic()
+    console = require("rich.console", extra="cli", purpose="Commands").Console()
+    _check_name(name)
+    if recipe is not None and not recipe.is_file():
+        raise FileNotFoundError(f"There is no recipe {str(recipe)!r}.")
+
+    with console.status("Loading PyTorch"):
+        import torch
+
+        from gaborium.reporting import write_training
+        from gaborium.training import Recipe, load_dataset
+        from gaborium.training import train as follow
+
+    torch.set_num_threads(1)  # as in recover
+    chosen = Recipe() if recipe is None else Recipe.from_toml(recipe)
+    fields = {field: given[field] for field in vars(chosen) if given[field] is not None}
+    chosen = chosen.replace(**fields)
+    # Told before any work is done, and not after it.
+    for package in ("jinja2", "matplotlib", "plotly"):
+        require(package, extra="report", purpose="Reports")
+    with console.status("Loading the images"):
+        dataset = load_dataset(chosen.data, chosen.data_folder, download=download)
+    folder = out / name
+    try:
+        with _training_progress(console, chosen) as progress:
+            result = follow(
+                chosen,
+                dataset=dataset,
+                folder=folder,
+                resume=not overwrite,
+                tensorboard=tensorboard,
+                progress=progress,
+            )
+    except KeyboardInterrupt:
+        _say(f"Interrupted; the same command goes on from the last checkpoint in {folder}.")
+        sys.exit(_INTERRUPTED)
+    if int(os.environ.get("RANK", "0")):
+        return  # of several processes that torchrun started, the first one tells
+    with console.status("Writing the report"):
+        write_training(result, folder, facts={"command": _command()})
+    _print_training(console, result)
+    _print_end(console, folder, begun)
+
+
 _EXPERIMENT = (
     *("image", "orientation", "wavelength", "phase", "sigma", "aspect_ratio"),
     *("start_orientation", "padding", "crop", "max_images", "loss", "learning_rate", "momentum"),
@@ -510,6 +628,63 @@ class _progress:  # noqa: N801  (used like a function)
         if stage not in self._tasks:
             self._tasks[stage] = self._bars.add_task(stage, total=total)
         self._bars.update(self._tasks[stage], completed=done)
+
+
+class _training_progress:  # noqa: N801  (used like a function)
+    """A bar for each run on a terminal; elsewhere a line for each evaluation."""
+
+    def __init__(self, console: Any, recipe: Any) -> None:
+        self._console, self._recipe = console, recipe
+        self._bars = _progress(console) if console.is_terminal else None
+        self._update: Any = None
+
+    def __enter__(self) -> Any:
+        if self._bars is not None:
+            self._update = self._bars.__enter__()
+        return self._tell
+
+    def __exit__(self, *error: object) -> None:
+        if self._bars is not None:
+            self._bars.__exit__(*error)
+
+    def _tell(self, line: Mapping[str, Any]) -> None:
+        run = f"{line['side']}, seed {line['seed']}"
+        if self._update is not None:
+            self._update(run, line["step"], line["n_steps"])
+        elif line["kind"] == "epoch" and "test_accuracy" in line and line["step"]:
+            loss = f", loss {line['loss']:.3g}" if "loss" in line else ""
+            self._console.print(
+                f"{run}: epoch {line['epoch']} of {self._recipe.epochs}{loss}, test accuracy "
+                f"{100 * line['test_accuracy']:.1f} %",
+                highlight=False,
+            )
+
+
+def _print_training(console: Any, result: Any) -> None:
+    from gaborium.reporting import in_percent, training_headline, training_sentences
+
+    text = require("rich.text", extra="cli", purpose="Commands").Text
+    seeds = len(result.recipe.seeds)
+    table = _table(
+        f"{result.data['name']}, {result.data['n_train']} training images, {seeds} "
+        f"seed{'s' if seeds > 1 else ''}",
+        ("test accuracy", "put back", *(["corrupted"] if result.recipe.corruption else []),
+         "numbers in it"),
+        first=("first layer",),
+    )  # fmt: skip
+    for side in result.sides:
+        corrupted = [in_percent(result.mean_corrupted(side))] if result.recipe.corruption else []
+        table.add_row(
+            side,
+            in_percent(result.accuracy(side)),
+            in_percent(result.accuracy_put_back(side)),
+            *corrupted,
+            str(result.of(side)[0].n_first_parameters),
+        )
+    console.print(table)
+    console.print(text(training_headline(result), "bold"), highlight=False)
+    for sentence in training_sentences(result).values():
+        console.print(text(sentence), highlight=False)
 
 
 def _print_recovery(console: Any, result: Any, names: list[str]) -> None:
@@ -692,6 +867,12 @@ def _app(cyclopts: Any) -> Any:
     app.command(recover)
     # A default that is on needs a way to turn it off.
     app.command(diagnose)
+    app.command(
+        train,
+        default_parameter=cyclopts.Parameter(
+            negative=None, negative_bool=(), negative_iterable=("no-",)
+        ),
+    )
     app.command(fit, default_parameter=cyclopts.Parameter(negative=None, negative_bool=("no-",)))
     return app
 

@@ -1,7 +1,30 @@
-"""Networks trained on real images, their Gabor layer beside the ordinary one."""
+"""Networks trained on real images, their Gabor layer beside the ordinary one.
 
+``recipe`` says how, ``engine`` follows it on any number of processes, ``trainer`` is one run of it,
+with ``checkpoints`` and a ``journal`` that survive kills, and ``results`` is what comes out.
+``datasets``, ``corruptions`` and ``networks`` are what it is made of.
+"""
+
+from gaborium.training.checkpoints import Checkpoints, load_state, save_state
+from gaborium.training.corruptions import corrupt
+from gaborium.training.datasets import Dataset, load_dataset
 from gaborium.training.engine import train
+from gaborium.training.networks import build_network, first_layer
 from gaborium.training.recipe import Recipe
-from gaborium.training.results import TrainResult
+from gaborium.training.results import Mean, Run, TrainResult
 
-__all__ = ["Recipe", "TrainResult", "train"]
+__all__ = [
+    "Checkpoints",
+    "Dataset",
+    "Mean",
+    "Recipe",
+    "Run",
+    "TrainResult",
+    "build_network",
+    "corrupt",
+    "first_layer",
+    "load_dataset",
+    "load_state",
+    "save_state",
+    "train",
+]

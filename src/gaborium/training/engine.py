@@ -22,7 +22,14 @@ from gaborium.training.datasets import Dataset, load_dataset
 from gaborium.training.journal import Journal, Progress, claimed
 from gaborium.training.recipe import Recipe
 from gaborium.training.results import Run, TrainResult
-from gaborium.training.trainer import RUN_FILE, Job, Trainer, digest
+from gaborium.training.trainer import (
+    RUN_FILE,
+    Job,
+    Trainer,
+    digest,
+    make_network,
+    make_optimizers,
+)
 
 
 def train(
@@ -90,6 +97,10 @@ def train(
         dataset = load_dataset(recipe.data, recipe.data_folder)
     if recipe.corruption and dataset.n_dims != 2:
         raise ValueError(f"corruption is for images, and {dataset.name!r} has none; leave it out.")
+    for side in recipe.sides:  # what cannot be made is told before anything is written
+        seed = recipe.seeds[0]
+        data = dataset.subset(recipe.samples_per_class, seed)
+        make_optimizers(make_network(recipe, model, data, side, seed)[0], recipe)
     job = Job(
         recipe=recipe,
         model=model,
@@ -112,7 +123,7 @@ def train(
         tuple(runs),
         data={
             "name": dataset.name,
-            "n_train": len(dataset.subset(recipe.samples_per_class, recipe.seeds[0]).labels),
+            "n_train": len(data.labels),
             "n_test": len(dataset.test_labels),
             "n_classes": dataset.n_classes,
             "image_size": list(dataset.image_size),

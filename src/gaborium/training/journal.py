@@ -18,6 +18,7 @@ from gaborium.training.recipe import Recipe
 
 RECIPE_FILE, METRICS_FILE = "recipe.toml", "metrics.jsonl"
 Progress = Callable[[Mapping[str, Any]], None]
+_PATIENCE = 5.0  # seconds that a process may take to notice that its starter was killed
 _HARDWARE = ("accelerator", "devices")  # may change when a run is taken up again
 
 
@@ -35,9 +36,8 @@ def claimed(folder: Path, recipe: Recipe, *, resume: bool) -> Iterator[None]:
             f"{shown} holds {foreign[0]!r} and no {RECIPE_FILE}, so it may be other work; choose "
             "another folder."
         )
-    # The system holds the lock: however a process ends, its lock ends with it. A process whose
-    # starter was killed needs a moment to notice.
-    lock = filelock.FileLock(folder / ".lock", timeout=5)
+    # The system holds the lock: however a process ends, its lock ends with it.
+    lock = filelock.FileLock(folder / ".lock", timeout=_PATIENCE)
     try:
         lock.acquire()
     except filelock.Timeout:

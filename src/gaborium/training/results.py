@@ -36,8 +36,8 @@ class Mean(NamedTuple):
         """Of some values.
 
         Example:
-            >>> Mean.of([0.8, 0.9])
-            Mean(mean=0.85..., standard_error=0.05..., n=2)
+            >>> Mean.of([0.5, 1.0])
+            Mean(mean=0.75, standard_error=0.25, n=2)
         """
         n = len(values)
         error = statistics.stdev(values) / math.sqrt(n) if n > 1 else math.nan

@@ -121,63 +121,13 @@ class Trainer:
         self.evaluated = _spread(recipe.epochs, _N_EVALUATIONS)
         self.seen_after = _spread(recipe.epochs, _N_SNAPSHOTS)
 
-        self.network, self.first = self._network(data)
+        self.network, self.first = make_network(recipe, self.job.model, data, self.side, self.seed)
         self.gabor: Any = gabor_layer(self.first)
         self.start = None if self.gabor is None else self._params()
         optimizers = make_optimizers(self.network, recipe)
         self.module, *self.optimizers = fabric.setup(self.network, *optimizers)
         self.state = _State()
         self.begun = time.monotonic()
-
-    def _network(self, data: Dataset) -> tuple[nn.Module, nn.Module]:
-        """The network of this run, and the first layer in it."""
-        recipe, made = self.job.recipe, []
-
-        def layer(**options: Any) -> nn.Module:
-            learns = self.side in ("gabor", "mixed")
-            made.append(
-                first_layer(
-                    self.side,
-                    n_dims=data.n_dims,
-                    start=recipe.start,
-                    learn=recipe.learn if learns else None,
-                    seed=self.seed,
-                    **options,
-                )
-            )
-            return made[0]
-
-        def stand_in(conv: Any) -> nn.Module:
-            if conv.groups != 1 or set(conv.dilation) != {1} or conv.padding_mode != "zeros":
-                raise ValueError(
-                    "The first convolution of model must have groups=1, dilation=1 and "
-                    f"padding_mode='zeros', got {conv}."
-                )
-            return layer(
-                in_channels=conv.in_channels,
-                n_filters=conv.out_channels,
-                kernel_size=conv.kernel_size,
-                stride=conv.stride,
-                padding=conv.padding,
-            )
-
-        if self.job.model is not None:
-            return replace_first_conv(self.job.model, stand_in), made[0]
-        first = layer(
-            in_channels=data.n_channels,
-            n_filters=recipe.n_filters,
-            kernel_size=recipe.kernel_size,
-            stride=recipe.stride,
-            output="energy" if recipe.network == "energy" else "real",
-        )
-        network = build_network(
-            recipe.network,
-            first=first,
-            image_size=data.image_size,
-            n_classes=data.n_classes,
-            seed=self.seed,
-        )
-        return network, first
 
     def _held(self, images: Tensor) -> Tensor:
         return images.to(self.fabric.device) if images.nbytes <= _HELD else images
@@ -508,6 +458,59 @@ def _gathered(fabric: Any, values: Tensor) -> Tensor:
     every = [torch.empty_like(values) for _ in range(fabric.world_size)]
     torch.distributed.all_gather(every, values)
     return torch.stack(every).cpu()
+
+
+def make_network(
+    recipe: Recipe, model: nn.Module | None, data: Dataset, side: str, seed: int
+) -> tuple[nn.Module, nn.Module]:
+    """The network of one run before training, and the first layer in it."""
+    made: list[nn.Module] = []
+
+    def layer(**options: Any) -> nn.Module:
+        learns = side in ("gabor", "mixed")
+        made.append(
+            first_layer(
+                side,
+                n_dims=data.n_dims,
+                start=recipe.start,
+                learn=recipe.learn if learns else None,
+                seed=seed,
+                **options,
+            )
+        )
+        return made[0]
+
+    def stand_in(conv: Any) -> nn.Module:
+        if conv.groups != 1 or set(conv.dilation) != {1} or conv.padding_mode != "zeros":
+            raise ValueError(
+                "The first convolution of model must have groups=1, dilation=1 and "
+                f"padding_mode='zeros', got {conv}."
+            )
+        return layer(
+            in_channels=conv.in_channels,
+            n_filters=conv.out_channels,
+            kernel_size=conv.kernel_size,
+            stride=conv.stride,
+            padding=conv.padding,
+        )
+
+    if model is not None:
+        return replace_first_conv(model, stand_in), made[0]
+    first = layer(
+        in_channels=data.n_channels,
+        n_filters=recipe.n_filters,
+        kernel_size=recipe.kernel_size,
+        stride=recipe.stride,
+        output="energy" if recipe.network == "energy" else "real",
+    )
+    network = build_network(
+        recipe.network,
+        first=first,
+        image_size=data.image_size,
+        n_classes=data.n_classes,
+        seed=seed,
+    )
+    return network, first
 
 
 def make_optimizers(module: nn.Module, recipe: Recipe) -> list[torch.optim.Optimizer]:

@@ -1,0 +1,173 @@
+"""``gaborium train``: what it writes, how it goes on, and what it refuses."""
+
+import dataclasses
+import inspect
+import json
+import signal
+from pathlib import Path
+
+import pytest
+
+import gaborium.reporting
+from gaborium import cli
+from gaborium.training import Recipe
+from gaborium.training.trainer import Trainer
+
+for package in ("cyclopts", "lightning_fabric", "safetensors", "plotly"):
+    pytest.importorskip(package)
+np = pytest.importorskip("numpy")
+
+FAST = ["--epochs", "2", "--seeds", "0", "--n-filters", "4", "--kernel-size", "5"]
+FAST += ["--batch-size", "16", "--accelerator", "cpu"]
+
+
+def run(*tokens: str) -> int:
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["train", *tokens])
+    return int(stop.value.code)
+
+
+def one_line(capsys: pytest.CaptureFixture[str]) -> str:
+    text = capsys.readouterr().err
+    assert text.count("\n") == 1, text
+    return text
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    generator = np.random.default_rng(0)
+    labels = np.arange(60) % 2
+    images = generator.integers(0, 255, (60, 12, 12)) // 2 + 100 * labels[:, None, None]
+    parts = {
+        "x_train": images[:40].astype("uint8"), "y_train": labels[:40],
+        "x_test": images[40:].astype("uint8"), "y_test": labels[40:],
+    }  # fmt: skip
+    np.savez(tmp_path / "data.npz", **parts)
+    handler = signal.getsignal(signal.SIGTERM)
+    yield tmp_path
+    signal.signal(signal.SIGTERM, handler)
+
+
+def test_it_writes_recipe_metrics_checkpoints_result_and_report(folder, capsys):
+    assert run("--data", "data.npz", *FAST, "--corruption", "noise", "blur") == 0
+    place = folder / "runs/train"
+    recipe = Recipe.from_toml(place / "recipe.toml")
+    assert (recipe.epochs, recipe.seeds, recipe.corruption) == (2, (0,), ("noise", "blur"))
+    result = json.loads((place / "result.json").read_text(encoding="utf-8"))
+    assert result["recipe"]["n_filters"] == 4
+    assert [row["first_layer"] for row in result["table"]] == ["gabor", "free"]
+    assert result["facts"]["command"].startswith("gaborium")
+    assert "</html>" in (place / "report.html").read_text(encoding="utf-8")
+    assert {path.name for path in place.glob("*.png")} == {"training.png", "filters.png"}
+    assert len(list((place / "gabor-0").glob("checkpoint-*.safetensors"))) == 2
+    shown = capsys.readouterr().out
+    accuracy = 100 * result["table"][0]["accuracy"]
+    assert "gabor, seed 0: epoch 2 of 2, loss " in shown
+    assert f"test accuracy {accuracy:.1f} %" in shown
+    assert "With a learned Gabor first layer" in shown
+    assert "runs/train/report.html" in shown
+
+
+@pytest.fixture
+def unreported(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the report, which has a test and takes long."""
+    monkeypatch.setattr(gaborium.reporting, "write_training", lambda *_, **__: ())
+
+
+@pytest.mark.usefixtures("unreported")
+def test_flags_stand_above_the_file(folder):
+    Recipe(data="data.npz", epochs=7, n_filters=6, beside=("gabor-fixed",)).to_toml("my.toml")
+    assert run("my.toml", *FAST, "--no-beside", "--name", "mine") == 0
+    recipe = Recipe.from_toml(folder / "runs/mine/recipe.toml")
+    assert (recipe.data, recipe.epochs, recipe.n_filters, recipe.beside) == ("data.npz", 2, 4, ())
+
+
+@pytest.mark.usefixtures("unreported")
+def test_interrupted_it_says_how_to_go_on_and_does(folder, capsys, monkeypatch):
+    steps, step = [], Trainer._step
+
+    def interrupted(self: Trainer, *args: object) -> None:
+        steps.append(args)
+        if len(steps) == 5:
+            raise KeyboardInterrupt
+        step(self, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "_step", interrupted)
+        assert run("--data", "data.npz", *FAST) == 130
+    assert "Interrupted; the same command goes on from the last checkpoint in" in one_line(capsys)
+    assert not list(folder.glob("runs/train/free-0"))
+    steps.clear()
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "_step", lambda self, *args: steps.append(0) or step(self, *args))
+        assert run("--data", "data.npz", *FAST) == 0
+    assert len(steps) == 3 + 6  # from the third of six steps, then the free side
+    assert run("--data", "data.npz", *FAST) == 0  # nothing is left to do
+
+
+@pytest.mark.usefixtures("unreported")
+def test_another_recipe_in_the_same_folder_needs_overwrite(folder, capsys):
+    assert run("--data", "data.npz", *FAST, "--no-beside") == 0
+    capsys.readouterr()
+    other = ["--data", "data.npz", *FAST, "--no-beside", "--stride", "2"]
+    assert run(*other) == 2
+    assert "holds another recipe: stride (1 there, 2 here)" in one_line(capsys)
+    assert run(*other, "--overwrite") == 0
+    assert Recipe.from_toml(folder / "runs/train/recipe.toml").stride == 2
+
+
+@pytest.mark.parametrize(
+    ("tokens", "told"),
+    [
+        (["--epochs", "0"], "epochs must be at least 1, got 0."),
+        (["--epochs", "x"], "epochs"),
+        (["--first-layer", "gabour"], "first_layer must be one of 'free', 'gabor'"),
+        (["--data", "fashion-mnist"], "needs folder"),
+        (["--data", "fashion-mnist", "--data-folder", "none"], "none"),
+        (["--data", "nowhere/data"], "nowhere/data"),
+        (["--data", "data.npz", "--samples-per-class", "999"], "at most 20"),
+        (["--optimizer", "newton"], "optimizer must be one of 'adam', 'natural'"),
+        (["none.toml"], "There is no recipe 'none.toml'."),
+        (["bad.toml"], "'bad.toml' has no field 'epoch'"),
+        (["--name", "../x"], "--name must be a plain folder name"),
+        (["--data", "data.npz", "--kernel-size", "5", "--devices", "99"], "99"),
+    ],
+)
+def test_what_it_cannot_do_is_told_in_a_line(folder, capsys, tokens, told):
+    (folder / "bad.toml").write_text("epoch = 3\n")
+    extra = ["--accelerator", "cuda"] if "99" in tokens else []
+    assert run(*tokens, *extra) == 2
+    assert told in one_line(capsys)
+    assert not (folder / "runs").exists()
+
+
+def test_a_folder_with_other_work_is_left_alone(folder, capsys):
+    (folder / "runs/train").mkdir(parents=True)
+    (folder / "runs/train/thesis.tex").write_text("work")
+    for more in ([], ["--overwrite"]):
+        assert run("--data", "data.npz", *FAST, *more) == 2
+        assert "holds 'thesis.tex' and no recipe.toml" in one_line(capsys)
+    assert (folder / "runs/train/thesis.tex").read_text() == "work"
+
+
+def test_every_field_of_a_recipe_has_a_flag():
+    fields = {field.name for field in dataclasses.fields(Recipe)}
+    flags = inspect.signature(cli.train).parameters
+    assert fields <= set(flags)
+    assert {name for name in fields if flags[name].default is not None} == set()
+    text = inspect.getdoc(cli.train)
+    assert [name for name in flags if f"    {name}: " not in text] == []
+
+
+def test_a_terminal_sees_bars():
+    from rich.console import Console
+
+    console = Console(force_terminal=True, width=80, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    with cli._training_progress(console, Recipe()) as progress:
+        progress({"kind": "step", "side": "gabor", "seed": 0, "step": 3, "n_steps": 10})
+        progress({"kind": "step", "side": "free", "seed": 0, "step": 10, "n_steps": 10})
+    console.file.close()
+    shown = console.export_text()
+    assert "gabor, seed 0" in shown
+    assert "3/10" in shown
