@@ -17,6 +17,7 @@ import gaborium
 from gaborium import diagnostics
 from gaborium.cli import diagnose as diagnose_command
 from gaborium.cli import recover as recover_command
+from gaborium.cli import train as train_command
 from gaborium.diagnostics.diagnosis import _ORDER as CAUSES
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -123,17 +124,22 @@ def test_the_pages_build_without_a_warning(tmp_path):
     names |= {f"gaborium.diagnostics.{name}" for name in diagnostics.__all__}
     anchors = set(re.findall(r'id="([\w.-]+)"', html["reference"]))
     # Modules, whose functions are there.
-    assert names - anchors == {"gaborium.diagnostics", "gaborium.interop"}
+    assert names - anchors == {"gaborium.diagnostics", "gaborium.interop", "gaborium.training"}
 
 
 @pytest.mark.parametrize(
-    ("page", "command"), [("experiment", recover_command), ("diagnostics", diagnose_command)]
+    ("page", "command"),
+    [
+        ("experiment", recover_command),
+        ("diagnostics", diagnose_command),
+        ("training", train_command),
+    ],
 )
 def test_options_on_a_page_exist(page, command):
     text = (DOCS / f"{page}.md").read_text(encoding="utf-8")
     named = {name.replace("-", "_") for name in re.findall(r"--([a-z][a-z-]+)", text)}
     assert named
-    assert named - {"help"} <= set(inspect.signature(command).parameters)
+    assert named - {"help", "nproc_per_node"} <= set(inspect.signature(command).parameters)
 
 
 def test_every_cause_is_in_the_table_of_causes():

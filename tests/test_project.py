@@ -21,6 +21,7 @@ OPTIONAL = {
     "filelock",
     "jinja2",
     "joblib",
+    "lightning_fabric",
     "matplotlib",
     "plotly",
     "rich",
