@@ -18,7 +18,15 @@ import pytest
 import torch
 
 from gaborium import GaborConv2d, files
-from gaborium.training import Checkpoints, Dataset, Recipe, journal, load_state, train
+from gaborium.training import (
+    Checkpoints,
+    Dataset,
+    Recipe,
+    journal,
+    load_state,
+    train,
+    trainer,
+)
 from gaborium.training.trainer import Trainer, make_optimizers
 
 pytest.importorskip("lightning_fabric")
@@ -303,16 +311,43 @@ def test_sounds(data):
         train(TINY.replace(corruption=("noise",)), dataset=sound)
 
 
-def test_corruption_is_measured_for_each_kind_and_strength(data):
-    recipe = TINY.replace(corruption=("noise", "contrast"), beside=("free",), epochs=4)
+def test_corruption_is_measured_for_each_kind_and_strength(data, monkeypatch):
+    seen = []
+
+    def corrupted(images: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        seen.append((*args, kwargs, images.aminmax()))
+        return torch.zeros_like(images) if args == ("noise", 3) else images
+
+    monkeypatch.setattr(trainer, "corrupt", corrupted)
+    monkeypatch.setattr(trainer, "_EVALUATED", 20)
+    recipe = TINY.replace(corruption=("noise", "fog"), epochs=4)
     result = train(recipe, dataset=data)
-    for run in result.runs:
-        assert {kind: len(values) for kind, values in run.corrupted.items()} == {
-            "noise": 5, "contrast": 5
-        }  # fmt: skip
-    assert result.runs[0].corrupted["noise"][-1] <= result.runs[0].accuracy
-    means = result.corrupted("gabor", "noise")
-    assert [mean.mean for mean in means] == result.runs[0].corrupted["noise"]
+    (run,) = result.runs
+    assert [call[:2] for call in seen[::2]] == [
+        (kind, strength) for kind in ("noise", "fog") for strength in range(1, 6)
+    ]
+    assert [call[2] for call in seen[:2]] == [{"seed": 0, "first": 0}, {"seed": 0, "first": 20}]
+    assert max(call[3].max for call in seen) <= 1
+    shares = [(data.test_labels == label).double().mean().item() for label in (0, 1)]
+    assert run.corrupted["noise"].pop(2) in shares
+    assert run.corrupted["noise"] + run.corrupted["fog"] == [run.accuracy] * 9
+
+
+@pytest.mark.parametrize("n", [1, 2])
+def test_what_is_measured_is_that_of_the_network_in_the_checkpoint(data, tmp_path, monkeypatch, n):
+    monkeypatch.setattr(trainer, "_EVALUATED", 8)
+    assert in_processes(n, lambda _: train(TINY, dataset=data, folder=tmp_path)) == [0] * n
+    network, _ = trainer.make_network(TINY, None, data, "gabor", 0)
+    network.load_state_dict(Checkpoints(tmp_path / "gabor-0").latest()["network"])
+    unit, mean, std = data.test_images / 255, *torch.std_mean(data.images / 255)[::-1]
+    with torch.no_grad():
+        scores = network.eval()((unit - mean) / std)
+    line = lines_of(tmp_path)[-1]
+    loss = torch.nn.functional.cross_entropy(scores, data.test_labels).item()
+    # Losses this small have few digits in single precision.
+    assert line["test_loss"] == pytest.approx(loss, rel=0.01)
+    hits = (scores.argmax(1) == data.test_labels).double().mean().item()
+    assert line["test_accuracy"] == pytest.approx(hits)
 
 
 def test_images_are_normalised_by_the_training_images(data, monkeypatch):
