@@ -31,11 +31,12 @@ _HOMES = {
     "sigma_from_bandwidth": "spectrum",
     "dc_response": "spectrum",
 }
-_NAMESPACES = ("diagnostics", "interop")
+_NAMESPACES = ("diagnostics", "interop", "optim")
 
 if TYPE_CHECKING:
     from gaborium import diagnostics as diagnostics
     from gaborium import interop as interop
+    from gaborium import optim as optim
     from gaborium.fitting import FitResult as FitResult
     from gaborium.fitting import FitShards as FitShards
     from gaborium.fitting import Outcome as Outcome
