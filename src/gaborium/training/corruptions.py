@@ -18,7 +18,7 @@ STRENGTHS: dict[str, tuple[float, ...]] = {
     "blur": (0.5, 0.75, 1.0, 1.5, 2.0),  # standard deviation of the Gaussian, px
     "contrast": (0.7, 0.5, 0.35, 0.2, 0.1),  # what is left of the differences to the mean
     "fog": (0.2, 0.35, 0.5, 0.65, 0.75),  # share of the light that comes from the fog
-    "pixelate": (0.75, 0.6, 0.5, 0.4, 0.3),  # pixels kept along each axis
+    "pixelate": (2, 3, 4, 5, 6),  # side of a block of one colour, px
 }
 KINDS = tuple(STRENGTHS)
 N_STRENGTHS = 5
@@ -106,10 +106,11 @@ def _fog(images: Tensor, share: float, seed: int, first: int) -> Tensor:
     return (1 - share) * images + share * light
 
 
-def _pixelate(images: Tensor, share: float, *_: int) -> Tensor:
-    size = [max(1, round(share * side)) for side in images.shape[2:]]
-    coarse = F.interpolate(images, size=size, mode="area")
-    return F.interpolate(coarse, size=list(images.shape[2:]), mode="nearest")
+def _pixelate(images: Tensor, side: float, *_: int) -> Tensor:
+    block, (height, width) = int(side), images.shape[2:]
+    means = F.avg_pool2d(images, block, ceil_mode=True)  # the last blocks are cut by the border
+    whole = means.repeat_interleave(block, 2).repeat_interleave(block, 3)
+    return whole[..., :height, :width]
 
 
 _APPLY: dict[str, Callable[[Tensor, float, int, int], Tensor]] = {

@@ -312,9 +312,10 @@ class SmallCNN(nn.Module):
 class EnergyClassifier(nn.Module):
     """A linear classifier of a first layer's energies, pooled over the cells of a grid.
 
-    Energies are averaged over each cell, compressed by a square root, normalised over the batch
-    channel by channel, and classified linearly: all that is not linear is the first layer's norm
-    of each pair and the root.
+    Energies are averaged over each cell, normalised over the batch channel by channel, and
+    classified linearly: all that is not linear is the first layer's norm of each pair. Inputs
+    should have mean 0: no normalisation lies before the norm, and a brightness common to all
+    images would drown what differs in free kernels' energies.
 
     Args:
         first: a layer with ``output="energy"``.
@@ -349,9 +350,7 @@ class EnergyClassifier(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         """Logits ``(batch, n_classes)``."""
-        pooled = self.pool(self.first(input))
-        # The root's slope at 0 is infinite.
-        return self.classifier(self.norm((pooled + 1e-6).sqrt()).flatten(1))
+        return self.classifier(self.norm(self.pool(self.first(input))).flatten(1))
 
 
 class GridPool(nn.Module):
