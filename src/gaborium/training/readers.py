@@ -33,7 +33,8 @@ _CIFAR_RECORD = 1 + 3 * 32 * 32  # bytes: the label, then the red, green and blu
 _CIFAR_TRAIN = tuple(f"data_batch_{number}.bin" for number in range(1, 6))
 _CIFAR_TEST = ("test_batch.bin",)
 
-# Decoders of bzip2 and LZMA unpack all that they are given: 4 KiB are 80 MB at the very worst.
+# Decoders of bzip2 and LZMA unpack all that they are given: 4 KiB are 80 MB at the very worst,
+# of which a copy or two are made.
 _CHUNK = 4096
 _LISTED = 8  # names in a message before "and more"
 
@@ -141,6 +142,8 @@ def _cifar_archive(archive: Path) -> dict[str, Tensor]:
                 file = members.extractfile(member)
                 assert file is not None  # of a file there is content
                 batches[name] = _cifar_batch(file, member.size, f"{name!r} in {shown}")
+        while stream.read(_CHUNK):  # to the checksum at the end
+            pass
     missing = [name for name in wanted if name not in batches]
     if missing:
         raise _BadFileError(
@@ -275,10 +278,10 @@ def _read_array(stream: IO[bytes], promised: int, wanted: str, shown: str) -> An
         )
     amount = math.prod(shape) * dtype.itemsize
     _check_amount(amount, shown)
-    if promised < amount:
+    if promised - stream.tell() != amount:
         raise _BadFileError(
-            f"{shown} should hold {amount:,} bytes by its shape {shape}, but the archive has room "
-            f"for {promised:,}; copy or save it again."
+            f"{shown} should hold {amount:,} bytes by its shape {shape}, but the archive has "
+            f"{promised - stream.tell():,}; copy or save it again."
         )
     values = numpy.frombuffer(_take(stream, amount, shown), dtype)
     return values.reshape(shape, order="F" if by_columns else "C").astype(dtype.newbyteorder("="))
