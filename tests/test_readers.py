@@ -105,7 +105,7 @@ def test_a_truncated_or_altered_gzip_is_one_clear_line(tmp_path):
 
 def test_a_gzip_bomb_is_not_unpacked_beyond_its_header(tmp_path):
     file = tmp_path / "bomb.gz"
-    file.write_bytes(gzip.compress(idx((10,), bytes(200_000_000)), 9))
+    file.write_bytes(gzip.compress(idx((10,), bytes(60_000_000)), 9))
     assert file.stat().st_size < 250_000
     assert peak_memory(lambda: refused(ValueError, lambda: read_idx(file), "more than")) < 5e6
 
@@ -205,11 +205,11 @@ def test_a_damaged_archive_is_one_clear_line(tmp_path, few_records):
 
 def test_an_archive_bomb_is_not_unpacked(tmp_path, few_records):
     file = tmp_path / "bomb.tar.gz"
-    write_tar(file, {"zeros": bytes(100_000_000)} | batches(few_records))
+    write_tar(file, {"zeros": bytes(30_000_000)} | batches(few_records))
     refused(ValueError, lambda: read_cifar10(file), "unpacks to more")
-    # A "name" of a hundred megabytes, which would be read as a whole.
+    # A "name" of thirty megabytes, which would be read as a whole.
     info = tarfile.TarInfo("././@LongLink")
-    info.type, info.size = tarfile.GNUTYPE_LONGNAME, 100_000_000
+    info.type, info.size = tarfile.GNUTYPE_LONGNAME, 30_000_000
     file.write_bytes(gzip.compress(info.tobuf(tarfile.GNU_FORMAT) + bytes(info.size)))
     call = lambda: refused(ValueError, lambda: read_cifar10(file), "unpacks to more")  # noqa: E731
     assert peak_memory(call) < 1e7
@@ -294,7 +294,7 @@ def test_a_missing_array_and_a_damaged_archive_are_told(tmp_path):
         stored = write_zip(path, zipfile.ZIP_STORED, y=npy(Y)).read_bytes()
         true = struct.pack("<II", len(npy(Y)), len(npy(Y)))
         path.write_bytes(stored.replace(true, struct.pack("<II", *[len(npy(Y)) + size] * 2)))
-        refused(ValueError, lambda: read_npz(path, {"y": "i 1"}), "but the archive has")
+        refused(ValueError, lambda: read_npz(path, {"y": "i 1"}), "it.npz")
     altered = bytearray(write_zip(path, zipfile.ZIP_STORED, y=npy(Y)).read_bytes())
     altered[whole.find(b"\x93NUMPY") + 128] ^= 1
     path.write_bytes(altered)
@@ -303,12 +303,12 @@ def test_a_missing_array_and_a_damaged_archive_are_told(tmp_path):
 
 @pytest.mark.parametrize("method", METHODS[1:])
 def test_an_array_is_never_unpacked_beyond_its_header(tmp_path, method):
-    # 60 MB behind a header that promises 3 bytes; the archive tells its size, or lies about it.
-    path = write_zip(tmp_path / "bomb.npz", method, y=npy(Y) + bytes(60_000_000))
+    # 20 MB behind a header that promises 3 bytes; the archive tells its size, or lies about it.
+    path = write_zip(tmp_path / "bomb.npz", method, y=npy(Y) + bytes(20_000_000))
     assert path.stat().st_size < 100_000
-    call = lambda: refused(ValueError, lambda: read_npz(path, {"y": "i 1"}), "60,000,003")  # noqa: E731
+    call = lambda: refused(ValueError, lambda: read_npz(path, {"y": "i 1"}), "20,000,003")  # noqa: E731
     # Decoders of bzip2 and LZMA have no limit; what they are given has.
-    assert peak_memory(call) < (5e6 if method == zipfile.ZIP_DEFLATED else 200e6)
+    assert peak_memory(call) < (5e6 if method == zipfile.ZIP_DEFLATED else 60e6)
 
 
 def test_an_array_larger_than_any_is_refused_before_it_is_begun(tmp_path):
@@ -396,8 +396,8 @@ def test_a_png_bomb_is_refused_from_its_header(tmp_path):
 
     picture(tmp_path / "ants" / "a.png")
     bomb = tmp_path / "ants" / "b.png"
-    bomb.write_bytes(png(8000, 8000, bytes(8000 * 8001)))
-    refused(ValueError, lambda: read_image_folder(tmp_path), "8000 x 8000", "allowed")
+    bomb.write_bytes(png(4000, 4000, bytes(4000 * 4001)))
+    refused(ValueError, lambda: read_image_folder(tmp_path), "4000 x 4000", "allowed")
     # More content than the header promises is not unpacked.
     bomb.write_bytes(png(5, 6, bytes(50_000_000)))
     assert peak_memory(lambda: read_image_folder(tmp_path)) < 5e6

@@ -79,8 +79,11 @@ def _fetch(address: str, file: Published, folder: Path) -> bytes:
             while block := answer.read(min(1 << 20, file.size + 1 - len(content))):
                 content += block
     except (OSError, http.client.HTTPException) as error:
+        if isinstance(error, urllib.error.HTTPError):
+            error.close()  # it is the answer, too
         reason = error.reason if isinstance(error, urllib.error.URLError) else error
-        detail = " ".join(str(reason).split()).rstrip(".") or type(error).__name__
+        text = getattr(reason, "strerror", None) or str(reason)
+        detail = " ".join(text.split()).rstrip(".") or type(error).__name__
         raise ConnectionError(
             f"Cannot fetch {address}: {detail}; check the network, or put the file into "
             f"{str(folder)!r} yourself."
