@@ -126,9 +126,7 @@ class _GaborConv(nn.Module, Generic[Record]):
         responses = self._convolve(input, self.weight, bias)
         if self.output != "energy":
             return responses
-        pairs = responses.unflatten(-self.n_dims - 1, (self.out_channels, 2))
-        # The norm's gradient is 0, not NaN, where both responses are 0.
-        energy = torch.linalg.vector_norm(pairs, dim=-self.n_dims - 1)
+        energy = pair_norms(responses, dim=-self.n_dims - 1)
         if self.bias is None:
             return energy
         return energy + self.bias.reshape(-1, *[1] * self.n_dims)
@@ -530,6 +528,19 @@ def suggest_kernel_size(params: Gabor, n_stds: float = 3.0) -> tuple[int, ...]:
     middle = params.center.detach().abs()
     halves = (n_stds * envelope_widths(params) + middle - 1e-6).reshape(-1, params.n_dims).amax(0)
     return tuple(2 * half + 1 for half in reversed(halves.ceil().long().tolist()))
+
+
+def pair_norms(responses: Tensor, dim: int) -> Tensor:
+    """Norms of the pairs that follow each other along an axis, with gradient 0 where both are 0.
+
+    Example:
+        >>> pair_norms(torch.tensor([3.0, 4.0, 0.0, 0.0]), dim=0).tolist()
+        [5.0, 0.0]
+    """
+    # Not vector_norm, which is many times slower along an axis of 2 than the convolution itself.
+    even, odd = responses.unflatten(dim, (-1, 2)).unbind(dim if dim < 0 else dim + 1)
+    silent = (even == 0) & (odd == 0)
+    return torch.hypot(even.masked_fill(silent, 1), odd).masked_fill(silent, 0)
 
 
 def _widened(value: Tensor) -> Tensor:
