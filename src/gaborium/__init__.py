@@ -23,6 +23,7 @@ _HOMES = {
     "GaborConv2d": "layers",
     "GaborConv3d": "layers",
     "suggest_kernel_size": "layers",
+    "MixedConv": "mixed",
     "gabor": "kernels",
     "gabor_jacobian": "kernels",
     "quadrature_pair": "kernels",
@@ -50,6 +51,7 @@ if TYPE_CHECKING:
     from gaborium.layers import GaborConv2d as GaborConv2d
     from gaborium.layers import GaborConv3d as GaborConv3d
     from gaborium.layers import suggest_kernel_size as suggest_kernel_size
+    from gaborium.mixed import MixedConv as MixedConv
     from gaborium.params import Gabor1d as Gabor1d
     from gaborium.params import Gabor2d as Gabor2d
     from gaborium.params import Gabor3d as Gabor3d

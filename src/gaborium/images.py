@@ -134,9 +134,16 @@ def read_images(
         [('a.pgm', (1, 1, 2)), ('b.pgm', (1, 1, 2))]
     """
     folder = Path(path)
-    if not folder.is_dir():
-        return [(folder.name, read_image(folder, max_pixels=max_pixels))]
-    shown = repr(os.fspath(path))
+    files = image_files(folder) if folder.is_dir() else [folder]
+    return [(file.name, read_image(file, max_pixels=max_pixels)) for file in files]
+
+
+def image_files(path: str | os.PathLike[str]) -> list[Path]:
+    """The files of a folder that ``read_images`` would read, in the order of their names.
+
+    Warns of what it leaves out, and raises as ``read_images`` does where there is nothing.
+    """
+    folder, shown = Path(path), repr(os.fspath(path))
     try:
         entries = sorted(folder.iterdir(), key=lambda entry: entry.name)
     except OSError as error:
@@ -154,8 +161,8 @@ def read_images(
             f"{', '.join(_SUFFIXES)} (subfolders are not searched)."
         )
     if skipped:
-        warnings.warn(f"Skipped in {shown}: {_listing(skipped)}.", stacklevel=2)
-    return [(file.name, read_image(file, max_pixels=max_pixels)) for file in files]
+        warnings.warn(f"Skipped in {shown}: {_listing(skipped)}.", stacklevel=3)
+    return files
 
 
 def camera() -> Tensor:

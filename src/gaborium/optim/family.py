@@ -73,8 +73,8 @@ class KernelFamily:
         def along(tangent: Tensor) -> Any:
             return jvp(self.kernels, (z,), (tangent,))
 
-        kernels, slopes = vmap(along, out_dims=(None, 0))(tangents)
-        return kernels, slopes.movedim(0, 2)
+        kernels, slopes = vmap(along)(tangents)
+        return kernels[0], slopes.movedim(0, 2)
 
     def is_legal(self, z: Tensor) -> Tensor:
         """Whether each filter is finite and has an envelope and a wave that pixels can show."""

@@ -129,8 +129,8 @@ class NaturalGradient(Optimizer):
         evidence = Evidence(state, group["damping"])
         if step % group["look_every"] == 0 and tap.input is not None:
             draw = torch.Generator().manual_seed(group["seed"] * 1_000_003 + step)
-            moments = moments_of(draw_patches(layer, tap.input, draw))
-            evidence.see_patches(*(_reduced(part) for part in moments), _PATCH_MOMENTUM)
+            mean, second = moments_of(draw_patches(layer, tap.input, draw))
+            evidence.see_patches(_reduced(mean), _reduced(second), _PATCH_MOMENTUM)
         tap.input = None
 
         z = family.read()

@@ -121,7 +121,7 @@ class Evidence:
         state = self.state
         if "patch_mean" not in state:
             zero = torch.zeros((), dtype=mean.dtype)
-            state |= {"patch_mean": mean.clone(), "patch_second": second.clone(), "looks": zero}
+            state.update(patch_mean=mean.clone(), patch_second=second.clone(), looks=zero)
         share = self._share("looks", momentum)
         state["patch_mean"].lerp_(mean, share)
         state["patch_second"].lerp_(second, share)
@@ -138,9 +138,9 @@ class Evidence:
         if "kernel" not in state:
             nothing = torch.zeros_like(kernels[:, 0, 0])
             names = ("spread", "slope", "gradient_spread", "known_spread", "known_slope")
-            state |= {name: nothing.clone() for name in names}
-            state |= {"kernel": kernels.clone(), "gradient": gradient.clone()}
-            state |= {"offset": offset.clone(), "steps": torch.zeros((), dtype=kernels.dtype)}
+            state.update({name: nothing.clone() for name in names})
+            state.update(kernel=kernels.clone(), gradient=gradient.clone(), offset=offset.clone())
+            state["steps"] = torch.zeros((), dtype=kernels.dtype)
             self._share("steps", momentum)
             return
         share = self._share("steps", momentum)

@@ -1,0 +1,1 @@
+"""Networks trained on real images, their Gabor layer beside the ordinary one."""
