@@ -280,9 +280,9 @@ def test_npz_of_materials_splits_after_image_five(tmp_path):
 
 
 def test_npz_of_albums_tests_with_the_lower_halves(tmp_path):
-    x = np.zeros((2, 48, 72), np.uint8)
+    x = np.zeros((2, 94, 72), np.uint8)  # one row short of two patches in each half
     x[0], x[1] = 10, 20
-    x[:, 24:] += 100
+    x[:, 47:] += 100
     np.savez(tmp_path / "brodatz24.npz", x=x, name=["D1", "D4"])
     data = load_dataset("brodatz", tmp_path)
     assert data.images.shape == (6, 1, 24, 24)

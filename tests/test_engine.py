@@ -2,7 +2,6 @@
 
 import dataclasses
 import errno
-import importlib.util
 import json
 import math
 import multiprocessing
@@ -168,19 +167,24 @@ def test_interrupted_anywhere_and_resumed_equals_uninterrupted(
     assert result.runs[0].epochs == [0, 1, 2]
 
 
+@pytest.mark.parametrize("optimizer", ["adam", "natural"])
 @pytest.mark.parametrize("n", [1, 2])
-def test_killed_for_good_and_resumed_equals_uninterrupted(data, tmp_path, monkeypatch, n):
+def test_killed_for_good_and_resumed_equals_uninterrupted(
+    data, tmp_path, monkeypatch, n, optimizer
+):
+    recipe = TINY.replace(optimizer=optimizer)
+
     def work(folder: str, after: int | None = None) -> Any:
         def one(rank: int) -> None:
             with monkeypatch.context() as patch:
                 if after is not None and rank == 0:
                     killed_after(patch, after, kill)
-                train(TINY, dataset=data, folder=tmp_path / folder, **EVERY)
+                train(recipe, dataset=data, folder=tmp_path / folder, **EVERY)
 
         return one
 
     assert in_processes(n, work("whole")) == [0] * n
-    assert in_processes(n, work("killed", 9))[0] == -signal.SIGKILL
+    assert in_processes(n, work("killed", 11))[0] == -signal.SIGKILL
     assert not (tmp_path / "killed/gabor-0/run.safetensors").exists()
     assert in_processes(n, work("killed")) == [0] * n
     assert same(files_of(tmp_path / "killed"), files_of(tmp_path / "whole"))
@@ -434,7 +438,7 @@ def test_a_loss_that_is_not_finite_stops_its_run_only(data, tmp_path, monkeypatc
     json.loads(result.to_json(), parse_constant=lambda token: pytest.fail(token))
 
 
-def test_the_natural_gradient_is_wired_or_told():
+def test_gabor_parameters_have_an_optimizer_of_their_own():
     module = torch.nn.Sequential(torch.nn.Conv2d(1, 2, 3))
     adam = make_optimizers(module, Recipe(learning_rate=0.5, optimizer="natural"))
     assert [group["lr"] for group in adam[0].param_groups] == [0.5]
@@ -444,13 +448,14 @@ def test_the_natural_gradient_is_wired_or_told():
     groups = [(g["lr"], g["weight_decay"], len(g["params"])) for g in adam.param_groups]
     assert groups == [(0.25, 0.0, 5), (0.5, 0.1, 3)]
     assert sum(len(g["params"]) for g in adam.param_groups) == len(list(gabor.parameters()))
-    if importlib.util.find_spec("gaborium.optim") is None:
-        with pytest.raises(ImportError, match=r"needs gaborium\.optim, which this version lacks"):
-            make_optimizers(gabor, Recipe(optimizer="natural"))
-    else:
-        natural, rest = make_optimizers(gabor, Recipe(optimizer="natural", **rates))
-        taken = [p for one in (natural, rest) for g in one.param_groups for p in g["params"]]
-        assert len(taken) == len(set(map(id, taken))) == len(list(gabor.parameters()))
+    natural, rest = make_optimizers(gabor, Recipe(optimizer="natural", **rates))
+    assert natural.param_groups[0]["lr"] == 0.25
+    assert {id(p) for p in rest.param_groups[0]["params"]} == {
+        id(p) for p in (gabor[0].bias, *gabor[1].parameters())
+    }
+    (default,) = make_optimizers(gabor, Recipe())
+    assert default.param_groups[0]["lr"] == 0.01
+    assert make_optimizers(gabor, Recipe(optimizer="natural"))[0].param_groups[0]["lr"] == 1.0
 
 
 def test_a_folder_is_of_one_recipe_one_data_set_and_one_process(data, tmp_path, monkeypatch):

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from gaborium import Gabor1d, Gabor2d, Gabor3d, GaborConv1d, GaborConv2d, GaborConv3d
 from gaborium.kernels import gabor
-from gaborium.layers import suggest_kernel_size
+from gaborium.layers import pair_norms, suggest_kernel_size
 from gaborium.params import RECORDS, Gabor
 from gaborium.starts import STARTS
 
@@ -1213,3 +1213,17 @@ def test_a_bank_that_makes_its_own_partners_holds_no_filter_twice(output):
     assert torch.equal(layer.params.phase, torch.zeros(layer.n_filters, 1))
     geometry = torch.cat([layer.params.orientation, layer.params.wavelength], 1)
     assert len(geometry.round(decimals=4).unique(dim=0)) == layer.n_filters
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, *HALF])
+def test_norms_of_pairs_are_vector_norms_and_their_slopes(dtype):
+    responses = 100 * torch.randn(4, 8, 3, dtype=torch.float64).to(dtype)
+    responses[0, :2] = 0
+    ours, theirs = (responses.clone().requires_grad_() for _ in range(2))
+    found = pair_norms(ours, dim=-2)
+    wanted = torch.linalg.vector_norm(theirs.unflatten(1, (4, 2)), dim=2)
+    torch.testing.assert_close(found, wanted)
+    found.sum().backward()
+    wanted.sum().backward()
+    torch.testing.assert_close(ours.grad, theirs.grad)
+    assert torch.equal(pair_norms(responses, dim=1), found)

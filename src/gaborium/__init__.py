@@ -35,11 +35,12 @@ _HOMES = {
     "sigma_from_bandwidth": "spectrum",
     "dc_response": "spectrum",
 }
-_NAMESPACES = ("diagnostics", "interop", "training")
+_NAMESPACES = ("diagnostics", "interop", "optim", "training")
 
 if TYPE_CHECKING:
     from gaborium import diagnostics as diagnostics
     from gaborium import interop as interop
+    from gaborium import optim as optim
     from gaborium import training as training
     from gaborium.fitting import FitResult as FitResult
     from gaborium.fitting import FitShards as FitShards

@@ -32,12 +32,45 @@ ENOUGH_STDS = 1.5
 Record = TypeVar("Record", bound=Gabor)
 
 
+class KernelTap:
+    """Where an optimiser reads the gradient of a layer's kernels.
+
+    ``kernel`` and ``offset`` are zeros that are added to the kernels and to the responses, in
+    double precision whatever the layer's. They never change; but after ``loss.backward()`` their
+    gradients are those of the loss with respect to the kernels and to each response's mean,
+    accumulated, scaled and reduced as any parameter's. A module makes room for one as ``tap``.
+
+    Args:
+        weight: kernels of the shape to come, ``(out, in / groups, *kernel_size)``.
+
+    Example:
+        >>> layer = GaborConv2d(1, 4, 7)
+        >>> layer.tap = KernelTap(layer.weight)
+        >>> layer(torch.rand(2, 1, 16, 16)).sum().backward()
+        >>> layer.tap.kernel.grad.shape
+        torch.Size([4, 1, 7, 7])
+    """
+
+    def __init__(self, weight: Tensor) -> None:
+        zeros = torch.zeros_like(weight, dtype=torch.float64)
+        self.kernel = nn.Parameter(zeros)
+        self.offset = nn.Parameter(zeros.flatten(1)[:, 0].clone())
+        self.input: Tensor | None = None  # what the layer saw last
+
+    def __call__(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The same kernels and bias, with the zeros added."""
+        self.input = input.detach()
+        offset = self.offset.to(weight)
+        return weight + self.kernel.to(weight), offset if bias is None else bias + offset
+
+
 class _GaborConv(nn.Module, Generic[Record]):
     """What the three layers share; their docstrings say what the arguments mean."""
 
     n_dims: ClassVar[int]
     log_sigma: Tensor
     bias: nn.Parameter | None
+    tap: KernelTap | None = None
 
     def __init__(
         self,
@@ -100,11 +133,11 @@ class _GaborConv(nn.Module, Generic[Record]):
             raise TypeError(f"dtype must be a real floating type, got {dtype}.")
         self.start = start.detach() if isinstance(start, Gabor) else start
         self.seed, self.coordinates = seed, coordinates
-        self._coordinates = Coordinates.named(
+        self.raw_coordinates = Coordinates.named(
             coordinates, n_dims=self.n_dims, learn=self.learn, min_wavelength=min_wavelength
         )
-        raw = self._coordinates.to_raw(self._starting_params())
-        for name, fields in self._coordinates.raw_fields().items():
+        raw = self.raw_coordinates.to_raw(self._starting_params())
+        for name, fields in self.raw_coordinates.raw_fields().items():
             value = torch.empty(raw[name].shape, device=device, dtype=dtype)
             if self.learn >= set(fields):
                 self.register_parameter(name, nn.Parameter(value))
@@ -122,27 +155,32 @@ class _GaborConv(nn.Module, Generic[Record]):
 
     def forward(self, input: Tensor) -> Tensor:
         """Convolve ``(batch, in_channels, *size)``, or the same without batch."""
-        bias = None if self.output == "energy" else self.bias
-        responses = self._convolve(input, self.weight, bias)
+        responses = self.convolve(input, *self.tapped(input))
         if self.output != "energy":
             return responses
-        pairs = responses.unflatten(-self.n_dims - 1, (self.out_channels, 2))
-        # The norm's gradient is 0, not NaN, where both responses are 0.
-        energy = torch.linalg.vector_norm(pairs, dim=-self.n_dims - 1)
+        energy = pair_norms(responses, dim=-self.n_dims - 1)
         if self.bias is None:
             return energy
         return energy + self.bias.reshape(-1, *[1] * self.n_dims)
 
-    def _convolve(self, image: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def tapped(self, input: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The kernels and the bias to convolve with, which an optimiser may listen to."""
+        bias = None if self.output == "energy" else self.bias
+        if self.tap is None or not torch.is_grad_enabled():
+            return self.weight, bias
+        return self.tap(input, self.weight, bias)
+
+    def convolve(self, image: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """Convolve with any kernels, otherwise as this layer does."""
         convolve = _CONVOLUTIONS[self.n_dims]
         if self.padding_mode == "zeros":
             return convolve(
                 image, weight, bias, self.stride, self.padding, self.dilation, self.groups
             )
-        padded = F.pad(image, self._border(), mode=self.padding_mode)
+        padded = F.pad(image, self.border(), mode=self.padding_mode)
         return convolve(padded, weight, bias, self.stride, 0, self.dilation, self.groups)
 
-    def _border(self) -> list[int]:
+    def border(self) -> list[int]:
         """Pixels added before and after each axis, last axis first, as ``F.pad`` wants them."""
         border: list[int] = []
         for axis in reversed(range(self.n_dims)):
@@ -165,17 +203,16 @@ class _GaborConv(nn.Module, Generic[Record]):
         energy output the even and the odd kernel of a filter follow each other, and for energy
         there are ``2 * out_channels`` of them.
         """
-        kernels, dtype = self._kernels(self._raw()), self.log_sigma.dtype
+        kernels, dtype = self.kernels_at(self._raw()), self.log_sigma.dtype
         if kernels.dtype == dtype:
             return kernels
         limit = torch.finfo(dtype).max
         return kernels.clamp(-limit, limit).to(dtype)
 
-    def _kernels(self, raw: Mapping[str, Tensor]) -> Tensor:
-        wave = self._coordinates.waveform(raw)
-        even, odd = even_odd(wave, self.kernel_size)
-        if self.dc == "remove":
-            even, odd = self._without_dc(even, wave), self._without_dc(odd, wave)
+    def kernels_at(self, raw: Mapping[str, Tensor]) -> Tensor:
+        """The kernels that the layer would have with other raw parameters, as ``weight``."""
+        wave = self.raw_coordinates.waveform(raw)
+        even, odd = self.even_odd(wave)
         kernels = self._members(even, odd, wave)
         if self.unit_norm:
             unit = self._members(even, odd, _with_unit_amplitude(wave))
@@ -184,6 +221,13 @@ class _GaborConv(nn.Module, Generic[Record]):
             # What is fainter than this is rounding error, or an envelope lost between pixels.
             kernels = kernels / norm.clamp_min(1e-6)
         return kernels.flatten(0, 1)
+
+    def even_odd(self, wave: Waveform) -> tuple[Tensor, Tensor]:
+        """What the kernels of a geometry combine; without their sums where ``dc`` says so."""
+        even, odd = even_odd(wave, self.kernel_size)
+        if self.dc == "keep":
+            return even, odd
+        return self._without_dc(even, wave), self._without_dc(odd, wave)
 
     def _members(self, even: Tensor, odd: Tensor, wave: Waveform) -> Tensor:
         """Each filter's kernel, or its quadrature pair: ``(filters, 1 or 2, channels, *size)``."""
@@ -200,7 +244,7 @@ class _GaborConv(nn.Module, Generic[Record]):
 
     def _raw(self) -> dict[str, Tensor]:
         """Raw tensors by name, at least in single precision: half precision has no 1/σ²."""
-        raw = {name: getattr(self, name) for name in self._coordinates.raw_fields()}
+        raw = {name: getattr(self, name) for name in self.raw_coordinates.raw_fields()}
         if self.log_sigma.dtype in (torch.float16, torch.bfloat16):
             return {name: _widened(value) for name, value in raw.items()}
         return raw
@@ -220,11 +264,11 @@ class _GaborConv(nn.Module, Generic[Record]):
         ``geometry="pair"``; phase and amplitude ``(filters, in_channels / groups)``. A single
         Gabor function, or one per filter, may be assigned too.
         """
-        return cast(Record, self._coordinates.from_raw(self._raw()))
+        return cast(Record, self.raw_coordinates.from_raw(self._raw()))
 
     @params.setter
     def params(self, params: Gabor) -> None:
-        raw = self._coordinates.to_raw(self._fitting(params))
+        raw = self.raw_coordinates.to_raw(self._fitting(params))
         with torch.no_grad():
             for name, value in raw.items():
                 getattr(self, name).copy_(value)
@@ -263,12 +307,12 @@ class _GaborConv(nn.Module, Generic[Record]):
                     )
                 fields[name] = value[:, :1]
         result = type(params)(**fields)
-        illegal = ~self._coordinates.contains(result)
+        illegal = ~self.raw_coordinates.contains(result)
         if illegal.any():
             shortest = result.expand().wavelength[illegal].min().item()
             raise ValueError(
                 f"wavelength must be at least min_wavelength = "
-                f"{self._coordinates.min_wavelength:g} px, got {shortest:g}."
+                f"{self.raw_coordinates.min_wavelength:g} px, got {shortest:g}."
             )
         return result
 
@@ -283,7 +327,7 @@ class _GaborConv(nn.Module, Generic[Record]):
         """
         params = self._starting_params()
         with torch.no_grad():
-            for name, value in self._coordinates.to_raw(params).items():
+            for name, value in self.raw_coordinates.to_raw(params).items():
                 getattr(self, name).copy_(value)
             if self.bias is not None:
                 fan_in = self.in_channels // self.groups * math.prod(self.kernel_size)
@@ -303,12 +347,12 @@ class _GaborConv(nn.Module, Generic[Record]):
             n_phases=2 if self.output == "real" else 1,
             generator=self._generator(),
         )
-        if self._coordinates.min_wavelength is not None:
+        if self.raw_coordinates.min_wavelength is not None:
             # At the limit itself a wavelength has no gradient.
-            shortest = 1.1 * self._coordinates.min_wavelength
+            shortest = 1.1 * self.raw_coordinates.min_wavelength
             params = params.replace(wavelength=params.wavelength.clamp_min(shortest))
         params = self._fitting(params)
-        kernels = self._kernels(self._coordinates.to_raw(params))
+        kernels = self.kernels_at(self.raw_coordinates.to_raw(params))
         power = kernels.square().flatten(1).sum(1).unflatten(0, (self.n_filters, -1)).mean(1)
         # nn.ConvNd draws weights of variance 1 / (3 fan_in). The norm of a pair of independent
         # normal responses has 2 - π/2 of the variance of one of them.
@@ -406,14 +450,14 @@ class _GaborConv(nn.Module, Generic[Record]):
             self.n_dims,
             joint_wave=f"{prefix}angular_wave_vector" in state_dict,
             joint_phase=f"{prefix}even" in state_dict,
-            min_wavelength=self._coordinates.min_wavelength,
+            min_wavelength=self.raw_coordinates.min_wavelength,
         )
         names = stored.raw_fields()
-        if stored != self._coordinates and all(prefix + name in state_dict for name in names):
+        if stored != self.raw_coordinates and all(prefix + name in state_dict for name in names):
             raw = {name: state_dict.pop(prefix + name) for name in names}
             dtype = raw["log_sigma"].dtype
             wide = {name: value.double() for name, value in raw.items()}
-            for name, value in self._coordinates.to_raw(stored.from_raw(wide)).items():
+            for name, value in self.raw_coordinates.to_raw(stored.from_raw(wide)).items():
                 state_dict[prefix + name] = value.to(dtype)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
@@ -433,7 +477,7 @@ class _GaborConv(nn.Module, Generic[Record]):
             "dc": (self.dc, "keep"),
             "unit_norm": (self.unit_norm, False),
             "output": (self.output, "real"),
-            "min_wavelength": (self._coordinates.min_wavelength, None),
+            "min_wavelength": (self.raw_coordinates.min_wavelength, None),
         }
         for name, (value, default) in shown.items():
             if value != default:
@@ -530,6 +574,19 @@ def suggest_kernel_size(params: Gabor, n_stds: float = 3.0) -> tuple[int, ...]:
     middle = params.center.detach().abs()
     halves = (n_stds * envelope_widths(params) + middle - 1e-6).reshape(-1, params.n_dims).amax(0)
     return tuple(2 * half + 1 for half in reversed(halves.ceil().long().tolist()))
+
+
+def pair_norms(responses: Tensor, dim: int) -> Tensor:
+    """Norms of the pairs that follow each other along an axis, with gradient 0 where both are 0.
+
+    Example:
+        >>> pair_norms(torch.tensor([3.0, 4.0, 0.0, 0.0]), dim=0).tolist()
+        [5.0, 0.0]
+    """
+    # Not vector_norm, which is many times slower along an axis of 2 than the convolution itself.
+    even, odd = responses.unflatten(dim, (-1, 2)).unbind(dim if dim < 0 else dim + 1)
+    silent = (even == 0) & (odd == 0)
+    return torch.hypot(even.masked_fill(silent, 1), odd).masked_fill(silent, 0)
 
 
 def _widened(value: Tensor) -> Tensor:

@@ -129,7 +129,12 @@ class MixedConv(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         """Convolve ``(batch, in_channels, *size)``, or the same without batch."""
-        return self.gabor._convolve(input, self.weight, self.bias)
+        weight, bias = self.gabor.tapped(input)
+        weight = torch.cat([weight, self.free])[self.order]
+        if bias is not None:
+            free = bias.new_zeros(len(self.free)) if self.free_bias is None else self.free_bias
+            bias = torch.cat([bias, free])[self.order]
+        return self.gabor.convolve(input, weight, bias)
 
     @property
     def weight(self) -> Tensor:

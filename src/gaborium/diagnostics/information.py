@@ -273,7 +273,7 @@ def _border_power(layer: GaborLayer, index: int, padded: Moments, inside: Moment
         fields |= {name: fields[name][:, :1] for name in shared}
     params = type(params)(**fields)
     with torch.no_grad():
-        kernels = layer._kernels(layer._coordinates.to_raw(params)).flatten(1).cpu()
+        kernels = layer.kernels_at(layer.raw_coordinates.to_raw(params)).flatten(1).cpu()
     whole, rest = (
         ((kernels @ moments.second_moment) * kernels).sum(1) * moments.count
         for moments in (padded, inside)
@@ -300,7 +300,7 @@ def _remedies(
     name: str, layer: GaborLayer, names: tuple[str, ...], inputs: Tensor, targets: Tensor | None
 ) -> dict[str, str]:
     """Code by cause; for what is not identifiable, by the parameter's name."""
-    held = layer._coordinates.raw_fields()
+    held = layer.raw_coordinates.raw_fields()
     prefix = name and name + "."
     remedies = {}
     for parameter in names:
@@ -317,7 +317,7 @@ def _remedies(
     if both:
         remedies["image scale"] += "\ntargets = targets / scale"
         remedies["image mean"] += f"\ntargets = targets - targets.mean({axes}, keepdim=True)"
-    border = layer._border()[::-1]  # after and before, first axis first
+    border = layer.border()[::-1]  # after and before, first axis first
     cuts = []
     for axis in range(layer.n_dims):
         after, before = border[2 * axis], border[2 * axis + 1]

@@ -387,7 +387,7 @@ class _RecordFamily:
 
     def kernels(self, points: Tensor) -> Tensor:
         """Kernels ``(batch, channels, *size)`` of a layer with a real output, in float64."""
-        return self.layer._kernels(self.layer._coordinates.to_raw(self.record(points)))
+        return self.layer.kernels_at(self.layer.raw_coordinates.to_raw(self.record(points)))
 
     @property
     def fits_in_two(self) -> bool:
@@ -420,11 +420,11 @@ class _RecordFamily:
         quarter = turn.new_tensor([0.0, math.pi / 2])
         fields = record.as_dict() | {"phase": turn + quarter, "amplitude": scale.expand(-1, 2)}
         two = type(record)(**fields)
-        return self.layer._kernels(self.layer._coordinates.to_raw(two))
+        return self.layer.kernels_at(self.layer.raw_coordinates.to_raw(two))
 
     def tensors(self, points: Tensor) -> list[dict[str, Tensor]]:
         """The layer's own tensors, by name, for each of the points."""
-        raw = self.layer._coordinates.to_raw(self.record(points))
+        raw = self.layer.raw_coordinates.to_raw(self.record(points))
         found = []
         for i in range(len(points)):
             whole = {}

@@ -109,7 +109,7 @@ def rebuilding_code(layer: Any, name: str, **changes: str) -> str:
         "dc": repr(layer.dc),
         "unit_norm": repr(layer.unit_norm),
         "output": repr(layer.output),
-        "min_wavelength": repr(layer._coordinates.min_wavelength),
+        "min_wavelength": repr(layer.raw_coordinates.min_wavelength),
     } | {key: code for key, code in changes.items() if key != "kernel_size"}
     size = changes.get("kernel_size", repr(layer.kernel_size))
     listed = "".join(f"    {key}={code},\n" for key, code in arguments.items())

@@ -44,7 +44,7 @@ def filter_moments(
         own = torch.einsum("mc,bc...->bm...", mixing.to(own), own)
     if padded:
         mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
-        own = F.pad(own, layer._border(), mode=mode)
+        own = F.pad(own, layer.border(), mode=mode)
     answer = None
     if targets is not None:
         answer = targets[:, index : index + 1].detach().double()
@@ -118,7 +118,7 @@ def _by_autograd(layer: GaborLayer) -> dict[str, Tensor]:
 
             def kernels(moved: Tensor, field: str = field) -> Tensor:
                 record = params.replace(**{field: moved})
-                return layer._kernels(layer._coordinates.to_raw(record))
+                return layer.kernels_at(layer.raw_coordinates.to_raw(record))
 
             found.append(torch.autograd.functional.jvp(kernels, value.contiguous(), direction)[1])
         slopes[field] = found[0] if field != "center" else torch.stack(found, 2)

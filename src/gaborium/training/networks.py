@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gaborium.errors import as_sizes, one_of
-from gaborium.layers import LAYERS, PLAIN_LAYERS
+from gaborium.layers import LAYERS, PLAIN_LAYERS, pair_norms
 from gaborium.mixed import MixedConv
 from gaborium.params import RECORDS, Gabor
 from gaborium.starts import STARTS
@@ -210,9 +210,7 @@ class PairEnergy(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         """Energies ``(batch, out_channels, *size)``."""
-        # The norm's gradient is 0, not NaN, where both responses are 0.
-        pairs = self.pairs(input).unflatten(1, (self.out_channels, 2))
-        return torch.linalg.vector_norm(pairs, dim=2)
+        return pair_norms(self.pairs(input), dim=1)
 
 
 def n_learned(module: nn.Module) -> int:

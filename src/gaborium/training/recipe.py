@@ -78,7 +78,8 @@ class Recipe:
         optimizer: of the Gabor parameters: ``"adam"``, or ``"natural"``, which is
             ``gaborium.optim.NaturalGradient``. All others have Adam.
         learning_rate: of Adam, for all that is no Gabor parameter.
-        gabor_learning_rate: of the optimizer of the Gabor parameters.
+        gabor_learning_rate: of the optimizer of the Gabor parameters; by default 0.01 of Adam,
+            and of the natural gradient its own.
         weight_decay: decoupled from the gradient, for all that is no Gabor parameter.
         epochs: passes over the training images.
         batch_size: images of one step at most, of all processes together.
@@ -115,7 +116,7 @@ class Recipe:
     learn: tuple[str, ...] | None = None
     optimizer: str = "adam"
     learning_rate: float = 1e-3
-    gabor_learning_rate: float = 1e-2
+    gabor_learning_rate: float | None = None
     weight_decay: float = 0.0
     epochs: int = 10
     batch_size: int = 64
@@ -204,7 +205,7 @@ class Recipe:
         return text
 
 
-_OPTIONAL = ("data_folder", "samples_per_class", "learn")
+_OPTIONAL = ("data_folder", "samples_per_class", "learn", "gabor_learning_rate")
 
 
 def _kinds() -> dict[str, Any]:

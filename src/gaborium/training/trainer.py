@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import hashlib
-import importlib
 import math
 import time
 import warnings
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 
 from gaborium.conversion import replace_first_conv
 from gaborium.layers import GABOR_LAYERS
+from gaborium.optim import NaturalGradient
 from gaborium.params import Gabor
 from gaborium.training.checkpoints import Checkpoints, load_state, save_state
 from gaborium.training.corruptions import N_STRENGTHS, corrupt
@@ -29,6 +29,7 @@ from gaborium.training.recipe import Recipe
 from gaborium.training.results import Run
 
 RUN_FILE = "run.safetensors"
+_ADAM_RATE = 0.01  # of Gabor parameters
 _N_EVALUATIONS = 10  # of a run on the test images, at most, beside that before the first step
 _N_SNAPSHOTS = 30  # of the filters
 _MOST_FILTERS = 64  # in the snapshots
@@ -124,6 +125,7 @@ class Trainer:
         self.network, self.first = make_network(recipe, self.job.model, data, self.side, self.seed)
         self.gabor: Any = gabor_layer(self.first)
         self.start = None if self.gabor is None else self._params()
+        self.network.to(fabric.device, self.dtype)
         optimizers = make_optimizers(self.network, recipe)
         self.module, *self.optimizers = fabric.setup(self.network, *optimizers)
         self.state = _State()
@@ -516,8 +518,10 @@ def make_network(
 def make_optimizers(module: nn.Module, recipe: Recipe) -> list[torch.optim.Optimizer]:
     """The optimizers of a recipe: of the Gabor parameters of a module, and of all others.
 
+    The module must be where it trains, and in the precision in which it does.
+
     Raises:
-        ImportError: the recipe asks for an optimizer that this version does not have.
+        ValueError: the recipe's ``gabor_learning_rate`` is none of its optimizer.
     """
     layers = [one for one in module.modules() if isinstance(one, GABOR_LAYERS)]
     gabor: list[Tensor] = [
@@ -526,12 +530,15 @@ def make_optimizers(module: nn.Module, recipe: Recipe) -> list[torch.optim.Optim
     optimizers: list[torch.optim.Optimizer] = []
     groups: list[dict[str, Any]] = []
     if gabor and recipe.optimizer == "natural":
-        natural = _natural_gradient(module, recipe.gabor_learning_rate)
+        rate = recipe.gabor_learning_rate
+        natural = NaturalGradient(module) if rate is None else NaturalGradient(module, lr=rate)
         # What it leaves is for Adam.
         gabor = [value for group in natural.param_groups for value in group["params"]]
         optimizers.append(natural)
     elif gabor:
-        groups.append({"params": gabor, "lr": recipe.gabor_learning_rate, "weight_decay": 0.0})
+        rate = recipe.gabor_learning_rate
+        rate = _ADAM_RATE if rate is None else rate
+        groups.append({"params": gabor, "lr": rate, "weight_decay": 0.0})
     taken = set(map(id, gabor))
     others = [value for value in module.parameters() if id(value) not in taken]
     if others:
@@ -539,17 +546,6 @@ def make_optimizers(module: nn.Module, recipe: Recipe) -> list[torch.optim.Optim
     # Decoupled, so that weight decay means the same whatever Adam makes of the gradient.
     adam = torch.optim.AdamW(groups, lr=recipe.learning_rate, weight_decay=recipe.weight_decay)
     return [*optimizers, adam]
-
-
-def _natural_gradient(module: nn.Module, learning_rate: float) -> torch.optim.Optimizer:
-    try:
-        optim = importlib.import_module("gaborium.optim")
-    except ModuleNotFoundError:
-        raise ImportError(
-            "optimizer='natural' needs gaborium.optim, which this version lacks; use 'adam'."
-        ) from None
-    made: torch.optim.Optimizer = optim.NaturalGradient(module, lr=learning_rate)
-    return made
 
 
 def gabor_layer(module: nn.Module) -> nn.Module | None:

@@ -1,0 +1,70 @@
+"""What a layer's inputs look like: mean and second moment of their patches, as they stream by."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+_WORK = 5e8  # products of pixels in one look: patches taken, times n²
+_FEWEST, _MOST = 256, 32_768  # patches
+
+
+def draw_patches(layer: Any, images: Tensor, generator: torch.Generator) -> Tensor:
+    """Patches that the layer's kernels see, ``(patches, groups, n)`` with n = channels · pixels.
+
+    All of them where there are few, otherwise some, drawn at random: as many as cost little beside
+    a training step.
+
+    Args:
+        layer: a Gabor layer.
+        images: its input, ``(batch, channels, *size)`` or without batch.
+        generator: on the CPU.
+
+    Example:
+        >>> from gaborium import GaborConv2d
+        >>> layer = GaborConv2d(3, 16, 7, padding=3)
+        >>> draw_patches(layer, torch.rand(8, 3, 10, 10), torch.Generator()).shape
+        torch.Size([800, 1, 147])
+    """
+    d = layer.n_dims
+    images = images.detach().reshape(-1, *images.shape[-d - 1 :])
+    mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
+    images = F.pad(images, layer.border(), mode=mode).double().contiguous()
+    room = [
+        (size - gap * (k - 1) - 1) // step + 1
+        for size, k, gap, step in zip(
+            images.shape[2:], layer.kernel_size, layer.dilation, layer.stride, strict=True
+        )
+    ]
+    total = len(images) * math.prod(room)
+    n = images.shape[1] // layer.groups * math.prod(layer.kernel_size)
+    limit = int(min(max(_WORK / n**2, _FEWEST), _MOST))
+    if total <= limit:
+        chosen = torch.arange(total)
+    else:
+        chosen = torch.randint(total, (limit,), generator=generator)
+    chosen = chosen.to(images.device)
+
+    first, inner = torch.zeros_like(chosen), torch.zeros((), dtype=torch.long, device=chosen.device)
+    for axis in reversed(range(d)):
+        reach = images.stride(2 + axis)
+        first += (chosen % room[axis]) * layer.stride[axis] * reach
+        chosen = chosen // room[axis]
+        pixel = torch.arange(layer.kernel_size[axis], device=chosen.device)
+        pixel = pixel * (layer.dilation[axis] * reach)
+        inner = pixel.reshape(-1, *[1] * inner.ndim) + inner
+    first += chosen * images.stride(0)
+    channel = torch.arange(images.shape[1], device=chosen.device) * images.stride(1)
+    inner = (channel.unsqueeze(-1) + inner.flatten()).flatten()
+    patches = images.flatten()[first.unsqueeze(-1) + inner]
+    return patches.unflatten(1, (layer.groups, n))
+
+
+def moments_of(patches: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean ``(groups, n)`` and second moment ``(groups, n, n)``."""
+    by_group = patches.transpose(0, 1)
+    return patches.mean(0), by_group.mT @ by_group / len(patches)

@@ -1,0 +1,240 @@
+"""The natural gradient on the family of Gabor kernels, with steps across the hills of the loss."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from gaborium.layers import GABOR_LAYERS, KernelTap
+from gaborium.optim.family import KernelFamily
+from gaborium.optim.inputs import draw_patches, moments_of
+from gaborium.optim.quadratic import Evidence
+from gaborium.optim.steps import descend, leap
+
+_PATCH_MOMENTUM = 0.9  # of the patches' moments, from look to look
+_LEVEL = 1e-6  # share of the gradient that the responses' means must have, to be heeded
+_CERTAIN = 3.0  # standard errors by which a leap must be better
+
+
+class NaturalGradient(Optimizer):
+    """Trains the Gabor layers of a model; any other optimiser trains the rest beside it.
+
+    Of every layer the covariance C of its input patches is known, and from the gradient of the
+    *kernels* their loss as a quadratic (see ``gaborium.optim.quadratic``). A step minimises it
+    over the Gabor functions near by: Gauss-Newton in the raw parameters with C as the metric,
+    which is natural gradient descent on the family of kernels, within a radius that is measured in
+    responses. So one learning rate serves all fields, every sigma, and images of any contrast. From
+    time to time a filter leaps to the best Gabor function of all, where the quadratic says that it
+    is clearly better than the one at hand: out of the minima that no small step leaves.
+
+    Give it whole layers: it steps all their parameters but the bias, which belongs to the rest.
+
+    Args:
+        layers: a module with Gabor layers in it, a list of Gabor layers, or parameter groups with
+            the key ``"layers"``.
+        lr: share of the way to the best Gabor function near by that a step goes, in (0, 1].
+        momentum: of the running means of kernels and gradients, in [0, 1).
+        trust_radius: how far a step may change a filter's responses, as a share of their own
+            standard deviation.
+        damping: added to the variance of every pixel, as a share of the mean variance.
+        leap_every: steps between two leaps; 0: none.
+        look_every: steps between two looks at the input's patches.
+        seed: of the choice of patches.
+
+    Raises:
+        TypeError: something given is no Gabor layer.
+        ValueError: no Gabor layer learns anything, or a number is out of range.
+
+    Example:
+        >>> from gaborium import GaborConv2d
+        >>> model = torch.nn.Sequential(GaborConv2d(1, 4, 7), torch.nn.ReLU())
+        >>> optimizer = NaturalGradient(model)
+        >>> loss = model(torch.rand(2, 1, 16, 16)).square().mean()
+        >>> loss.backward()
+        >>> optimizer.step()
+
+    Reference:
+        Amari (1998), Neural Computation 10(2), doi:10.1162/089976698300017746; Martens and Grosse
+        (2015), arXiv 1503.05671.
+    """
+
+    def __init__(
+        self,
+        layers: nn.Module | Iterable[Any],
+        lr: float = 1.0,
+        *,
+        momentum: float = 0.9,
+        trust_radius: float = 0.3,
+        damping: float = 1e-6,
+        leap_every: int = 10,
+        look_every: int = 10,
+        seed: int = 0,
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "momentum": momentum,
+            "trust_radius": trust_radius,
+            "damping": damping,
+            "leap_every": leap_every,
+            "look_every": look_every,
+            "seed": seed,
+        }
+        self._families: dict[Tensor, KernelFamily] = {}
+        super().__init__(_groups_of(layers), defaults)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Take in further layers: ``{"layers": ..., "lr": ...}``."""
+        group = dict(param_group)
+        if "layers" in group:
+            families = [_family_of(layer) for layer in _layers_in(group.pop("layers"))]
+            group["params"] = []
+            for family in families:
+                tap = family.layer.tap
+                self._families[tap.kernel] = family
+                group["params"] += [tap.kernel, tap.offset, *family.parameters()]
+        _check(self.defaults | group)
+        super().add_param_group(group)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Move every layer that has a gradient.
+
+        Args:
+            closure: evaluates the model anew and returns the loss.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                family = self._families.get(parameter)
+                if family is not None and parameter.grad is not None:
+                    self._step(family, group)
+        return loss
+
+    def _step(self, family: KernelFamily, group: dict[str, Any]) -> None:
+        layer, tap = family.layer, family.layer.tap
+        state = self.state[tap.kernel]
+        step = int(state.get("step", 0))
+        gradient = _reduced(tap.kernel.grad).reshape(family.n_filters, family.n_members, -1)
+        offset = _reduced(tap.offset.grad).reshape(family.n_filters, family.n_members)
+        if not bool(gradient.isfinite().all()):
+            return
+        evidence = Evidence(state, group["damping"])
+        if step % group["look_every"] == 0 and tap.input is not None:
+            draw = torch.Generator().manual_seed(group["seed"] * 1_000_003 + step)
+            mean, second = moments_of(draw_patches(layer, tap.input, draw))
+            evidence.see_patches(_reduced(mean), _reduced(second), _PATCH_MOMENTUM)
+        tap.input = None
+
+        z = family.read()
+        kernels = family.kernels(z)
+        centred = self._is_centred(layer, state, gradient, offset, group["momentum"])
+        evidence.see_gradient(kernels, gradient, offset, group["momentum"], centred)
+        quadratic = evidence.quadratic(kernels, group["momentum"], centred)
+        length = quadratic.metric.length(kernels)
+        radius = group["trust_radius"] * length.clamp_min(0.1 * length.median())
+        if "trust" not in state:
+            state["trust"] = torch.full_like(length, 1e-3)
+        near, value, state["trust"] = descend(
+            family, quadratic, z, radius, state["trust"], n_iterations=3
+        )
+        moved = z + group["lr"] * (near - z)
+        if group["leap_every"] and step % group["leap_every"] == group["leap_every"] - 1:
+            far, lower = leap(family, quadratic, near)
+            apart = quadratic.metric.length(family.kernels(far) - kernels)
+            needed = _CERTAIN * quadratic.error * apart + 1e-6 * length.square()
+            leaps = (value - lower > needed) & (group["lr"] > 0)
+            moved = torch.where(leaps.unsqueeze(-1), far, moved)
+            state["leaps"] = state.get("leaps", torch.zeros_like(length)) + leaps
+        family.write(moved)
+        state["step"] = torch.tensor(float(step + 1))
+
+    def _is_centred(
+        self, layer: Any, state: dict[str, Any], gradient: Tensor, offset: Tensor, momentum: float
+    ) -> bool:
+        """Whether the loss does not mind the responses' means: a bias or a norm takes care."""
+        if layer.bias is not None and layer.bias.requires_grad and layer.output != "energy":
+            return True
+        mean = (
+            state["patch_mean"]
+            .square()
+            .sum(-1)
+            .repeat_interleave(len(gradient) // len(state["patch_mean"]))
+        )
+        share = (offset.square().sum(-1) * mean).sum() / gradient.square().sum().clamp_min(1e-300)
+        kept = state.get("level", share)
+        state["level"] = kept + (1 - momentum) * (share - kept)
+        return bool(state["level"] < _LEVEL)
+
+
+def _groups_of(layers: Any) -> list[dict[str, Any]]:
+    if isinstance(layers, nn.Module):
+        return [{"layers": layers}]
+    layers = list(layers)
+    if layers and all(isinstance(group, dict) for group in layers):
+        return layers
+    return [{"layers": layers}]
+
+
+def _layers_in(layers: Any) -> list[Any]:
+    """The Gabor layers of a module, or those listed, that learn anything."""
+    if isinstance(layers, nn.Module):
+        found = [part for part in layers.modules() if isinstance(part, GABOR_LAYERS)]
+        if not found:
+            raise ValueError(
+                f"NaturalGradient needs a model with a Gabor layer, and {type(layers).__name__} "
+                "has none; put a GaborConv2d in its place."
+            )
+    else:
+        found = list(layers)
+        for layer in found:
+            if not isinstance(layer, GABOR_LAYERS):
+                raise TypeError(
+                    "NaturalGradient takes Gabor layers, or a module that has some, got "
+                    f"{type(layer).__name__}; give its parameters to another optimiser."
+                )
+    learning = [layer for layer in found if any(True for _ in _learned(layer))]
+    if not learning:
+        raise ValueError("None of the Gabor layers learns anything; see their learn= argument.")
+    return learning
+
+
+def _learned(layer: Any) -> Iterable[nn.Parameter]:
+    return (p for name, p in layer.named_parameters(recurse=False) if name != "bias")
+
+
+def _family_of(layer: Any) -> KernelFamily:
+    if layer.tap is None:
+        layer.tap = KernelTap(layer.weight.detach())
+    return KernelFamily(layer)
+
+
+def _check(group: dict[str, Any]) -> None:
+    for name, low, high in (
+        ("lr", 0.0, 1.0),
+        ("momentum", 0.0, 1.0),
+        ("trust_radius", 0.0, float("inf")),
+        ("damping", 0.0, float("inf")),
+    ):
+        value = group[name]
+        if not low <= float(value) <= high or (name == "momentum" and value == 1.0):
+            raise ValueError(f"{name} must be in [{low:g}, {high:g}], got {value}.")
+    for name, least in (("leap_every", 0), ("look_every", 1)):
+        if int(group[name]) != group[name] or group[name] < least:
+            raise ValueError(f"{name} must be a whole number from {least} on, got {group[name]}.")
+
+
+def _reduced(value: Tensor) -> Tensor:
+    """The mean over the processes of a distributed training."""
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        return value
+    value = value.clone()
+    dist.all_reduce(value)
+    return value / dist.get_world_size()

@@ -1,0 +1,229 @@
+"""What gradients say about a loss: a quadratic in the kernels, from running means.
+
+Near any kernel W the loss of one filter is, but for a constant, ``s (½ W·C W - c·W)``: responses
+are linear in W, so the curvature is the covariance C of the patches, times a scale s that belongs
+to whatever lies behind the layer. The gradient there is ``g = s (C W - c)``, and therefore
+
+    c = C W - g / s
+
+*wherever the kernel is now*. Its running mean is all that gradients can tell about the loss: it
+does not age while the filter moves, and the noise of mini-batches averages out of it. Where
+``c = C T``, the best of all kernels is T, and the best Gabor function is the one nearest to it in
+the metric C: to find it, nothing has to be divided by C, which would amplify noise.
+
+The scale is found from how much the gradient changes when the kernel moves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, MutableMapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_MEMORY = 0.1  # of what is known of the scale, a move as long as all before makes one forget
+_SURE, _MUCH = 5.0, 1.5  # standard errors and times: a change of the scale that is believed
+_FARTHEST = 5.0  # lengths of the kernel: no target is believed to lie farther away
+_TINY = 1e-300
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A covariance of patches for each group of filters, ``(groups, n, n)``, and its root."""
+
+    covariance: Tensor
+    root: Tensor
+
+    @classmethod
+    def of(cls, covariance: Tensor, damping: float) -> Metric:
+        """A covariance, with ``damping`` of its mean variance added to the variance of a pixel."""
+        extra = damping * covariance.diagonal(dim1=-2, dim2=-1).mean(-1).clamp_min(1e-30)
+        one = torch.eye(covariance.shape[-1], dtype=covariance.dtype, device=covariance.device)
+        damped = covariance + extra[:, None, None] * one
+        return cls(damped, torch.linalg.cholesky_ex(damped)[0])
+
+    def times(self, kernels: Tensor) -> Tensor:
+        """C times kernels ``(filters, ..., n)``."""
+        return self._by_group(kernels, lambda rows: rows @ self.covariance)
+
+    def divide(self, kernels: Tensor) -> Tensor:
+        """C⁻¹ times kernels ``(filters, ..., n)``."""
+        return self._by_group(kernels, lambda rows: torch.cholesky_solve(rows.mT, self.root).mT)
+
+    def length(self, kernels: Tensor) -> Tensor:
+        """Standard deviation of the responses to ``(filters, members, n)``: ``(filters,)``."""
+        return inner(kernels, self.times(kernels)).clamp_min(0).sqrt()
+
+    def _by_group(self, kernels: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
+        groups, n = self.covariance.shape[:2]
+        return function(kernels.reshape(groups, -1, n)).reshape(kernels.shape)
+
+
+@dataclass(frozen=True)
+class Quadratic:
+    """The loss of every filter, ``½ W·C W - c·W`` in units of its scale, and how sure that is.
+
+    Args:
+        metric: C.
+        linear: c, ``(filters, members, n)``.
+        scale: s, ``(filters,)``.
+        error: standard error of the loss per unit of length between two kernels, ``(filters,)``.
+    """
+
+    metric: Metric
+    linear: Tensor
+    scale: Tensor
+    error: Tensor
+
+    def value(self, kernels: Tensor) -> Tensor:
+        """The loss of kernels ``(filters, members, n)``, but for a constant."""
+        return inner(0.5 * self.metric.times(kernels) - self.linear, kernels)
+
+    def downhill(self, kernels: Tensor) -> Tensor:
+        """Minus the gradient there, ``(filters, members, n)``."""
+        return self.linear - self.metric.times(kernels)
+
+    def pick(self, chosen: Tensor) -> Quadratic:
+        """The loss of some filters only; of one group."""
+        return Quadratic(self.metric, self.linear[chosen], self.scale[chosen], self.error[chosen])
+
+
+class Evidence:
+    """Running means of one layer's inputs, kernels and gradients.
+
+    Args:
+        state: where they are kept, between steps and in checkpoints.
+        damping: of the covariance, as a share of its mean variance.
+
+    Example:
+        >>> evidence = Evidence({}, damping=1e-4)
+        >>> patches = torch.randn(1000, 1, 9, dtype=torch.float64)
+        >>> evidence.see_patches(patches.mean(0), patches[:, 0].T.cov()[None], 0.9)
+        >>> target = torch.ones(2, 1, 9, dtype=torch.float64)
+        >>> for kernel in torch.randn(5, 2, 1, 9, dtype=torch.float64):
+        ...     gradient = 3 * evidence.metric(centred=True).times(kernel - target)
+        ...     evidence.see_gradient(kernel, gradient, torch.zeros(2, 1).double(), 0.9, True)
+        >>> loss = evidence.quadratic(kernel, 0.9, centred=True)
+        >>> [round(s, 2) for s in loss.scale.tolist()]
+        [3.0, 3.0]
+        >>> torch.allclose(loss.metric.divide(loss.linear), target)
+        True
+    """
+
+    def __init__(self, state: MutableMapping[str, Any], damping: float) -> None:
+        self.state, self.damping = state, damping
+        self._metrics: dict[bool, Metric] = {}
+
+    def see_patches(self, mean: Tensor, second: Tensor, momentum: float) -> None:
+        """Take in moments of patches, ``(groups, n)`` and ``(groups, n, n)``."""
+        state = self.state
+        if "patch_mean" not in state:
+            zero = torch.zeros((), dtype=mean.dtype)
+            state.update(patch_mean=mean.clone(), patch_second=second.clone(), looks=zero)
+        share = self._share("looks", momentum)
+        state["patch_mean"].lerp_(mean, share)
+        state["patch_second"].lerp_(second, share)
+        self._metrics.clear()
+
+    def see_gradient(
+        self, kernels: Tensor, gradient: Tensor, offset: Tensor, momentum: float, centred: bool
+    ) -> None:
+        """Take in kernels, the loss's gradient there, and that by the responses' means.
+
+        Shapes ``(filters, members, n)``, the same, and ``(filters, members)``.
+        """
+        state = self.state
+        if "kernel" not in state:
+            nothing = torch.zeros_like(kernels[:, 0, 0])
+            names = ("spread", "slope", "gradient_spread", "known_spread", "known_slope")
+            state.update({name: nothing.clone() for name in names})
+            state.update(kernel=kernels.clone(), gradient=gradient.clone(), offset=offset.clone())
+            state["steps"] = torch.zeros((), dtype=kernels.dtype)
+            self._share("steps", momentum)
+            return
+        share = self._share("steps", momentum)
+        moved, changed = kernels - state["kernel"], gradient - state["gradient"]
+        turned = self._without_mean(changed, offset - state["offset"]) if centred else changed
+        metric = self.metric(centred)
+        spread, slope = inner(moved, metric.times(moved)), inner(moved, turned)
+        news = {"spread": spread, "slope": slope}
+        news["gradient_spread"] = inner(turned, metric.divide(turned))
+        for name, value in news.items():
+            state[name].add_(share * value).mul_(1 - share)
+        # A filter at rest tells nothing new, and must not make one forget.
+        kept = 1 - (spread / (state["known_spread"] + spread + _TINY)).clamp_max(_MEMORY)
+        state["known_spread"].mul_(kept).add_(spread)
+        state["known_slope"].mul_(kept).add_(slope)
+        state["kernel"].add_(share * moved)
+        state["gradient"].add_(share * changed)
+        state["offset"].lerp_(offset, share)
+        self._notice_change(kernels[0].numel(), momentum)
+
+    def quadratic(self, kernels: Tensor, momentum: float, centred: bool) -> Quadratic:
+        """The loss as far as it is known, for filters that are at ``kernels`` now."""
+        state, metric = self.state, self.metric(centred)
+        gradient = state["gradient"]
+        if centred:
+            gradient = self._without_mean(gradient, state["offset"])
+        size = inner(gradient, metric.divide(gradient)).clamp_min(0).sqrt()
+        length = metric.length(kernels)
+        length = length.clamp_min(0.1 * length.median()).clamp_min(_TINY)
+        least = size / (_FARTHEST * length) + _TINY
+        known = state["known_slope"] / (state["known_spread"] + _TINY)
+        scale = torch.where(known > least, known, least)
+        linear = metric.times(state["kernel"]) - gradient / scale[:, None, None]
+        error = self._noise(kernels[0].numel(), momentum) / scale
+        return Quadratic(metric, linear, scale, error)
+
+    def metric(self, centred: bool) -> Metric:
+        """C: the covariance of the patches, or their second moment."""
+        if centred not in self._metrics:
+            second, mean = self.state["patch_second"], self.state["patch_mean"]
+            if centred:
+                second = second - mean.unsqueeze(-1) * mean.unsqueeze(-2)
+            self._metrics[centred] = Metric.of(second, self.damping)
+        return self._metrics[centred]
+
+    def _without_mean(self, gradient: Tensor, offset: Tensor) -> Tensor:
+        """What is left of a gradient when the responses' means are free."""
+        mean = self.state["patch_mean"]
+        rows = offset.reshape(len(mean), -1, 1) * mean.unsqueeze(1)
+        return gradient - rows.reshape(gradient.shape)
+
+    def _notice_change(self, n: int, momentum: float) -> None:
+        """Believe the last moves rather than all that came before, where they clearly disagree.
+
+        The scale of a mean squared error never changes; that of its root grows without bound as
+        the error vanishes.
+        """
+        state = self.state
+        n_moves = (1 + momentum) / (1 - momentum)
+        known = state["known_slope"] / (state["known_spread"] + _TINY)
+        lately = state["slope"] / (state["spread"] + _TINY)
+        error = self._noise(n, momentum) / (state["spread"] + _TINY).sqrt()
+        other = (lately > _MUCH * known) | (lately < known / _MUCH)
+        changed = (lately > 0) & other & ((lately - known).abs() > _SURE * error)
+        for name in ("spread", "slope"):
+            fresh = state[name] * n_moves
+            state[f"known_{name}"] = torch.where(changed, fresh, state[f"known_{name}"])
+
+    def _noise(self, n: int, momentum: float) -> Tensor:
+        """Standard error of the mean gradient along one of n directions, in the metric C⁻¹."""
+        state = self.state
+        n_moves = (1 + momentum) / (1 - momentum)  # that a running mean is worth
+        explained = state["slope"].square() / (state["spread"] + _TINY)
+        left = (state["gradient_spread"] - explained).clamp_min(0) / n
+        return (left / n_moves).sqrt()
+
+    def _share(self, name: str, momentum: float) -> float:
+        """Weight of a newcomer in a running mean that began with nothing."""
+        weight = momentum * float(self.state[name]) + 1 - momentum
+        self.state[name].fill_(weight)
+        return (1 - momentum) / weight
+
+
+def inner(a: Tensor, b: Tensor) -> Tensor:
+    """Inner products of ``(filters, members, n)``: ``(filters,)``."""
+    return (a * b).sum((-2, -1))

@@ -1,0 +1,250 @@
+"""Steps of filters that are known to have a quadratic loss: down its slope, or across its hills."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gaborium.optim.family import KernelFamily
+from gaborium.optim.quadratic import Quadratic, inner
+from gaborium.params import Gabor
+
+
+def descend(
+    family: KernelFamily,
+    loss: Quadratic,
+    z: Tensor,
+    radius: Tensor,
+    damping: Tensor,
+    n_iterations: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Levenberg-Marquardt on the quadratic, within a radius of where it starts.
+
+    Args:
+        family: the layer's kernels.
+        loss: the loss of every filter.
+        z: rows to start from, ``(filters, p)``.
+        radius: how far kernels may move, in the metric's length, ``(filters,)``.
+        damping: of the first step, ``(filters,)``.
+        n_iterations: steps at most.
+
+    Returns:
+        The rows, their loss, and the damping for next time.
+    """
+    home: Tensor | None = None
+    best = z.new_zeros(len(z))
+    for _ in range(n_iterations):
+        kernels, J = family.jacobian(z)
+        if home is None:
+            home, best = kernels, loss.value(kernels)
+        seen = loss.metric.times(J)
+        hessian = (seen @ J.mT).sum(1)
+        slope = (J @ loss.downhill(kernels).unsqueeze(-1)).squeeze(-1).sum(1)
+        diagonal = hessian.diagonal(dim1=-2, dim2=-1)
+        # Marquardt's scaling, with a floor for directions that move nothing.
+        floor = 1e-9 * diagonal.amax(-1, keepdim=True) + torch.finfo(z.dtype).tiny
+        damped = hessian + torch.diag_embed(damping[:, None] * (diagonal + floor) + floor)
+        step = torch.nan_to_num(torch.linalg.solve_ex(damped, slope)[0])
+        length = inner(step[:, None], (hessian @ step.unsqueeze(-1)).mT).clamp_min(0).sqrt()
+        step = step * (radius / length.clamp_min(1e-300)).clamp_max(1.0).unsqueeze(-1)
+
+        moved = family.kernels(z + step)
+        value = loss.value(moved)
+        better = (value < best) & (family.is_legal(z + step) | ~family.is_legal(z))
+        better &= loss.metric.length(moved - home) <= 1.5 * radius
+        z = torch.where(better.unsqueeze(-1), z + step, z)
+        best = torch.where(better, value, best)
+        damping = (damping * torch.where(better, 0.25, 8.0)).clamp(1e-9, 1e9)
+    return z, best, damping
+
+
+def leap(
+    family: KernelFamily, loss: Quadratic, z: Tensor, *, n_best: int = 2, n_iterations: int = 10
+) -> tuple[Tensor, Tensor]:
+    """The best Gabor functions anywhere, as far as a grid of geometries finds them.
+
+    Of every geometry on the grid the best amplitudes and phases are known in closed form. The best
+    geometries are polished. With ``geometry="pair"`` one input channel after the other is
+    looked at, the others as they are.
+
+    Args:
+        family: the layer's kernels.
+        loss: the loss of every filter.
+        z: the present rows, ``(filters, p)``.
+        n_best: geometries that are polished.
+        n_iterations: of the polishing.
+
+    Returns:
+        Rows ``(filters, p)``, and their loss.
+    """
+    free = torch.full_like(loss.scale, torch.inf)
+    best, value = z, loss.value(family.kernels(z))
+    n_channels = family.record(z).amplitude.shape[1]
+    parts = [slice(c, c + 1) for c in range(n_channels)]
+    for part in parts if family.layer.geometry == "pair" else [slice(None)]:
+        for params in _promising(family, loss, best, part, n_best):
+            start = family.rows_of(params)
+            damping = torch.full_like(value, 1e-2)
+            end, reached, _ = descend(family, loss, start, free, damping, n_iterations)
+            better = reached < value
+            best = torch.where(better.unsqueeze(-1), end, best)
+            value = torch.where(better, reached, value)
+    return best, value
+
+
+def _promising(
+    family: KernelFamily, loss: Quadratic, z: Tensor, part: slice, n_best: int
+) -> Iterator[Gabor]:
+    """Records of the layer's shapes with the best geometries of a grid for some channels."""
+    layer, now = family.layer, family.record(z)
+    geometry = _grid(layer, now, part)
+    groups = loss.metric.covariance.shape[0]
+    here = torch.arange(len(z), device=z.device).chunk(groups)
+    found = [_search(family, loss, now, geometry, part, i, g, n_best) for g, i in enumerate(here)]
+    chosen = torch.cat([index for index, _ in found], 0)  # (filters, n_best)
+    pairs = torch.cat([coefficients for _, coefficients in found], 0)  # (filters, n_best, 2, C)
+    for i in range(n_best):
+        fields = dict(now.as_dict())
+        for name in now.field_names():
+            if name in ("amplitude", "phase"):
+                continue
+            value = getattr(geometry, name)
+            value = value[chosen[:, i], torch.arange(len(z)) % value.shape[1]]
+            whole = getattr(now, name).clone()
+            whole[:, part] = value.unsqueeze(1)
+            fields[name] = whole
+        a, b = pairs[:, i].unbind(1)
+        amplitude, phase = now.amplitude.clone(), now.phase.clone()
+        if "amplitude" in layer.learn:
+            amplitude[:, part] = torch.hypot(a, b)
+        phase[:, part] = torch.atan2(b, a)
+        params = type(now)(**fields | {"amplitude": amplitude, "phase": phase})
+        yield _of_unit_norm(family, params) if layer.unit_norm else params
+
+
+def _grid(layer: Any, now: Gabor, part: slice) -> Gabor:
+    """Geometries to look at, ``(N, filters)``, or ``(N, 1)`` where they are the same for all."""
+    learned = [name for name in now.field_names() if name in layer.learn]
+    fields, lines = {}, {}
+    alone = len(set(learned) - {"amplitude", "phase"}) == 1
+    largest = max(layer.kernel_size)
+    around = math.pi if "phase" in learned else 2 * math.pi  # a fixed phase tells k from -k
+    few = "center" in learned
+    n_angles = 48 if alone else 8 if few or now.n_dims == 3 else 12
+    like = now.sigma
+    steps = torch.arange(n_angles, dtype=like.dtype, device=like.device)
+    lines["orientation"] = around * steps / n_angles
+    lines["elevation"] = torch.linspace(-1.2, 1.2, 5).to(like)
+    shortest = layer.raw_coordinates.min_wavelength or 0.0
+    n_waves = 24 if alone else 6 if few else 9
+    waves = torch.linspace(0.0, 0.42, n_waves).to(like).clamp_min(0.1 / largest)
+    lines["wavelength"] = waves.reciprocal().clamp_min(1.1 * shortest)
+    widths = torch.linspace(math.log(1 / 14), math.log(0.4), 16 if alone else 3 if few else 5)
+    lines["sigma"] = (largest * widths.to(like).exp()).clamp_min(0.4)
+    lines["aspect_ratio"] = torch.tensor([0.4, 0.7, 1.0, 1.6] if not few else [0.5, 1.0]).to(like)
+    names = [name for name in learned if name in lines]
+    for axis in range(now.n_dims) if few else ():
+        names.append(f"center{axis}")
+        size = layer.kernel_size[-1 - axis]
+        lines[f"center{axis}"] = torch.tensor([-size / 5, 0.0, size / 5]).to(like)
+    points = torch.meshgrid(*(lines[name] for name in names), indexing="ij")
+    grid = {name: point.flatten().unsqueeze(-1) for name, point in zip(names, points, strict=True)}
+    n = next(iter(grid.values())).shape[0] if grid else 1
+    whole = now.expand()
+    for name in now.field_names():
+        if name in ("amplitude", "phase"):
+            fields[name] = torch.ones_like(like[:1, :1]).expand(n, 1)
+        elif name == "center" and few:
+            fields[name] = torch.stack([grid[f"center{i}"] for i in range(now.n_dims)], -1)
+        elif name in grid:
+            fields[name] = grid[name]
+        else:
+            own = getattr(whole, name)[:, part][:, 0]  # (filters,) or (filters, d)
+            own = own[:1] if bool((own == own[:1]).all()) else own
+            fields[name] = own.unsqueeze(0).expand(n, *own.shape)
+    return type(now)(**fields)
+
+
+def _search(
+    family: KernelFamily,
+    loss: Quadratic,
+    now: Gabor,
+    geometry: Gabor,
+    part: slice,
+    filters: Tensor,
+    group: int,
+    n_best: int,
+) -> tuple[Tensor, Tensor]:
+    """The best geometries of some filters, ``(filters, n)``, and ``A cos ψ, A sin ψ`` of each."""
+    layer = family.layer
+    whole = geometry.expand()
+    if whole.batch_shape[1] > 1:
+        whole = whole[:, filters]
+    even, odd = (p.flatten(2) for p in layer.even_odd(whole.waveform()))  # (N, F or 1, pixels)
+    columns = torch.stack([even, -odd]).unsqueeze(1)  # (2, members, N, F or 1, pixels)
+    if family.n_members == 2:
+        columns = torch.cat([columns, torch.stack([odd, even]).unsqueeze(1)], 1)
+    pixels = even.shape[-1]
+    C = loss.metric.covariance[group].unflatten(0, (-1, pixels)).unflatten(-1, (-1, pixels))
+    linear = loss.linear[filters].unflatten(-1, (-1, pixels))  # (F, members, channels, pixels)
+    C, wanted = C[part][:, :, part], linear[:, :, part]
+    n_channels = C.shape[0]
+    if n_channels < linear.shape[2]:
+        # The other channels stay: their share of the responses is taken off.
+        others = family.kernels(family.rows_of(now))[filters].unflatten(-1, (-1, pixels)).clone()
+        others[:, :, part] = 0.0
+        seen = others.flatten(2) @ loss.metric.covariance[group]
+        wanted = wanted - seen.unflatten(-1, (-1, pixels))[:, :, part]
+
+    gram = columns.new_zeros(*even.shape[:2], 2, n_channels, 2, n_channels)
+    for c, d in itertools.product(range(n_channels), repeat=2):
+        seen = columns @ C[c, :, d]
+        gram[..., :, c, :, d] = torch.einsum("amnfp,bmnfp->nfab", seen, columns)
+    gram = gram.flatten(-2).flatten(2, 3)  # (N, F or 1, 2C, 2C)
+    if even.shape[1] == 1:
+        rhs = torch.einsum("fmcp,amnp->nfac", wanted, columns[..., 0, :])
+    else:
+        rhs = torch.einsum("fmcp,amnfp->nfac", wanted, columns)
+    rhs = rhs.flatten(2)  # (N, F, 2C)
+    size = gram.diagonal(dim1=-2, dim2=-1)
+    ridge = 1e-9 * size.amax(-1, keepdim=True).expand_as(size) + 1e-300
+    root = torch.linalg.cholesky_ex(gram + torch.diag_embed(ridge))[0]
+    pairs = torch.cholesky_solve(rhs.unsqueeze(-1), root).squeeze(-1).unflatten(-1, (2, -1))
+    pairs = _allowed(layer, now, pairs, filters, part)
+    flat = pairs.flatten(2)
+    value = 0.5 * inner(flat.unsqueeze(-1), gram @ flat.unsqueeze(-1)) - (rhs * flat).sum(-1)
+    value = torch.where(value.isfinite(), value, torch.inf)
+    chosen = value.topk(min(n_best, len(value)), 0, largest=False).indices.T
+    chosen = chosen[:, torch.arange(n_best) % chosen.shape[1]]
+    return chosen, pairs[chosen, torch.arange(len(filters)).unsqueeze(-1)]
+
+
+def _allowed(layer: Any, now: Gabor, pairs: Tensor, filters: Tensor, part: slice) -> Tensor:
+    """``A cos ψ, A sin ψ`` ``(N, F, 2, C)``, as near as what the layer learns can come."""
+    phase, amplitude = now.phase[filters, part], now.amplitude[filters, part]
+    if "phase" not in layer.learn:
+        direction = torch.stack([phase.cos(), phase.sin()], -2)
+        if "amplitude" not in layer.learn:
+            return (amplitude.unsqueeze(-2) * direction).expand_as(pairs)
+        return (pairs * direction).sum(-2, keepdim=True) * direction
+    if "amplitude" not in layer.learn:
+        size = pairs.square().sum(-2, keepdim=True).sqrt().clamp_min(1e-300)
+        return pairs / size * amplitude.unsqueeze(-2)
+    return pairs
+
+
+def _of_unit_norm(family: KernelFamily, params: Gabor) -> Gabor:
+    """The same kernels where the amplitude is the kernel's norm."""
+    if "amplitude" not in family.layer.learn:
+        return params
+    wave = params.waveform()
+    even, odd = (part.flatten(2) for part in family.layer.even_odd(wave))
+    kernel = wave.even.unsqueeze(-1) * even - wave.odd.unsqueeze(-1) * odd
+    ours = family.kernels(family.rows_of(params))[:, 0]
+    ratio = kernel.flatten(1).norm(dim=1) / ours.norm(dim=1).clamp_min(1e-30)
+    return params.replace(amplitude=params.amplitude * ratio.unsqueeze(-1))
