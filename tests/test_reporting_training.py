@@ -169,7 +169,7 @@ def test_the_headline_compares(result):
 
 def test_whether_moving_helped_is_said(result):
     assert training_sentences(result) == {
-        "gabor": "On average a filter moved the orientation by 17°, the wavelength by 0.30 px and "
+        "gabor": "The median filter moved the orientation by 17°, the wavelength by 0.30 px and "
         "the sigma by 0.30 px. Put back to their start in the trained network, the filters leave "
         "it 82.0 ± 2.0 %: it loses 10.0 ± 0.0 points."
     }

@@ -115,7 +115,7 @@ def training_sentences(result: TrainResult) -> dict[str, str]:
         loses = "loses" if gain.mean >= 0 else "gains"
         points = in_percent(gain._replace(mean=abs(gain.mean)), signed=True).lstrip("+")
         told[side] = (
-            f"On average a filter moved {listing(moved)}. Put back to their start in the trained "
+            f"The median filter moved {listing(moved)}. Put back to their start in the trained "
             f"network, the filters leave it {in_percent(back)}: it {loses} {points} points."
         )
     return told
@@ -381,7 +381,7 @@ def _displacement_chart(result: TrainResult, sides: Sequence[str]) -> Chart:
     figure.update_annotations(font_size=13)
     return Chart(
         "displacement",
-        "Mean distance of each parameter from its start, in the epochs",
+        "Median distance of each parameter from its start, in the epochs",
         _small(figure),
     )
 

@@ -95,7 +95,7 @@ class Run:
 
     @property
     def displacement(self) -> dict[str, float]:
-        """Mean distance of every field from its start, in the field's unit; empty if free."""
+        """Median distance over the filters of every field from its start; empty if free."""
         return dict(self.curve[-1]["displacement"]) if self.curve else {}
 
     def to_state(self) -> dict[str, Any]:
@@ -191,7 +191,7 @@ class TrainResult:
         return _mean([statistics.fmean(values) for values in runs if values])
 
     def displacement(self, side: str) -> dict[str, Mean]:
-        """Mean distance of every field from its start, in the field's unit."""
+        """Median distance over the filters of every field from its start, in the field's unit."""
         found = [run.displacement for run in self.of(side) if not run.stopped]
         names = found[0] if found else {}
         return {name: _mean([one[name] for one in found]) for name in names}

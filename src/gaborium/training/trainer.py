@@ -312,7 +312,7 @@ class Trainer:
         return type(params)(**{name: v.clone() for name, v in params.as_dict().items()})
 
     def _displacement(self) -> dict[str, float]:
-        """Mean distance of every field from its start."""
+        """Median distance of every field from its start, over the filters."""
         if self.gabor is None or self.start is None:
             return {}
         params, fields = self._params(), {}
@@ -320,7 +320,9 @@ class Trainer:
             if name != "center" or name in self.gabor.learn:
                 distance = error.abs().double()
                 # A wave that became a blob, or one that was, has no distance.
-                fields[name] = distance[distance.isfinite()].mean().item()
+                # Not the mean: a filter that has become a plane wave has a sigma of any size.
+                finite = distance[distance.isfinite()]
+                fields[name] = finite.quantile(0.5).item() if len(finite) else math.nan
         return fields
 
     # -- end ----------------------------------------------------------------------------------
@@ -531,7 +533,11 @@ def make_optimizers(module: nn.Module, recipe: Recipe) -> list[torch.optim.Optim
     groups: list[dict[str, Any]] = []
     if gabor and recipe.optimizer == "natural":
         rate = recipe.gabor_learning_rate
-        natural = NaturalGradient(module) if rate is None else NaturalGradient(module, lr=rate)
+        if rate is not None and not rate <= 1:
+            raise ValueError(
+                f"gabor_learning_rate must be at most 1 with optimizer='natural', got {rate:g}."
+            )
+        natural = NaturalGradient(module, lr=1.0 if rate is None else rate)
         # What it leaves is for Adam.
         gabor = [value for group in natural.param_groups for value in group["params"]]
         optimizers.append(natural)
