@@ -77,6 +77,15 @@ def test_dead_filters():
     assert faint.duplicates == ()  # one of the two is dead, which is enough said
 
 
+def test_one_filter_is_told_in_the_singular():
+    one, two = (health(layer_of(amplitude=[1.0, 1.0, a, 0.0])) for a in (1.0, 0.0))
+    words = [finding(found, "dead filters").sentence.partition(" zero")[0] for found in (one, two)]
+    assert words == [
+        "1 of 4 filters is dead: its kernel is",
+        "2 of 4 filters are dead: their kernels are",
+    ]
+
+
 def test_aliased_wavelengths():
     layer = layer_of(wavelength=[1.7, 5.0, 2.01, 1.99])
     found = health(layer)

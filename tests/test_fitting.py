@@ -17,7 +17,7 @@ from torch import Tensor
 
 from gaborium import FitResult, Gabor2d, GaborConv2d, Outcome, fit, gabor, recover
 from gaborium.fitting import api, search, statistics
-from gaborium.fitting.solver import Family, Target, linearise, misfit
+from gaborium.fitting.solver import Family, Target, linearise, misfit, solve
 from gaborium.fitting.start import StartGrid
 from gaborium.fitting.statistics import PatchStatistics, root_of
 from gaborium.images import camera, center_crop
@@ -275,6 +275,33 @@ def test_slopes_of_a_kernel_of_the_family_are_those_of_autograd(family):
         )
         wanted = -slopes.permute(1, 2, 0)[:, family.free]
         torch.testing.assert_close(J, wanted, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize(("dtype", "beside"), [(F64, 1e-9), (torch.float32, 2e-5)], ids=str)
+def test_a_cosine_and_a_sine_that_are_nearly_one_are_still_two(dtype, beside):
+    """On pixels along a diagonal, near one cycle every other pixel, the pair differs in slope."""
+    x, y = grid(9)
+    on_line, step = x - y == 2, (x + y) / 2
+    line = torch.where(on_line, (1 - 2 * (step % 2)) * (1 + step) * (-(step**2) / 2.56).exp(), 0.0)
+    target = Target((line / line.norm()).reshape(1, 1, -1).to(dtype))
+    tilt = 0.01  # rad, or the sine is zero on every pixel
+    frequency = (0.5 + beside) / (math.sqrt(2) * math.cos(tilt))
+    z = [math.pi / 4 - tilt, frequency, math.log(1.6), math.log(20.0), 1.0, -1.0]
+    family = Family((9, 9), 1, free_center=True)
+    assert misfit(target, family, torch.tensor([z], dtype=dtype)).item() < 1e-3
+
+
+@pytest.mark.parametrize("dtype", [F64, torch.float32], ids=str)
+def test_a_search_that_comes_near_no_wave_goes_on(dtype):
+    """The frequency loses its influence on the way: the other parameters must not wait for it."""
+    fields = {"orientation": 0.77, "wavelength": 10.58, "phase": -0.14, "sigma": 1.07}
+    kernel = gabor(Gabor2d.of(**fields, aspect_ratio=0.43).to(F64), 11)
+    target = Target((kernel / kernel.norm()).reshape(1, 1, -1).to(dtype))
+    start = torch.tensor([[0.77, 0.0147, -0.26, -1.2, 0.0, 0.0]], dtype=dtype)
+    limits = {"max_iterations": 100, "tolerance": 1e-6, "damping": 1e-3}
+    end = solve(target, Family((11, 11), 1), start, **limits)
+    assert end.converged.item()
+    assert end.cost.item() < 1e-11
 
 
 def test_scipy_finds_nothing_better():

@@ -106,15 +106,7 @@ def recover(
     """
     begun = time.monotonic()
     console = require("rich.console", extra="cli", purpose="Commands").Console()
-    for what, value, least in (
-        ("--steps", steps, 1),
-        ("--kernel-size", kernel_size, 1),
-        ("--max-images", max_images, 1),
-        ("--crop", crop, 0),
-        ("--noise", noise, 0),
-    ):
-        if not least <= value < math.inf:
-            raise ValueError(f"{what} must be at least {least}, got {value}.")
+    _check_experiment(steps, kernel_size, max_images, crop, noise=noise)
     for what, values in (("--learning-rate", learning_rate), ("--momentum", momentum)):
         if not all(0 <= value < math.inf for value in values):
             raise ValueError(f"{what} must not be negative, got {min(values)}.")
@@ -207,9 +199,8 @@ def fit(
     """
     begun = time.monotonic()
     console = require("rich.console", extra="cli", purpose="Commands").Console()
-    for what, value, least in (("--n-starts", n_starts, 1), ("--limit", limit, 3)):
-        if value < least:
-            raise ValueError(f"{what} must be at least {least}, got {value}.")
+    _check_least(1, n_starts=n_starts)
+    _check_least(3, limit=limit)
     _check_name(name)
 
     with console.status("Loading PyTorch"):
@@ -341,17 +332,12 @@ def diagnose(
         raise ValueError("--kernel-size is no option of a script; set it in setup().")
     if file is not None and not is_script and steps != _default(diagnose, "steps"):
         raise ValueError("--steps is no option of a file of kernels, which does not train.")
-    for what, value, least in (
-        ("--steps", steps, 1),
-        ("--kernel-size", 1 if kernel_size is None else kernel_size, 1),
-        ("--max-images", max_images, 1),
-        ("--crop", crop, 0),
-        ("--padding", padding, 0),
-        ("--learning-rate", learning_rate, 0),
-        ("--momentum", momentum, 0),
-    ):
-        if not least <= value < math.inf:
-            raise ValueError(f"{what} must be at least {least}, got {value}.")
+    _check_experiment(
+        *(steps, kernel_size, max_images, crop),
+        padding=padding,
+        learning_rate=learning_rate,
+        momentum=momentum,
+    )
     _check_name(name)
 
     with console.status("Loading PyTorch"):
@@ -570,6 +556,20 @@ def _experiment(
             + f"; planted at {math.degrees(orientation):g}°"
         ),
     }
+
+
+def _check_experiment(
+    steps: int, kernel_size: int | None, max_images: int, crop: int, **others: float
+) -> None:
+    """Ranges of the built-in experiment's options; the others must not be negative."""
+    _check_least(1, steps=steps, kernel_size=kernel_size, max_images=max_images)
+    _check_least(0, crop=crop, **others)
+
+
+def _check_least(least: int, **options: float | None) -> None:
+    for name, value in options.items():
+        if value is not None and not least <= value < math.inf:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least {least}, got {value}.")
 
 
 def _check_name(name: str) -> None:

@@ -22,7 +22,7 @@ from gaborium.diagnostics import SetUp
 from gaborium.errors import as_sizes, one_of
 from gaborium.fitting import FitResult, fit, recover
 from gaborium.fitting.statistics import PatchStatistics
-from gaborium.kernels import gabor
+from gaborium.kernels import gabor, orientation_basin
 from gaborium.layers import GaborConv2d
 from gaborium.params import UNITS, Gabor, Gabor2d
 
@@ -271,7 +271,7 @@ def recover_planted(
         noise=noise,
         responses=responses,
         landscape=landscape,
-        basin=_basin(target),
+        basin=orientation_basin(target).item(),
         descents=tuple(descents),
         found=found,
         training=training,
@@ -377,12 +377,6 @@ def _per_channel(params: Gabor2d, channels: int) -> Gabor2d:
     return Gabor2d(**fields)
 
 
-def _basin(target: Gabor2d) -> float:
-    """Convex half-width of the squared error in θ on white input: λ / (√2 π σ/γ), rad."""
-    along = target.sigma / target.aspect_ratio
-    return min((target.wavelength / (math.sqrt(2) * math.pi * along)).item(), math.pi / 2)
-
-
 def _landscape(
     batch: Tensor, responses: Tensor, target: Gabor2d, kernel_size: tuple[int, int]
 ) -> dict[str, list[float]]:
@@ -435,7 +429,8 @@ def _descend(
     # Equal kernels repeat after half a turn only when turned back in phase; the experiment's
     # loss does so for even phases. Distances are those of the stripes, which have period π.
     error = [abs(math.remainder(theta - truth, math.pi)) for theta in orientation]
-    within = [distance <= max(_basin(target), 2 * _NEAR) for distance in error]
+    basin = max(orientation_basin(target).item(), 2 * _NEAR)
+    within = [distance <= basin for distance in error]
     first = next((step for step, distance in enumerate(error) if distance < _NEAR), None)
     ejections = sum(before and not now for before, now in itertools.pairwise(within))
     return Descent(

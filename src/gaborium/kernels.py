@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from gaborium.errors import as_sizes
-from gaborium.params import Gabor, Waveform, unit_vector
+from gaborium.params import Gabor, Gabor2d, Waveform, unit_vector
 
 
 def gabor(params: Gabor, kernel_size: int | tuple[int, ...]) -> Tensor:
@@ -214,3 +214,19 @@ def direction_and_slopes(
         "orientation": torch.stack([-flat * sin, flat * cos, torch.zeros_like(flat)], -1),
         "elevation": torch.stack([-steep * cos, -steep * sin, flat], -1),
     }
+
+
+def orientation_basin(params: Gabor2d) -> Tensor:
+    """How far from the truth a descent on θ may begin: ``λ / (√2 π σ/γ)`` rad, at most π/2.
+
+    It is the half-width within which the squared error is convex in θ, on white input and all
+    other parameters being right. Shape ``(*batch,)``.
+
+    Example:
+        >>> from gaborium import Gabor2d
+        >>> long_stripes = Gabor2d.of(orientation=0.0, wavelength=6.0, sigma=3.0, aspect_ratio=0.5)
+        >>> print(f"{orientation_basin(long_stripes).item():.3f}")
+        0.225
+    """
+    along = params.sigma / params.aspect_ratio
+    return (params.wavelength / (math.sqrt(2) * math.pi * along)).clamp_max(math.pi / 2)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import re
 import warnings
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -95,28 +96,29 @@ class Health:
             self._found(
                 "dead filters",
                 Severity.SEVERE if everywhere else Severity.WARNING,
-                "{n} of {all} filters are dead: their kernels are zero beside those of the others.",
+                "{n} of {all} filters {is|are} dead: {its kernel is|their kernels are} zero "
+                "beside those of the others.",
                 _indices(self.dead),
             ),
             self._found(
                 "aliased wavelength",
                 Severity.WARNING,
-                "{n} of {all} filters have a wavelength below 2 px, where a wave looks like a "
-                "longer one.",
+                "{n} of {all} filters {has|have} a wavelength below 2 px, where a wave looks "
+                "like a longer one.",
                 _indices(self.aliased),
             ),
             self._found(
                 "truncated envelope",
                 Severity.WARNING,
-                "{n} of {all} filters do not fit the kernel: its border cuts their envelope above "
-                "a third of its height, which biases the parameters.",
+                "{n} of {all} filters {does|do} not fit the kernel: the border cuts {its|their} "
+                "envelope above a third of its height, which biases the parameters.",
                 _indices(self.truncated),
                 0.7,
             ),
             self._found(
                 "degenerate filters",
                 Severity.WARNING,
-                "{n} of {all} filters are no Gabor functions any more: "
+                "{n} of {all} filters {is no Gabor function|are no Gabor functions} any more: "
                 + ", ".join(sorted({self.degenerate[i] for i in shape}))
                 + ".",
                 shape,
@@ -125,15 +127,15 @@ class Health:
             self._found(
                 "degenerate filters",
                 Severity.NOTE,
-                "{n} of {all} filters are blobs: less than a third of a cycle lies within the "
-                "envelope, so the wave's direction is undetermined.",
+                "{n} of {all} filters {is a blob|are blobs}: less than a third of a cycle lies "
+                "within the envelope, so the wave's direction is undetermined.",
                 blobs,
                 0.5,
             ),
             self._found(
                 "DC leak",
                 Severity.NOTE,
-                "{n} of {all} filters answer to a constant image.",
+                "{n} of {all} filters {answers|answer} to a constant image.",
                 _indices(self.dc_leak > _LEAK),
                 0.3,
                 largest_share=self.dc_leak.max().item(),
@@ -185,7 +187,7 @@ class Health:
         return self._found(
             "duplicate filters",
             Severity.WARNING if many else Severity.NOTE,
-            "{n} of {all} filters have the kernel of another one up to scale"
+            "{n} of {all} filters {has|have} the kernel of another one up to scale"
             + (f" ({negatives} of {len(self.duplicates)} pairs are negatives)." if negatives
                else "."),
             involved,
@@ -204,8 +206,11 @@ class Health:
         likelihood: float = 1.0,
         **numbers: float,
     ) -> Finding | None:
+        """A finding about filters, if there are any; of {one|several} words the fitting ones."""
         if not filters:
             return None
+        number = r"\1" if len(filters) == 1 else r"\2"
+        sentence = re.sub(r"\{([^{|}]*)\|([^{|}]*)\}", number, sentence)
         return Finding(
             cause,
             severity,

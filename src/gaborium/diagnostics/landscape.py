@@ -18,7 +18,8 @@ from gaborium.diagnostics.views import (
     find_gabor_layer,
     recover_arguments,
 )
-from gaborium.params import POSITIVE_FIELDS, UNITS, Gabor
+from gaborium.kernels import orientation_basin
+from gaborium.params import POSITIVE_FIELDS, UNITS, Gabor, Gabor2d
 
 Span = tuple[float, float]
 
@@ -704,12 +705,10 @@ def _second_differences(values: Tensor, *, periodic: bool) -> Tensor:
 
 
 def _predicted(family: _RecordFamily | _OwnFamily) -> float | None:
-    """λ / (√2 π σ/γ): where the squared error in θ is convex on white input."""
-    if not isinstance(family, _RecordFamily) or family.base.n_dims != 2:
+    """Half-width in θ of the basin of the first filter, where one is in two dimensions."""
+    if not isinstance(family, _RecordFamily) or not isinstance(family.base, Gabor2d):
         return None
-    fields = {name: value.flatten()[0].item() for name, value in family.base.as_dict().items()}
-    along = fields["sigma"] / fields["aspect_ratio"]
-    return min(fields["wavelength"] / (math.sqrt(2) * math.pi * along), math.pi / 2)
+    return orientation_basin(family.base).flatten()[0].item()
 
 
 # -- findings -----------------------------------------------------------------------------------

@@ -47,11 +47,14 @@ _PART = 0.03  # share of the power from which on a second wave is looked for bes
 _PAIRS = 10  # of waves that are followed together
 _LOOSE = 1e-4  # tolerance while ends are compared; the best one is then followed closely
 _SLOW = 1.0  # rad that a wave turns within a standard deviation, below which a still one is tried
+_TURNING = 0.5  # the same, above which no still one is an exact fit where a wave is one
 _REST = 1e-4  # rad that stand for none, where the limit of none is meant
 ALIKE = 2.0  # a difference of misfits that says nothing, in units of the noise's variance
 _NEARLY = 1.25  # ratio of misfits up to which another kernel is remembered
 _OTHER = 1e-4  # share of a kernel's power by which another one is different
 _ROUND = 30  # steps before a search has to wait for the others that creep
+_DAMPED = 1e-3  # damping of the first step, as a share of the curvature
+_BOLD = 1e-5  # the same of those that creep: nearly none, or they stop short in a narrow valley
 _AT_ONCE = {"cpu": 2**18}  # bytes of kernels in a batch: they stay in the processor's cache
 _AT_ONCE_ELSEWHERE = 2**27
 _LOOKED_AT = 256  # problems, at least, whose starts are compared in one pass over all waves
@@ -109,8 +112,7 @@ class Search:
         first = self._look(target, everyone, 1, closely=False)[:, 0]
         best = self._follow_all(target, first, everyone, self.tolerance)
         rival = best._replace(cost=torch.full_like(best.cost, torch.inf))
-        exact = max(_EXACT, 1e5 * torch.finfo(power.dtype).eps ** 2)
-        inexact = (best.cost > exact * power).nonzero().flatten()
+        inexact = (~_is_exact(best.cost, power)).nonzero().flatten()
         second = self._second(target, best, inexact, torch.zeros_like(power))
         settled = ~self._is_structured(target, best.cost, second) & (best.cost <= _SETTLED * power)
         settled &= self._n_left(target) >= _ENOUGH
@@ -151,12 +153,17 @@ class Search:
             n_iterations=torch.zeros(len(z), dtype=torch.int64, device=z.device),
         )
         waiting = torch.arange(len(z), device=z.device)
-        for steps in (min(_ROUND, self.max_iterations), self.max_iterations - _ROUND):
-            if steps <= 0:
+        first = min(_ROUND, self.max_iterations)
+        for steps, damping in ((first, _DAMPED), (self.max_iterations - first, _BOLD)):
+            if steps == 0:
                 break
             for i in _batches(waiting, model, z):
-                here = target.pick(owner[i])
-                found = solve(here, model, ends.z[i], max_iterations=steps, tolerance=tolerance)
+                found = solve(
+                    *(target.pick(owner[i]), model, ends.z[i]),
+                    max_iterations=steps,
+                    tolerance=tolerance,
+                    damping=damping,
+                )
                 used = ends.n_iterations[i] + found.n_iterations
                 ends = ends.put(i, found._replace(n_iterations=used))
             # A search that has neither arrived nor used its steps is stuck, and would be again.
@@ -187,14 +194,16 @@ class Search:
         waves that hardly turn within their envelope, and whose amplitude is large.
         """
         column = self.family.columns["frequency"]
-        slow = (self._turn(ends.z) < _SLOW).nonzero().flatten()
+        turn, power = self._turn(ends.z), target.y.square().sum((-2, -1))[owner]
+        found = _is_exact(ends.cost, power) & (turn > _TURNING)
+        slow = ((turn < _SLOW) & ~found).nonzero().flatten()
         if len(slow) == 0 or self.family.bounds(ends.z)[0][column] > 0:
             return ends
         rest = replace(self.family, still=True)
-        found = self.follow(target, ends.z[slow], owner[slow], self.tolerance, rest)
-        rounding = max(self.rounding, 1e-26) * target.y.square().sum((-2, -1))[owner[slow]]
-        as_good = found.cost <= ends.cost[slow] * (1 + 1e-6) + rounding
-        z, _, coefficients, *_ = found = found.pick(as_good)
+        still = self.follow(target, ends.z[slow], owner[slow], self.tolerance, rest)
+        rounding = max(self.rounding, 1e-26) * power[slow]
+        as_good = still.cost <= ends.cost[slow] * (1 + 1e-6) + rounding
+        z, _, coefficients, *_ = still = still.pick(as_good)
         sloping = coefficients.clone()
         sloping[..., 0] = 0.0
         slope = kernels_of(rest, z, sloping).square().sum((-2, -1))
@@ -202,7 +211,7 @@ class Search:
         rate = _REST / z[:, self.family.columns["sigma"]].exp()  # rad/px
         z[:, column] = torch.where(is_blob, 0.0, rate / (2 * math.pi))
         coefficients[..., 1] *= torch.where(is_blob, 0.0, 1 / rate).unsqueeze(-1)
-        return ends.put(slow[as_good], found)
+        return ends.put(slow[as_good], still)
 
     def _second(self, target: Target, best: Solution, number: Tensor, before: Tensor) -> Tensor:
         """Power that the most promising start for what is left explains, for some problems."""
@@ -343,19 +352,29 @@ class Search:
         dtype = target.y.dtype
         z, cost, coefficients, *others = best
         whole = Solution(z.to(dtype), cost.to(dtype), coefficients.to(dtype), *others)
-        moving = (self._turn(z) > 2 * _REST).nonzero().flatten()
-        last = replace(self, max_iterations=2)
-        end = last.follow(target, whole.z[moving], moving, self.tolerance)
-        end = end._replace(
-            converged=end.converged | best.converged[moving],
-            n_iterations=end.n_iterations + best.n_iterations[moving],
-        )
-        return whole.put(moving, end)
+        moving = self._turn(z) > 2 * _REST
+        exact = _is_exact(cost, target.y.square().sum((-2, -1)).to(cost))
+        # One step squares the error of an exact fit; others come closer by a factor.
+        for here, n in ((moving & exact, 1), (moving & ~exact, 2)):
+            index = here.nonzero().flatten()
+            last = replace(self, max_iterations=n)
+            end = last.follow(target, whole.z[index], index, self.tolerance)
+            end = end._replace(
+                converged=end.converged | best.converged[index],
+                n_iterations=end.n_iterations + best.n_iterations[index],
+            )
+            whole = whole.put(index, end)
+        return whole
 
     def _turn(self, z: Tensor) -> Tensor:
         """Of the wave within a standard deviation of its envelope, rad: ``(batch,)``."""
         columns = self.family.columns
         return 2 * math.pi * z[:, columns["frequency"]].abs() * z[:, columns["sigma"]].exp()
+
+
+def _is_exact(cost: Tensor, power: Tensor) -> Tensor:
+    """Whether misfits are rounding, and nothing can do better."""
+    return cost <= max(_EXACT, 1e5 * torch.finfo(power.dtype).eps ** 2) * power
 
 
 def _without(first: Tensor, rows: Tensor) -> Tensor:

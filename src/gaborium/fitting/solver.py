@@ -11,7 +11,8 @@ with one matrix of monomials, and so are their derivatives: that is what makes i
 
 Reference:
     Golub and Pereyra (1973), SIAM J. Numer. Anal. 10(2), doi:10.1137/0710036; Kaufman (1975),
-    BIT 15, doi:10.1007/BF01932995.
+    BIT 15, doi:10.1007/BF01932995; Moré (1978), Numerical Analysis, Lecture Notes in Mathematics
+    630, doi:10.1007/BFb0067700.
 """
 
 from __future__ import annotations
@@ -256,9 +257,18 @@ class _State(NamedTuple):
 
 
 def solve(
-    target: Target, model: Model, start: Tensor, *, max_iterations: int, tolerance: float
+    target: Target,
+    model: Model,
+    start: Tensor,
+    *,
+    max_iterations: int,
+    tolerance: float,
+    damping: float,
 ) -> Solution:
-    """Descend from ``start`` ``(batch, columns)``; finished problems leave the batch."""
+    """Descend from ``start`` ``(batch, columns)``; finished problems leave the batch.
+
+    ``damping`` is that of the first step, as a share of the Hessian's diagonal.
+    """
     low, high = model.bounds(start)
     free = model.free
     eps = torch.finfo(start.dtype).eps
@@ -272,7 +282,8 @@ def solve(
         n_iterations=torch.zeros_like(state.cost, dtype=torch.int64),
     )
     number = torch.arange(len(start), device=start.device)
-    damping = torch.full_like(state.cost, 1e-3)
+    damp = torch.full_like(state.cost, damping)
+    scale = torch.zeros_like(state.gradient)
     is_open = torch.ones_like(ends.converged)
     for _ in range(max_iterations):
         # A column that is pulled beyond its bound stands still; the others must not count on it.
@@ -282,10 +293,12 @@ def solve(
         )
         gradient = state.gradient.masked_fill(held, 0.0)
         hessian = state.hessian.masked_fill(held.unsqueeze(-1) | held.unsqueeze(-2), 0.0)
-        diagonal = hessian.diagonal(dim1=-2, dim2=-1)
-        # Marquardt's scaling, with a floor for directions that move nothing.
-        floor = 1e4 * eps * diagonal.amax(-1, keepdim=True) + torch.finfo(start.dtype).tiny
-        damped = hessian + torch.diag_embed(damping.unsqueeze(-1) * (diagonal + floor))
+        # Marquardt's scaling, which as Moré has it never shrinks: towards frequency zero a wave
+        # moves less and less, and would need a damping that brings all others to a halt. With a
+        # floor for directions that move nothing.
+        scale = torch.maximum(scale, hessian.diagonal(dim1=-2, dim2=-1))
+        floor = 1e4 * eps * scale.amax(-1, keepdim=True) + torch.finfo(start.dtype).tiny
+        damped = hessian + torch.diag_embed(damp.unsqueeze(-1) * (scale + floor))
         # solve_ex: one singular problem must not stop the batch; its step is discarded below.
         step = torch.nan_to_num(torch.linalg.solve_ex(damped, gradient)[0])
         moved = state.z.clone()
@@ -302,10 +315,10 @@ def solve(
         # The step changes the kernel by a share below the tolerance, or the fit is exact.
         arrived = size <= tolerance**2 * size_of
         arrived |= state.cost <= 100 * eps**2 * size_of
-        stuck = ~better & (damping > 1e8)
+        stuck = ~better & (damp > 1e8)
         # Much less gained than promised: the path bends, and bolder steps would zigzag across it.
         change = torch.where(gain > 0.75, 0.2, torch.where(gain > 0.25, 1.0, 4.0))
-        damping = (damping * change).clamp_min(1e-12)
+        damp = (damp * change).clamp_min(1e-12)
 
         ends.n_iterations[number[is_open]] += 1
         ends.converged[number[is_open & arrived]] = True
@@ -317,8 +330,9 @@ def solve(
             if n_open == 0:
                 return ends
             rest = is_open.nonzero().flatten()
-            number, damping, size_of = number[rest], damping[rest], size_of[rest]
-            target, state, is_open = target.pick(rest), state.pick(rest), is_open[rest]
+            number, size_of, is_open = number[rest], size_of[rest], is_open[rest]
+            target, state = target.pick(rest), state.pick(rest)
+            damp, scale = damp[rest], scale[rest]
     _keep(ends, number, state)
     return ends
 
@@ -359,21 +373,21 @@ def linearise(target: Target, model: Model, z: Tensor) -> tuple[Tensor, Tensor, 
     The residual of ``z + dz`` is that of z less ``dz · slopes``, to first order.
     """
     sampled = model.at(z)
-    basis = _basis(target, model, sampled.parts)
-    coefficients, left, inverse = _project(target.y, basis)
+    coefficients, left, rows = _project(target.y, _basis(target, model, sampled.parts))
     of_channels = coefficients.reshape(len(z), model.n_channels, -1)
     J = sampled.moves(of_channels)
     if target.root is not None:  # each row is a kernel of all channels
         J = (J.transpose(1, 2).flatten(-2) @ target.root.T).unsqueeze(1)
     elif target.weight is not None:
         J = J * target.weight.unsqueeze(-2)
-    return left, J - (J @ basis.mT @ inverse) @ basis, of_channels
+    J -= (J @ rows.mT) @ rows
+    return left, J, of_channels
 
 
 def _look(target: Target, model: Model, z: Tensor) -> _State:
     left, J, coefficients = linearise(target, model, z)
     cost = left.square().sum((-2, -1))
-    gradient = (J @ left.unsqueeze(-1)).squeeze(-1).sum(1)
+    gradient = (J * left.unsqueeze(-2)).sum((1, -1))
     hessian = (J @ J.mT).sum(1)
     return _State(z, torch.where(cost.isfinite(), cost, torch.inf), gradient, hessian, coefficients)
 
@@ -392,32 +406,42 @@ def _columns(target: Target, rows: Tensor) -> Tensor:
 
 
 def _project(y: Tensor, basis: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Least-squares coefficients ``(batch, groups, c)``, what they leave, inverse Gram matrix.
+    """Least-squares coefficients ``(batch, groups, c)``, what they leave, orthonormal rows.
 
     Columns that depend on others are left out: at zero frequency the sine is zero everywhere, and
     the problem is still sound, with one column less.
     """
-    gram = basis @ basis.mT
-    size = gram.diagonal(dim1=-2, dim2=-1).sqrt()
+    rows, made = _orthonormal(basis)
+    shares = (rows * y.unsqueeze(-2)).sum(-1, keepdim=True)  # (batch, groups, c, 1)
+    return (shares * made).sum(-2), y - (shares * rows).sum(-2), rows
+
+
+def _orthonormal(basis: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows that span those of ``basis``, and the matrix that makes them of it.
+
+    By Gram and Schmidt, twice for each row. The inverse of the rows' inner products would lose
+    twice the digits where a slow wave's cosine and sine, or one's on the pixels of a thin line,
+    are nearly the same: searches that lead there would creep.
+    """
+    size = torch.linalg.vector_norm(basis, dim=-1, keepdim=True)
     # Nothing to speak of: beside the others, or because the envelope lies outside of the kernel.
-    least = torch.finfo(y.dtype).tiny ** 0.25
-    silent = size <= (1e-10 * size.amax(-1, keepdim=True)).clamp_min(least)
-    scale = torch.where(silent, 0.0, 1 / torch.where(silent, 1.0, size))
-    scales = scale.unsqueeze(-1) * scale.unsqueeze(-2)
-    gram = gram * scales  # ones on the diagonal, or zeros
-    eps = torch.finfo(y.dtype).eps
-    if basis.shape[-2] == 2:
-        a, b, c = gram[..., 0, 0], gram[..., 1, 1], gram[..., 0, 1]
-        sound = 1 - c.square() > 1e3 * eps
-        c = torch.where(sound, c, 0.0)
-        b = torch.where(sound, b, 0.0)
-        inverse = torch.stack([b + (1 - b) * a, -c, -c, b], -1) / (1 - c.square()).unsqueeze(-1)
-        inverse = inverse.unflatten(-1, (2, 2))
-    else:
-        inverse = torch.linalg.pinv(gram, hermitian=True, rtol=1e3 * eps)
-    inverse = inverse * scales
-    coefficients = (basis @ y.unsqueeze(-1)).mT @ inverse  # (batch, groups, 1, c)
-    return coefficients.squeeze(-2), y - (coefficients @ basis).squeeze(-2), inverse
+    least = torch.finfo(basis.dtype).tiny ** 0.25
+    silent = size <= (1e-10 * size.amax(-2, keepdim=True)).clamp_min(least)
+    scale = size.masked_fill(silent, torch.inf).reciprocal()
+    rows, made = basis * scale, torch.diag_embed(scale.squeeze(-1))
+    for i in range(1, basis.shape[-2]):
+        before, row = rows[..., :i, :], rows[..., i, :]
+        for _ in range(2):
+            # Products of single rows: sums are several times faster than batches of matrices.
+            shares = (before * row.unsqueeze(-2)).sum(-1, keepdim=True)
+            row -= (shares * before).sum(-2)
+            made[..., i, :] -= (shares * made[..., :i, :]).sum(-2)
+        length = torch.linalg.vector_norm(row, dim=-1, keepdim=True)
+        dependent = length <= torch.finfo(basis.dtype).eps ** 0.5
+        scale = length.masked_fill(dependent, torch.inf).reciprocal()
+        row *= scale
+        made[..., i, :] *= scale
+    return rows, made
 
 
 class _Pair(NamedTuple):
@@ -467,7 +491,7 @@ class _Pair(NamedTuple):
             slope += even * minus_sine
         of_envelope, of_angle = self._slopes()
         J = kernel.unsqueeze(-2) * of_envelope.unsqueeze(1)
-        J[:, :, : of_angle.shape[1]] += slope.unsqueeze(-2) * of_angle.unsqueeze(1)
+        J[:, :, : of_angle.shape[1]].addcmul_(slope.unsqueeze(-2), of_angle.unsqueeze(1))
         return J
 
     def _slopes(self) -> tuple[Tensor, Tensor]:

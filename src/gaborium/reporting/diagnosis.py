@@ -6,8 +6,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Callable, Mapping
-from pathlib import Path
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -24,7 +23,6 @@ from gaborium.diagnostics import (
     StepLimit,
 )
 from gaborium.errors import require
-from gaborium.files import write_bytes, write_text
 from gaborium.params import plain
 from gaborium.plots import (
     TRAINED,
@@ -39,7 +37,7 @@ from gaborium.reporting.charts import (
     plotly_parts,
     plotly_script,
 )
-from gaborium.reporting.page import png, render, versions
+from gaborium.reporting.page import render, versions, write_files
 from gaborium.reporting.parts import VERMILION, Figure, figures, half_page, kernels_of, summary
 from gaborium.reporting.wording import counted, degrees, number, percent
 
@@ -382,26 +380,22 @@ def write_diagnosis(
         OSError: a file cannot be written, with the reason.
         ImportError: Jinja2, plotly or matplotlib is not installed.
     """
-    if not Path(folder).is_dir():
-        raise FileNotFoundError(f"There is no folder {os.fspath(folder)!r}; make it first.")
-    record = diagnosis_record(diagnosis, facts=facts)
-    texts = {
-        "report.html": report_diagnosis(diagnosis, title=title, facts=facts),
-        "diagnosis.json": json.dumps(record, indent=1, allow_nan=False, ensure_ascii=False) + "\n",
-    }
-    for name, text in texts.items():
-        write_text(Path(folder, name), text)
-    drawn: list[str] = []
-    for name, part in diagnosis.parts.items():
-        draw = _plot_of(diagnosis, name, part)
-        if draw is None:
-            continue
-        file = f"{_slug(name)}.png"
-        if file in drawn:
-            file = f"{_slug(name)}-{len(drawn)}.png"
-        write_bytes(Path(folder, file), png(draw()))
-        drawn.append(file)
-    return (*texts, *drawn)
+
+    def contents() -> Iterator[tuple[str, Any]]:
+        record = diagnosis_record(diagnosis, facts=facts)
+        yield "report.html", report_diagnosis(diagnosis, title=title, facts=facts)
+        yield (
+            "diagnosis.json",
+            json.dumps(record, indent=1, allow_nan=False, ensure_ascii=False) + "\n",
+        )
+        drawn: list[str] = []
+        for name, part in diagnosis.parts.items():
+            if (draw := _plot_of(diagnosis, name, part)) is not None:
+                again = f"-{len(drawn)}" if _slug(name) in drawn else ""
+                drawn.append(f"{_slug(name)}{again}")
+                yield f"{drawn[-1]}.png", draw()
+
+    return write_files(folder, contents())
 
 
 def _coded(sentence: str) -> Any:

@@ -8,15 +8,13 @@ import json
 import math
 import os
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gaborium.files import write_bytes, write_text
 from gaborium.fitting import FitResult, Outcome
 from gaborium.params import UNITS, plain
 from gaborium.plots import (
@@ -42,7 +40,7 @@ from gaborium.reporting.charts import (
     plotly_parts,
     plotly_script,
 )
-from gaborium.reporting.page import png, render, versions
+from gaborium.reporting.page import render, versions, write_files
 from gaborium.reporting.wording import degrees, number, percent
 
 _JSON_VERSION = 1
@@ -257,22 +255,16 @@ def write_fit(
         ValueError: ``kernels`` are not those of ``result``, or ``limit`` is below 3.
         ImportError: Jinja2, plotly or matplotlib is not installed.
     """
-    if not Path(folder).is_dir():
-        raise FileNotFoundError(f"There is no folder {os.fspath(folder)!r}; make it first.")
-    texts = {
-        "report.html": report_fit(result, kernels, title=title, limit=limit, facts=facts),
-        "result.csv": _table(result),
-        "result.json": json.dumps(
-            fit_record(result, kernels, facts=facts), allow_nan=False, ensure_ascii=False
-        )
-        + "\n",
-    }
-    figures = {"fit.png": plot_fit(result, kernels), "parameters.png": plot_parameters(result)}
-    for name, text in texts.items():
-        write_text(Path(folder, name), text)
-    for name, figure in figures.items():
-        write_bytes(Path(folder, name), png(figure))
-    return (*texts, *figures)
+
+    def contents() -> Iterator[tuple[str, Any]]:
+        record = fit_record(result, kernels, facts=facts)
+        yield "report.html", report_fit(result, kernels, title=title, limit=limit, facts=facts)
+        yield "result.csv", _table(result)
+        yield "result.json", json.dumps(record, allow_nan=False, ensure_ascii=False) + "\n"
+        yield "fit.png", plot_fit(result, kernels)
+        yield "parameters.png", plot_parameters(result)
+
+    return write_files(folder, contents())
 
 
 # -- words ------------------------------------------------------------------------------------

@@ -1,16 +1,19 @@
-"""What every report needs: a page from its template, versions, and figures as files."""
+"""What every report needs: a page from its template, versions, and a folder of files."""
 
 from __future__ import annotations
 
 import io
+import os
 import platform
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from importlib.metadata import version
 from importlib.resources import files
+from pathlib import Path
 from typing import Any
 
 from gaborium import __version__
 from gaborium.errors import require
+from gaborium.files import write_bytes, write_text
 
 
 def render(template: str, filters: Mapping[str, Any], **context: Any) -> str:
@@ -47,6 +50,34 @@ def versions() -> dict[str, str]:
         "torch": version("torch"),
         "python": platform.python_version(),
     }
+
+
+def write_files(
+    folder: str | os.PathLike[str], contents: Iterable[tuple[str, Any]]
+) -> tuple[str, ...]:
+    """Write files into a folder, once the last of them is made.
+
+    Args:
+        folder: where to; it exists, and files of the same names are replaced.
+        contents: the files by name, texts or matplotlib figures; not asked for without a folder.
+
+    Returns:
+        The names of the files.
+
+    Raises:
+        FileNotFoundError: there is no such folder.
+        OSError: a file cannot be written, with the reason.
+    """
+    if not Path(folder).is_dir():
+        raise FileNotFoundError(f"There is no folder {os.fspath(folder)!r}; make it first.")
+    made = {name: item if isinstance(item, str) else png(item) for name, item in contents}
+    for name, content in made.items():
+        path = Path(folder, name)
+        if isinstance(content, str):
+            write_text(path, content)
+        else:
+            write_bytes(path, content)
+    return tuple(made)
 
 
 def png(figure: Any) -> bytes:

@@ -5,12 +5,10 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Mapping
-from pathlib import Path
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from gaborium.experiments import Recovery
-from gaborium.files import write_bytes, write_text
 from gaborium.params import plain
 from gaborium.plots import plot_landscape, plot_orientation, plot_recovery
 from gaborium.reporting.charts import (
@@ -23,7 +21,7 @@ from gaborium.reporting.charts import (
     plotly_script,
     signal_maps,
 )
-from gaborium.reporting.page import png, render, versions
+from gaborium.reporting.page import render, versions, write_files
 from gaborium.reporting.wording import (
     degrees,
     explain,
@@ -221,28 +219,19 @@ def write_recovery(
         OSError: a file cannot be written, with the reason.
         ImportError: Jinja2, plotly or matplotlib is not installed.
     """
-    if not Path(folder).is_dir():
-        raise FileNotFoundError(f"There is no folder {os.fspath(folder)!r}; make it first.")
-    written: dict[str, str | bytes] = {
-        "result.json": json.dumps(
-            recovery_record(recovery, facts=facts), indent=1, allow_nan=False, ensure_ascii=False
+
+    def contents() -> Iterator[tuple[str, Any]]:
+        record = recovery_record(recovery, facts=facts)
+        yield (
+            "result.json",
+            json.dumps(record, indent=1, allow_nan=False, ensure_ascii=False) + "\n",
         )
-        + "\n",
-        "report.html": report_recovery(recovery, title=title, facts=facts),
-    }
-    for name, plot in (
-        ("recovery.png", plot_recovery),
-        ("landscape.png", plot_landscape),
-        ("orientation.png", plot_orientation),
-    ):
-        written[name] = png(plot(recovery))
-    for name, content in written.items():
-        path = Path(folder, name)
-        if isinstance(content, str):
-            write_text(path, content)
-        else:
-            write_bytes(path, content)
-    return tuple(written)
+        yield "report.html", report_recovery(recovery, title=title, facts=facts)
+        yield "recovery.png", plot_recovery(recovery)
+        yield "landscape.png", plot_landscape(recovery)
+        yield "orientation.png", plot_orientation(recovery)
+
+    return write_files(folder, contents())
 
 
 def _n_steps(recovery: Recovery) -> int:
