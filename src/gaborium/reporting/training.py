@@ -5,14 +5,12 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from gaborium.files import write_bytes, write_text
 from gaborium.params import UNITS
 from gaborium.plots import (
     INK,
@@ -32,7 +30,7 @@ from gaborium.reporting.charts import (
     plotly_parts,
     plotly_script,
 )
-from gaborium.reporting.page import png, render, versions
+from gaborium.reporting.page import render, versions, write_files
 from gaborium.reporting.wording import counted, listing, number
 from gaborium.training.results import Mean, Run, TrainResult
 
@@ -213,24 +211,16 @@ def write_training(
         OSError: a file cannot be written, with the reason.
         ImportError: Jinja2, plotly or matplotlib is not installed.
     """
-    if not Path(folder).is_dir():
-        raise FileNotFoundError(f"There is no folder {os.fspath(folder)!r}; make it first.")
-    texts = {
-        "report.html": report_training(result, title=title, facts=facts),
-        "result.json": json.dumps(
-            training_record(result, facts=facts), indent=1, allow_nan=False, ensure_ascii=False
-        )
-        + "\n",
-    }
-    figures = {
-        "training.png": plot_training(result),
-        "filters.png": plot_trained_filters(result),
-    }
-    for name, text in texts.items():
-        write_text(Path(folder, name), text)
-    for name, figure in figures.items():
-        write_bytes(Path(folder, name), png(figure))
-    return (*texts, *figures)
+
+    def contents() -> Iterator[tuple[str, Any]]:
+        record = training_record(result, facts=facts)
+        text = json.dumps(record, indent=1, allow_nan=False, ensure_ascii=False)
+        yield "result.json", text + "\n"
+        yield "report.html", report_training(result, title=title, facts=facts)
+        yield "training.png", plot_training(result)
+        yield "filters.png", plot_trained_filters(result)
+
+    return write_files(folder, contents())
 
 
 def _recipe_facts(result: TrainResult) -> dict[str, str]:
