@@ -11,8 +11,8 @@ from torch.func import jvp, vmap
 
 from gaborium.params import Gabor
 
-_WIDEST = 4.0  # of the kernel's largest side: a larger sigma leaves a plane wave
 _NARROWEST = 0.2  # px: a smaller sigma leaves one pixel
+_STRETCHED = 20.0
 _FASTEST = 0.5  # cycles/px: above it a wave is aliased
 
 
@@ -76,17 +76,21 @@ class KernelFamily:
         kernels, slopes = vmap(along)(tangents)
         return kernels[0], slopes.movedim(0, 2)
 
-    def is_legal(self, z: Tensor) -> Tensor:
-        """Whether each filter is finite and has an envelope and a wave that pixels can show."""
+    def excess(self, z: Tensor) -> Tensor:
+        """How far each filter lies beyond what pixels can show, ``(filters,)``; 0 within.
+
+        In octaves and kernel lengths: of an envelope narrower than a pixel or wider than the
+        kernel, a wave above 0.5 cycles/px, a centre outside.
+        """
         params = self.record(z)
-        largest = _WIDEST * max(self.layer.kernel_size)
-        legal = (params.sigma > _NARROWEST) & (params.sigma < largest)
+        largest = max(self.layer.kernel_size)
+        beyond = [(params.sigma / largest).log2(), (_NARROWEST / params.sigma).log2()]
         if params.n_dims > 1:
             ratio = params.as_dict()["aspect_ratio"]
-            legal &= (ratio > 0.05) & (ratio < 20.0)
-        legal &= params.frequency <= _FASTEST
-        inside = params.center.abs() <= max(self.layer.kernel_size) / 2
-        return legal.flatten(1).all(1) & inside.flatten(1).all(1) & z.isfinite().all(1)
+            beyond += [(ratio / _STRETCHED).log2(), (1 / _STRETCHED / ratio).log2()]
+        beyond += [params.frequency - _FASTEST, params.center.abs().amax(-1) / largest - 0.5]
+        total = torch.stack([part.clamp_min(0).flatten(1).sum(1) for part in beyond]).sum(0)
+        return torch.where(z.isfinite().all(1), total, torch.inf)
 
     def record(self, z: Tensor) -> Gabor:
         """The record that z means, in float64."""

@@ -55,7 +55,7 @@ def descend(
 
         moved = family.kernels(z + step)
         value = loss.value(moved)
-        better = (value < best) & (family.is_legal(z + step) | ~family.is_legal(z))
+        better = (value < best) & (family.excess(z + step) <= family.excess(z))
         better &= loss.metric.length(moved - home) <= 1.5 * radius
         z = torch.where(better.unsqueeze(-1), z + step, z)
         best = torch.where(better, value, best)
