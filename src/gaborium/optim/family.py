@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.func import jvp, vmap
 
+from gaborium.optim.jacobian import kernels_and_slopes
 from gaborium.params import Gabor
 
 _WIDEST = 4.0  # of the kernel's largest side: a larger sigma leaves a plane wave
@@ -60,21 +60,11 @@ class KernelFamily:
 
     def kernels(self, z: Tensor) -> Tensor:
         """``(filters, members, n)``."""
-        raw = self._split(z)
-        for name in self.frozen:
-            raw[name] = getattr(self.layer, name).double()
-        return self.layer.kernels_at(raw).reshape(len(z), self.n_members, -1)
+        return self.layer.kernels_at(self._raw(z)).reshape(len(z), self.n_members, -1)
 
     def jacobian(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """The kernels, and their derivatives ``(filters, members, p, n)``."""
-        p = z.shape[1]
-        tangents = torch.eye(p, dtype=z.dtype, device=z.device)[:, None].expand(p, *z.shape)
-
-        def along(tangent: Tensor) -> Any:
-            return jvp(self.kernels, (z,), (tangent,))
-
-        kernels, slopes = vmap(along)(tangents)
-        return kernels[0], slopes.movedim(0, 2)
+        return kernels_and_slopes(self.layer, self._raw(z), self.names)
 
     def is_legal(self, z: Tensor) -> Tensor:
         """Whether each filter is finite and has an envelope and a wave that pixels can show."""
@@ -90,16 +80,18 @@ class KernelFamily:
 
     def record(self, z: Tensor) -> Gabor:
         """The record that z means, in float64."""
-        raw = self._split(z)
-        for name in self.frozen:
-            raw[name] = getattr(self.layer, name).detach().double()
-        params: Gabor = self.layer.raw_coordinates.from_raw(raw)
+        params: Gabor = self.layer.raw_coordinates.from_raw(self._raw(z))
         return params
 
     def rows_of(self, params: Gabor) -> Tensor:
         """The z of a record in the layer's shapes; what the layer does not learn is left out."""
         raw = self.layer.raw_coordinates.to_raw(params)
         return torch.cat([raw[name].flatten(1) for name in self.names], 1)
+
+    def _raw(self, z: Tensor) -> dict[str, Tensor]:
+        """All raw tensors, learned or not."""
+        frozen = {name: getattr(self.layer, name).detach().double() for name in self.frozen}
+        return self._split(z) | frozen
 
     def _split(self, z: Tensor) -> dict[str, Tensor]:
         widths = [math.prod(shape) for shape in self.shapes.values()]
