@@ -38,19 +38,21 @@ class KernelFamily:
         self.n_filters: int = layer.n_filters
         self.n_members = 1 if layer.output == "real" else 2
         parameters = dict(layer.named_parameters(recurse=False))
-        names = layer.raw_coordinates.raw_fields()
-        self.names = [name for name in names if name in parameters]
-        self.frozen = [name for name in names if name not in parameters]
-        self.shapes = {name: parameters[name].shape[1:] for name in self.names}
+        self._raw_names = list(layer.raw_coordinates.raw_fields())
+        self._parameters = [name for name in self._raw_names if name in parameters]
 
     def parameters(self) -> list[Tensor]:
-        """The layer's raw parameters, in the order of z's columns."""
-        return [getattr(self.layer, name) for name in self.names]
+        """The layer's raw parameters, whether they require a gradient at present or not."""
+        return [getattr(self.layer, name) for name in self._parameters]
+
+    @property
+    def names(self) -> list[str]:
+        """The raw tensors in the order of z's columns: those that require a gradient now."""
+        return [name for name in self._parameters if getattr(self.layer, name).requires_grad]
 
     def read(self) -> Tensor:
         """The present z, ``(filters, p)``, in float64."""
-        rows = [value.detach().double().flatten(1) for value in self.parameters()]
-        return torch.cat(rows, 1)
+        return torch.cat([self._value(name).flatten(1) for name in self.names], 1)
 
     def write(self, z: Tensor) -> None:
         """Set the layer's parameters."""
@@ -90,13 +92,19 @@ class KernelFamily:
 
     def _raw(self, z: Tensor) -> dict[str, Tensor]:
         """All raw tensors, learned or not."""
-        frozen = {name: getattr(self.layer, name).detach().double() for name in self.frozen}
-        return self._split(z) | frozen
+        moving = self._split(z)
+        return {
+            name: moving[name] if name in moving else self._value(name) for name in self._raw_names
+        }
+
+    def _value(self, name: str) -> Tensor:
+        value: Tensor = getattr(self.layer, name)
+        return value.detach().double()
 
     def _split(self, z: Tensor) -> dict[str, Tensor]:
-        widths = [math.prod(shape) for shape in self.shapes.values()]
-        parts = z.split(widths, 1)
+        shapes = {name: getattr(self.layer, name).shape[1:] for name in self.names}
+        parts = z.split([math.prod(shape) for shape in shapes.values()], 1)
         return {
             name: part.reshape(len(z), *shape)
-            for (name, shape), part in zip(self.shapes.items(), parts, strict=True)
+            for (name, shape), part in zip(shapes.items(), parts, strict=True)
         }
