@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from gaborium.kernels import direction_and_slopes
 from gaborium.params import POSITIVE_FIELDS, RECORDS, Gabor, Waveform, unit_vector
 
 # Raw values are held within these bounds when they are read, so that a runaway step gives a useless
@@ -23,6 +24,7 @@ _BOUNDS = {
 }
 _BOUNDS |= dict.fromkeys(("orientation", "elevation", "phase"), (-1e8, 1e8))
 _BOUNDS |= dict.fromkeys(("amplitude", "even", "odd"), (-1e15, 1e15))
+_VECTORS = ("angular_wave_vector", "center")
 _TINY = 1e-24  # squared length, below which a wave vector or coefficient pair has no direction
 
 
@@ -176,6 +178,66 @@ class Coordinates:
         ratio = raw["log_aspect_ratio"].exp() if self.n_dims > 1 else torch.ones_like(sigma)
         return Waveform(direction, k, sigma, ratio, even, odd, raw["center"])
 
+    def slopes(self, raw: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+        """Derivatives of the waveform, in closed form: by raw tensor, then by what they change.
+
+        Each has shape ``(*batch, c, d)``: c components of the raw tensor, d of the waveform's
+        field; 1 for what is no vector. As in ``waveform``, none is infinite, and all are 0 where a
+        raw value is out of bounds.
+        """
+        given, raw = raw, _held(raw)
+        slopes: dict[str, dict[str, Tensor]] = {}
+        if self.joint_wave:
+            slopes["angular_wave_vector"] = self._slopes_of_wave_vector(raw["angular_wave_vector"])
+        else:
+            angles = {name: raw[name] for name in RECORDS[self.n_dims].angle_names}
+            direction, turns = direction_and_slopes(angles, raw["log_wavelength"])
+            frequency = self._frequency(raw).unsqueeze(-1)
+            for name, turn in turns.items():
+                slopes[name] = {"direction": turn, "wave_vector": frequency * turn}
+            unbound = (-raw["log_wavelength"]).exp().unsqueeze(-1)
+            # The slope of the bound is the third power of what it multiplies a frequency with.
+            fall = -unbound * (frequency / unbound) ** 3
+            slopes["log_wavelength"] = {"wave_vector": fall * direction}
+        for name in ("sigma", "aspect_ratio")[: 1 if self.n_dims == 1 else 2]:
+            slopes[f"log_{name}"] = {name: raw[f"log_{name}"].exp().unsqueeze(-1)}
+        if self.joint_phase:
+            one = torch.ones_like(raw["even"]).unsqueeze(-1)
+            slopes |= {"even": {"even": one}, "odd": {"odd": one}}
+        else:
+            size, cos, sin = (
+                part.unsqueeze(-1)
+                for part in (raw["amplitude"], raw["phase"].cos(), raw["phase"].sin())
+            )
+            slopes["amplitude"] = {"even": cos, "odd": sin}
+            slopes["phase"] = {"even": -size * sin, "odd": size * cos}
+        slopes["center"] = {"center": _unit_matrix(raw["center"])}
+        for name, by in slopes.items():
+            free = (given[name] == raw[name]).unsqueeze(-1)
+            if name not in _VECTORS:
+                free = free.unsqueeze(-1)
+                by = {field: slope.unsqueeze(-2) for field, slope in by.items()}
+            slopes[name] = {field: slope * free for field, slope in by.items()}
+        return slopes
+
+    def _slopes_of_wave_vector(self, raw: Tensor) -> dict[str, Tensor]:
+        """Derivatives of direction and wave vector, ``(*batch, d, d)``: columns, components."""
+        one, free = _unit_matrix(raw), raw / (2 * math.pi)
+        squared = free.square().sum(-1, keepdim=True)
+        least = self._shortest(raw) ** 2
+        bound = (1 + squared * least).rsqrt()
+        k = free * bound
+        still = k.square().sum(-1, keepdim=True) < _TINY
+        scale = torch.where(still, torch.ones_like(squared), squared).rsqrt()
+        n = free * scale
+        turn = (one - n.unsqueeze(-1) * n.unsqueeze(-2)) * scale.unsqueeze(-1)
+        outer = k.unsqueeze(-1) * k.unsqueeze(-2)
+        stretch = bound.unsqueeze(-1) * (one - least * outer)
+        return {
+            "direction": torch.where(still.unsqueeze(-1), 0.0, turn) / (2 * math.pi),
+            "wave_vector": stretch / (2 * math.pi),
+        }
+
     def _direction(self, raw: Mapping[str, Tensor]) -> Tensor:
         if self.n_dims == 1:
             return torch.ones_like(raw["log_wavelength"]).unsqueeze(-1)
@@ -210,6 +272,11 @@ class Coordinates:
 
 def _held(raw: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: value.clamp(*_BOUNDS[name]) for name, value in raw.items()}
+
+
+def _unit_matrix(like: Tensor) -> Tensor:
+    """One unit matrix for each of a batch of vectors."""
+    return torch.diag_embed(torch.ones_like(like))
 
 
 def _first_axis(like: Tensor) -> Tensor:

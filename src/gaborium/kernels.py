@@ -102,20 +102,20 @@ def gabor_jacobian(params: Gabor, kernel_size: int | tuple[int, ...]) -> dict[st
     even, odd = (part.flatten(-params.n_dims) for part in even_odd(wave, sizes))
     a, b = wave.even.unsqueeze(-1), wave.odd.unsqueeze(-1)
     kernel, slope = a * even - b * odd, -a * odd - b * even  # g, and dg/dφ
-    slopes = _log_slopes(
-        {name: fields[name] for name in params.angle_names},
-        params.frequency,
-        params.sigma,
-        fields.get("aspect_ratio", torch.ones_like(params.sigma)),
-        params.center,
-        sizes,
-    )
-    result = {
-        name: (kernel if name != "center" else kernel.unsqueeze(-2)) * of_envelope
-        + (slope if name != "center" else slope.unsqueeze(-2)) * of_phase
-        for name, (of_envelope, of_phase) in slopes.items()
-    }
-    result["wavelength"] = -result["frequency"] * params.frequency.unsqueeze(-1).square()
+    of_envelope, of_phase = log_slopes(wave, sizes)
+    angles = {name: fields[name] for name in params.angle_names}
+    frequency = params.frequency.unsqueeze(-1)
+    result = {}
+    for name, turn in direction_and_slopes(angles, params.frequency)[1].items():
+        moved = turn.unsqueeze(-1)
+        result[name] = kernel * (moved * of_envelope["direction"]).sum(-2)
+        result[name] += slope * frequency * (moved * of_phase["wave_vector"]).sum(-2)
+    along = (wave.direction.unsqueeze(-1) * of_phase["wave_vector"]).sum(-2)
+    result["wavelength"] = -slope * along * frequency.square()
+    for name in ("sigma", "aspect_ratio"):
+        result[name] = kernel * of_envelope[name].squeeze(-2)
+    result["center"] = kernel.unsqueeze(-2) * of_envelope["center"]
+    result["center"] = result["center"] + slope.unsqueeze(-2) * of_phase["center"]
     result["phase"] = slope
     result["amplitude"] = params.phase.cos().unsqueeze(-1) * even
     result["amplitude"] = result["amplitude"] - params.phase.sin().unsqueeze(-1) * odd
@@ -154,38 +154,29 @@ def offsets(sizes: tuple[int, ...], dtype: torch.dtype, device: torch.device) ->
     return torch.stack([axis.flatten() for axis in reversed(torch.meshgrid(*axes, indexing="ij"))])
 
 
-def _log_slopes(
-    angles: dict[str, Tensor],
-    frequency: Tensor,
-    sigma: Tensor,
-    aspect_ratio: Tensor,
-    center: Tensor,
-    sizes: tuple[int, ...],
-) -> dict[str, tuple[Tensor | float, Tensor | float]]:
-    """How envelope and carrier turn with the geometry, in closed form.
+def log_slopes(
+    wave: Waveform, sizes: tuple[int, ...]
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """How envelope and carrier change with the geometry, in closed form.
 
-    For every parameter s, the pair (d log E / ds, dφ/ds) with shapes ``(*batch, N)`` or 0; for the
-    centre ``(*batch, d, N)``. The kernel ``g = A E cos(φ + ψ)`` then has the derivative
-    ``g · d log E / ds + dg/dφ · dφ/ds``. The frequency may be zero or negative.
+    The derivatives of log E and of φ by those fields of the waveform that they depend on, each
+    ``(*batch, d, N)``, where d = 1 for ``sigma`` and ``aspect_ratio``. So ``E cos φ`` has the
+    derivative ``E cos φ · d log E / ds - E sin φ · dφ/ds``, and ``E sin φ`` correspondingly. The
+    direction is meant to turn only: its length stays 1.
     """
-    n, turns = direction_and_slopes(angles, frequency)
-    r, along, beside = _on_grid(n, center, sizes)
-    across = beside.square().sum(-2)  # |y'|²
-    precision = sigma.unsqueeze(-1).square().reciprocal()
-    squeeze = aspect_ratio.unsqueeze(-1).square()
-    rate = 2 * math.pi * frequency.unsqueeze(-1)
-
-    slopes: dict[str, tuple[Tensor | float, Tensor | float]] = {}
-    for name, turn in turns.items():
-        moved = (turn.unsqueeze(-1) * r).sum(-2)  # dx'/ds; |y'|² changes by -2 x' of it
-        slopes[name] = ((squeeze - 1) * along * moved * precision, rate * moved)
-    slopes["frequency"] = (0.0, 2 * math.pi * along)
-    stretched = (along.square() + squeeze * across) * precision
-    slopes["sigma"] = (stretched / sigma.unsqueeze(-1), 0.0)
-    slopes["aspect_ratio"] = (-aspect_ratio.unsqueeze(-1) * across * precision, 0.0)
-    pull = n.unsqueeze(-1) * along.unsqueeze(-2) + squeeze.unsqueeze(-2) * beside
-    slopes["center"] = (pull * precision.unsqueeze(-2), -rate.unsqueeze(-2) * n.unsqueeze(-1))
-    return slopes
+    r, along, beside = _on_grid(wave.direction, wave.center, sizes)
+    along, across = along.unsqueeze(-2), beside.square().sum(-2, keepdim=True)  # x', |y'|²
+    sigma, ratio = wave.sigma[..., None, None], wave.aspect_ratio[..., None, None]
+    precision, squeeze = sigma.square().reciprocal(), ratio.square()
+    of_envelope = {
+        # x' changes by dn·r, and |y'|² by -2 x' of it.
+        "direction": (squeeze - 1) * along * precision * r,
+        "sigma": (along.square() + squeeze * across) * precision / sigma,
+        "aspect_ratio": -ratio * across * precision,
+        "center": (wave.direction.unsqueeze(-1) * along + squeeze * beside) * precision,
+    }
+    k = wave.wave_vector.unsqueeze(-1)
+    return of_envelope, {"wave_vector": 2 * math.pi * r, "center": -2 * math.pi * k}
 
 
 def _on_grid(n: Tensor, center: Tensor, sizes: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor]:

@@ -28,6 +28,8 @@ PLAIN_LAYERS: dict[int, Any] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 # Standard deviations of the envelope that a kernel should hold to each side; below that its
 # border cuts the envelope at more than a third of its height, and it is no Gabor any more.
 ENOUGH_STDS = 1.5
+# A smaller norm at amplitude 1 is rounding error, or an envelope lost between pixels.
+FAINTEST = 1e-6
 
 Record = TypeVar("Record", bound=Gabor)
 
@@ -215,11 +217,10 @@ class _GaborConv(nn.Module, Generic[Record]):
         even, odd = self.even_odd(wave)
         kernels = self._members(even, odd, wave)
         if self.unit_norm:
-            unit = self._members(even, odd, _with_unit_amplitude(wave))
+            unit = self._members(even, odd, with_unit_amplitude(wave))
             axes = (1, *range(3, unit.ndim))
             norm = torch.linalg.vector_norm(unit, dim=axes, keepdim=True) / math.sqrt(unit.shape[1])
-            # What is fainter than this is rounding error, or an envelope lost between pixels.
-            kernels = kernels / norm.clamp_min(1e-6)
+            kernels = kernels / norm.clamp_min(FAINTEST)
         return kernels.flatten(0, 1)
 
     def even_odd(self, wave: Waveform) -> tuple[Tensor, Tensor]:
@@ -607,7 +608,7 @@ def envelope_widths(params: Gabor) -> Tensor:
     return (share * along.square() + (1 - share) * across.square()).sqrt()
 
 
-def _with_unit_amplitude(wave: Waveform) -> Waveform:
+def with_unit_amplitude(wave: Waveform) -> Waveform:
     """The same waves with amplitude 1; a silent one has no phase, and gets 0."""
     squared = wave.even.square() + wave.odd.square()
     silent = squared < 1e-24

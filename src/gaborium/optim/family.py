@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.func import jvp, vmap
 
+from gaborium.optim.jacobian import kernels_and_slopes
 from gaborium.params import Gabor
 
 _NARROWEST = 0.2  # px: a smaller sigma leaves one pixel
@@ -38,19 +38,21 @@ class KernelFamily:
         self.n_filters: int = layer.n_filters
         self.n_members = 1 if layer.output == "real" else 2
         parameters = dict(layer.named_parameters(recurse=False))
-        names = layer.raw_coordinates.raw_fields()
-        self.names = [name for name in names if name in parameters]
-        self.frozen = [name for name in names if name not in parameters]
-        self.shapes = {name: parameters[name].shape[1:] for name in self.names}
+        self._raw_names = list(layer.raw_coordinates.raw_fields())
+        self._parameters = [name for name in self._raw_names if name in parameters]
 
     def parameters(self) -> list[Tensor]:
-        """The layer's raw parameters, in the order of z's columns."""
-        return [getattr(self.layer, name) for name in self.names]
+        """The layer's raw parameters, whether they require a gradient at present or not."""
+        return [getattr(self.layer, name) for name in self._parameters]
+
+    @property
+    def names(self) -> list[str]:
+        """The raw tensors in the order of z's columns: those that require a gradient now."""
+        return [name for name in self._parameters if getattr(self.layer, name).requires_grad]
 
     def read(self) -> Tensor:
         """The present z, ``(filters, p)``, in float64."""
-        rows = [value.detach().double().flatten(1) for value in self.parameters()]
-        return torch.cat(rows, 1)
+        return torch.cat([self._value(name).flatten(1) for name in self.names], 1)
 
     def write(self, z: Tensor) -> None:
         """Set the layer's parameters."""
@@ -60,21 +62,11 @@ class KernelFamily:
 
     def kernels(self, z: Tensor) -> Tensor:
         """``(filters, members, n)``."""
-        raw = self._split(z)
-        for name in self.frozen:
-            raw[name] = getattr(self.layer, name).double()
-        return self.layer.kernels_at(raw).reshape(len(z), self.n_members, -1)
+        return self.layer.kernels_at(self._raw(z)).reshape(len(z), self.n_members, -1)
 
     def jacobian(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """The kernels, and their derivatives ``(filters, members, p, n)``."""
-        p = z.shape[1]
-        tangents = torch.eye(p, dtype=z.dtype, device=z.device)[:, None].expand(p, *z.shape)
-
-        def along(tangent: Tensor) -> Any:
-            return jvp(self.kernels, (z,), (tangent,))
-
-        kernels, slopes = vmap(along)(tangents)
-        return kernels[0], slopes.movedim(0, 2)
+        return kernels_and_slopes(self.layer, self._raw(z), self.names)
 
     def excess(self, z: Tensor) -> Tensor:
         """How far each filter lies beyond what pixels can show, ``(filters,)``; 0 within.
@@ -94,10 +86,7 @@ class KernelFamily:
 
     def record(self, z: Tensor) -> Gabor:
         """The record that z means, in float64."""
-        raw = self._split(z)
-        for name in self.frozen:
-            raw[name] = getattr(self.layer, name).detach().double()
-        params: Gabor = self.layer.raw_coordinates.from_raw(raw)
+        params: Gabor = self.layer.raw_coordinates.from_raw(self._raw(z))
         return params
 
     def rows_of(self, params: Gabor) -> Tensor:
@@ -105,10 +94,21 @@ class KernelFamily:
         raw = self.layer.raw_coordinates.to_raw(params)
         return torch.cat([raw[name].flatten(1) for name in self.names], 1)
 
+    def _raw(self, z: Tensor) -> dict[str, Tensor]:
+        """All raw tensors, learned or not."""
+        moving = self._split(z)
+        return {
+            name: moving[name] if name in moving else self._value(name) for name in self._raw_names
+        }
+
+    def _value(self, name: str) -> Tensor:
+        value: Tensor = getattr(self.layer, name)
+        return value.detach().double()
+
     def _split(self, z: Tensor) -> dict[str, Tensor]:
-        widths = [math.prod(shape) for shape in self.shapes.values()]
-        parts = z.split(widths, 1)
+        shapes = {name: getattr(self.layer, name).shape[1:] for name in self.names}
+        parts = z.split([math.prod(shape) for shape in shapes.values()], 1)
         return {
             name: part.reshape(len(z), *shape)
-            for (name, shape), part in zip(self.shapes.items(), parts, strict=True)
+            for (name, shape), part in zip(shapes.items(), parts, strict=True)
         }

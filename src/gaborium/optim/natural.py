@@ -114,7 +114,7 @@ class NaturalGradient(Optimizer):
         for group in self.param_groups:
             for parameter in group["params"]:
                 family = self._families.get(parameter)
-                if family is not None and parameter.grad is not None:
+                if family is not None and parameter.grad is not None and family.names:
                     self._step(family, group)
         return loss
 
