@@ -150,7 +150,7 @@ def _grid(layer: Any, now: Gabor, part: slice) -> Gabor:
         names.append(f"center{axis}")
         size = layer.kernel_size[-1 - axis]
         lines[f"center{axis}"] = torch.tensor([-size / 5, 0.0, size / 5]).to(like)
-    points = torch.meshgrid(*(lines[name] for name in names), indexing="ij")
+    points = torch.meshgrid(*(lines[name] for name in names), indexing="ij") if names else ()
     grid = {name: point.flatten().unsqueeze(-1) for name, point in zip(names, points, strict=True)}
     n = next(iter(grid.values())).shape[0] if grid else 1
     whole = now.expand()
