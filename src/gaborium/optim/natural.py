@@ -90,13 +90,17 @@ class NaturalGradient(Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Take in further layers: ``{"layers": ..., "lr": ...}``."""
         group = dict(param_group)
-        if "layers" in group:
-            families = [_family_of(layer) for layer in _layers_in(group.pop("layers"))]
-            group["params"] = []
-            for family in families:
-                tap = family.layer.tap
-                self._families[tap.kernel] = family
-                group["params"] += [tap.kernel, tap.offset, *family.parameters()]
+        if "layers" not in group:
+            raise ValueError(
+                "A parameter group of NaturalGradient needs the key 'layers', got only "
+                f"{', '.join(group)}; give plain parameters to another optimiser."
+            )
+        families = [_family_of(layer) for layer in _layers_in(group.pop("layers"))]
+        group["params"] = []
+        for family in families:
+            tap = family.layer.tap
+            self._families[tap.kernel] = family
+            group["params"] += [tap.kernel, tap.offset, *family.parameters()]
         _check(self.defaults | group)
         super().add_param_group(group)
 
