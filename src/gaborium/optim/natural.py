@@ -104,6 +104,10 @@ class NaturalGradient(Optimizer):
         _check(self.defaults | group)
         super().add_param_group(group)
 
+    def __getstate__(self) -> dict[str, Any]:
+        # Copies and pickles know their layers too.
+        return super().__getstate__() | {"_families": self._families}
+
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Move every layer that has a gradient.
