@@ -235,7 +235,7 @@ def _check(group: dict[str, Any]) -> None:
         if not low <= float(value) <= high or (name == "momentum" and value == 1.0):
             raise ValueError(f"{name} must be in [{low:g}, {high:g}], got {value}.")
     for name, least in (("leap_every", 0), ("look_every", 1)):
-        if int(group[name]) != group[name] or group[name] < least:
+        if float(group[name]) % 1 != 0 or group[name] < least:
             raise ValueError(f"{name} must be a whole number from {least} on, got {group[name]}.")
 
 
