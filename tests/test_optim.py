@@ -3,6 +3,7 @@
 import copy
 import io
 import math
+import pickle
 import socket
 import warnings
 
@@ -233,6 +234,23 @@ def test_a_trained_model_can_be_copied():
     train(model, NaturalGradient(model), batches(2))
     images = batches(1)[0][0]
     assert torch.equal(copy.deepcopy(model)(images), model(images))
+
+
+@pytest.mark.parametrize("way", ["copied", "pickled"])
+def test_an_optimizer_travels_with_its_model(way):
+    data = batches(6)
+    model = small_net()
+    optimizer = NaturalGradient(model)
+    train(model, optimizer, data[:3])
+    if way == "copied":
+        twin, theirs = copy.deepcopy((model, optimizer))
+    else:
+        twin, theirs = pickle.loads(pickle.dumps((model, optimizer)))
+    before = gabor_state(model)
+    train(twin, theirs, data[3:])
+    assert_same(gabor_state(model), before)
+    train(model, optimizer, data[3:])
+    assert_same(gabor_state(model), gabor_state(twin))
 
 
 # -- how gradients come about ---------------------------------------------------------------------
@@ -544,6 +562,7 @@ def test_parameters_can_be_frozen_for_a_while():
         (lambda: layer_of().parameters(), {}, TypeError, "got Parameter"),
         (list, {}, ValueError, "learns anything"),
         (lambda: layer_of(learn=()), {}, ValueError, "learns anything"),
+        (lambda: [{"params": list(layer_of().parameters())}], {}, ValueError, "key 'layers'"),
         (layer_of, {"lr": 1.5}, ValueError, r"lr must be in \[0, 1\], got 1.5"),
         (layer_of, {"lr": -0.1}, ValueError, "lr must be"),
         (layer_of, {"lr": math.nan}, ValueError, "lr must be"),
@@ -551,6 +570,7 @@ def test_parameters_can_be_frozen_for_a_while():
         (layer_of, {"trust_radius": -1.0}, ValueError, "trust_radius must be"),
         (layer_of, {"damping": -1.0}, ValueError, "damping must be"),
         (layer_of, {"leap_every": 2.5}, ValueError, "leap_every must be a whole number"),
+        (layer_of, {"leap_every": math.inf}, ValueError, "leap_every must be a whole number"),
         (layer_of, {"look_every": 0}, ValueError, "look_every must be a whole number from 1"),
         (
             lambda: [{"layers": [layer_of()], "lr": 7.0}],
