@@ -95,15 +95,23 @@ class NaturalGradient(Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Take in further layers: ``{"layers": ..., "lr": ...}``."""
         group = dict(param_group)
-        if "layers" in group:
-            families = [_family_of(layer) for layer in _layers_in(group.pop("layers"))]
-            group["params"] = []
-            for family in families:
-                tap = family.layer.tap
-                self._families[tap.kernel] = family
-                group["params"] += [tap.kernel, tap.offset, *family.parameters()]
+        if "layers" not in group:
+            raise ValueError(
+                "A parameter group of NaturalGradient needs the key 'layers', got only "
+                f"{', '.join(group)}; give plain parameters to another optimiser."
+            )
+        families = [_family_of(layer) for layer in _layers_in(group.pop("layers"))]
+        group["params"] = []
+        for family in families:
+            tap = family.layer.tap
+            self._families[tap.kernel] = family
+            group["params"] += [tap.kernel, tap.offset, *family.parameters()]
         _check(self.defaults | group)
         super().add_param_group(group)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Copies and pickles know their layers too.
+        return super().__getstate__() | {"_families": self._families}
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -264,7 +272,7 @@ def _check(group: dict[str, Any]) -> None:
         if not low <= float(value) <= high or (name == "momentum" and value == 1.0):
             raise ValueError(f"{name} must be in [{low:g}, {high:g}], got {value}.")
     for name, least in (("leap_every", 0), ("look_every", 1)):
-        if int(group[name]) != group[name] or group[name] < least:
+        if float(group[name]) % 1 != 0 or group[name] < least:
             raise ValueError(f"{name} must be a whole number from {least} on, got {group[name]}.")
 
 

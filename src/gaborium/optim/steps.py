@@ -147,9 +147,14 @@ def _promising(
             fields[name] = whole
         a, b = pairs[:, i].unbind(1)
         amplitude, phase = now.amplitude.clone(), now.phase.clone()
-        if "amplitude" in layer.learn:
-            amplitude[:, part] = torch.hypot(a, b)
-        phase[:, part] = torch.atan2(b, a)
+        if "phase" not in layer.learn:
+            # The phase stays, and the amplitude may be negative.
+            amplitude[:, part] = a * phase[:, part].cos() + b * phase[:, part].sin()
+        elif "amplitude" in layer.learn:
+            amplitude[:, part], phase[:, part] = torch.hypot(a, b), torch.atan2(b, a)
+        else:
+            sign = torch.where(amplitude[:, part] < 0, -1.0, 1.0)
+            phase[:, part] = torch.atan2(sign * b, sign * a)
         params = type(now)(**fields | {"amplitude": amplitude, "phase": phase})
         yield _of_unit_norm(family, params) if layer.unit_norm else params
 
@@ -261,7 +266,7 @@ def _allowed(layer: Any, now: Gabor, pairs: Tensor, filters: Tensor, part: slice
         return (pairs * direction).sum(-2, keepdim=True) * direction
     if "amplitude" not in layer.learn:
         size = pairs.square().sum(-2, keepdim=True).sqrt().clamp_min(1e-30)
-        return pairs / size * amplitude.unsqueeze(-2)
+        return pairs / size * amplitude.abs().unsqueeze(-2)
     return pairs
 
 
