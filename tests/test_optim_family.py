@@ -113,7 +113,7 @@ def test_extreme_shapes_have_finite_derivatives():
 
 
 def test_an_envelope_lost_between_pixels_is_not_blown_up():
-    layer = GaborConv2d(2, 4, (4, 3), start="random", seed=1, unit_norm=True)
+    layer = GaborConv2d(2, 4, (4, 3), start="random", seed=1, unit_norm=True, dtype=torch.float64)
     layer.log_sigma.data.fill_(math.log(0.09))
     family = KernelFamily(layer)
     assert 0 < family.kernels(family.read()).norm(dim=-1).max() < 0.5
@@ -130,10 +130,9 @@ def test_rows_written_are_read(n_dims, coordinates, learn):
     frozen = {name: value.clone() for name, value in family.layer.named_buffers()}
     z = family.read() + 0.25
     family.write(z)
-    # The layer holds its parameters in single precision.
-    torch.testing.assert_close(family.read(), z, rtol=1e-6, atol=1e-6)
-    kernels = family.kernels(family.read()).flatten().float()
-    torch.testing.assert_close(kernels, family.layer.weight.flatten(), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(family.read(), z, rtol=0, atol=0)
+    kernels = family.kernels(family.read()).flatten()
+    torch.testing.assert_close(kernels, family.layer.weight.flatten())
     again = family.rows_of(family.record(family.read()))
     moved = family.kernels(again) - family.kernels(family.read())
     assert moved.abs().max() < 1e-9

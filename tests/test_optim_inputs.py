@@ -7,7 +7,7 @@ from torch import Tensor
 
 from gaborium import GaborConv1d, GaborConv2d, GaborConv3d
 from gaborium.optim import inputs
-from gaborium.optim.inputs import draw_patches, moments_of
+from gaborium.optim.inputs import covariance_of, draw_patches, mean_patch
 
 LAYERS = {1: GaborConv1d, 2: GaborConv2d, 3: GaborConv3d}
 
@@ -38,8 +38,9 @@ def test_patches_are_those_that_unfold_gives(arguments):
     mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
     padded = F.pad(images, layer.border(), mode=mode)
     expected = F.unfold(padded, (4, 3), layer.dilation, stride=layer.stride)
-    expected = expected.mT.flatten(0, 1).unflatten(1, (layer.groups, -1)).double()
+    expected = expected.mT.flatten(0, 1).unflatten(1, (layer.groups, -1))
     assert torch.equal(patches_of(layer, images), expected)
+    torch.testing.assert_close(mean_patch(layer, images), expected.mean(0))
 
 
 @pytest.mark.parametrize("groups", [1, 2])
@@ -74,21 +75,18 @@ def test_few_are_drawn_of_many(monkeypatch):
     assert not torch.equal(patches, other)
 
 
-def test_moments_are_mean_and_mean_of_squares():
+def test_the_covariance_is_that_of_every_group():
     patches = torch.randn(50, 2, 6, dtype=torch.float64) + 3
-    mean, second = moments_of(patches)
-    for group in range(2):
-        rows = patches[:, group]
-        torch.testing.assert_close(mean[group], rows.mean(0))
-        covariance = second[group] - mean[group].outer(mean[group])
-        torch.testing.assert_close(covariance, rows.T.cov(correction=0))
+    for group, covariance in enumerate(covariance_of(patches)):
+        torch.testing.assert_close(covariance, patches[:, group].T.cov(correction=0))
 
 
 def test_inputs_of_any_precision_and_layout_serve():
     layer = GaborConv2d(2, 2, 3)
     images = torch.randn(2, 2, 6, 6)
     expected = patches_of(layer, images)
-    assert expected.dtype == torch.float64
+    assert expected.dtype == torch.float32
+    assert patches_of(layer, images.double()).dtype == torch.float64
     assert torch.equal(patches_of(layer, images.to(memory_format=torch.channels_last)), expected)
     assert torch.equal(patches_of(layer, images.bfloat16()), patches_of(layer, images.bfloat16()))
     assert not patches_of(layer, images.requires_grad_()).requires_grad

@@ -7,6 +7,7 @@ from torch import Tensor
 from gaborium.optim.quadratic import Evidence, Metric, Quadratic, inner
 
 N = 9
+DARK = torch.zeros(1, N, dtype=torch.float64)
 
 
 def patches(groups: int = 1, n: int = 400, seed: int = 0) -> Tensor:
@@ -16,10 +17,14 @@ def patches(groups: int = 1, n: int = 400, seed: int = 0) -> Tensor:
     return white.cumsum(-1) + 2.0
 
 
+def covariance_of(samples: Tensor) -> Tensor:
+    centred = (samples - samples.mean(0)).transpose(0, 1)
+    return centred.mT @ centred / len(samples)
+
+
 def evidence_for(samples: Tensor, damping: float = 1e-12) -> Evidence:
     evidence = Evidence({}, damping)
-    second = samples.transpose(0, 1).mT @ samples.transpose(0, 1) / len(samples)
-    evidence.see_patches(samples.mean(0), second, 0.9)
+    evidence.see_patches(covariance_of(samples), 0.9)
     return evidence
 
 
@@ -28,30 +33,33 @@ def watch(
     target: Tensor,
     scales: list[float],
     *,
-    centred: bool = False,
+    centred: bool = True,
     noise: float = 0.0,
     momentum: float = 0.9,
     speed: float = 1.0,
     seed: int = 0,
 ) -> tuple[Quadratic, Tensor]:
-    """Show random kernels and the gradients of ``scale · ½ (W - T) C (W - T)``."""
+    """Show random kernels and the gradients of ``scale · ½ (W - T) C (W - T)``.
+
+    Every batch has a brightness m of its own, whose gradient is ``scale · m m·(W - T)``; or, where
+    the responses' means do not matter, anything.
+    """
     draw = torch.Generator().manual_seed(seed)
-    metric = evidence.metric(centred)
-    mean = evidence.state["patch_mean"]
-    kernel = target
+    metric = evidence.metric()
+    root = torch.linalg.cholesky(metric.covariance).mT
     for scale in scales:
         kernel = target + speed * torch.randn(target.shape, dtype=target.dtype, generator=draw)
         white = torch.randn(target.shape, dtype=target.dtype, generator=draw)
-        root = torch.linalg.cholesky(metric.covariance).mT
         rough = (white.reshape(len(root), -1, N) @ root).reshape(white.shape)
         gradient = scale * metric.times(kernel - target) + noise * rough
-        offset = torch.zeros(target.shape[:2], dtype=target.dtype)
+        mean = 2.0 + torch.randn(len(root), N, dtype=target.dtype, generator=draw)
+        rows = mean.repeat_interleave(len(target) // len(root), 0).unsqueeze(1)
         if centred:
-            # The responses' means have a gradient too, which shows in that of the kernels.
-            offset = torch.randn(offset.shape, dtype=offset.dtype, generator=draw)
-            rows = offset.reshape(len(mean), -1, 1) * mean.unsqueeze(1)
-            gradient = gradient + rows.reshape(gradient.shape)
-        quadratic = evidence.see_gradient(kernel, gradient, offset, momentum, centred)
+            offset = torch.randn(target.shape[:2], dtype=target.dtype, generator=draw)
+        else:
+            offset = scale * ((kernel - target) * rows).sum(-1)
+        gradient = gradient + offset.unsqueeze(-1) * rows
+        quadratic = evidence.see_gradient(kernel, gradient, offset, mean, momentum, centred=centred)
     return quadratic, kernel
 
 
@@ -65,17 +73,21 @@ def test_scale_and_minimum_are_found(groups, members, centred):
     # Dividing by an ill-conditioned covariance costs digits.
     best = quadratic.metric.divide(quadratic.linear)
     torch.testing.assert_close(best, target, rtol=1e-6, atol=1e-6)
+    brightness = evidence.state["brightness"] * (not centred)
+    torch.testing.assert_close(
+        quadratic.metric.covariance, evidence.metric().covariance + brightness
+    )
     assert quadratic.at(target).downhill.abs().max() < 1e-8 * quadratic.linear.abs().max()
 
 
 def test_every_filter_has_a_scale_of_its_own():
     evidence = evidence_for(patches())
     target = torch.randn(3, 1, N, dtype=torch.float64)
-    metric, scale = evidence.metric(False), torch.tensor([1.0, 10.0, 0.1]).double()
+    metric, scale = evidence.metric(), torch.tensor([1.0, 10.0, 0.1]).double()
     for kernel in torch.randn(5, 3, 1, N, dtype=torch.float64):
         gradient = scale[:, None, None] * metric.times(kernel - target)
         zero = torch.zeros(3, 1, dtype=torch.float64)
-        quadratic = evidence.see_gradient(kernel, gradient, zero, 0.9, False)
+        quadratic = evidence.see_gradient(kernel, gradient, zero, DARK, 0.9, centred=True)
     torch.testing.assert_close(quadratic.scale, scale)
 
 
@@ -156,20 +168,19 @@ def test_a_target_is_never_believed_to_lie_very_far():
     evidence = evidence_for(patches())
     kernel = torch.randn(2, 1, N, dtype=torch.float64)
     gradient = torch.randn(2, 1, N, dtype=torch.float64)
-    quadratic = evidence.see_gradient(kernel, gradient, torch.zeros(2, 1).double(), 0.9, False)
+    zero = torch.zeros(2, 1, dtype=torch.float64)
+    quadratic = evidence.see_gradient(kernel, gradient, zero, DARK, 0.9, centred=True)
     # From one gradient nothing is known of the scale.
     away = quadratic.metric.divide(quadratic.linear) - kernel
     assert (quadratic.metric.length(away) <= 5.001 * quadratic.metric.length(kernel)).all()
 
 
 def test_running_means_begin_without_a_bias():
-    evidence, samples = Evidence({}, 0.0), patches(n=50)
-    for half in samples.chunk(2):
-        rows = half[:, 0]
-        evidence.see_patches(rows.mean(0)[None], (rows.T @ rows)[None] / 25, 0.9)
-    first, second = (half[:, 0].mean(0) for half in samples.chunk(2))
-    expected = (0.9 * first + second) / 1.9
-    torch.testing.assert_close(evidence.state["patch_mean"][0], expected)
+    evidence, (first, second) = Evidence({}, 0.0), patches(n=50).chunk(2)
+    for half in (first, second):
+        evidence.see_patches(covariance_of(half), 0.9)
+    expected = (0.9 * covariance_of(first) + covariance_of(second)) / 1.9
+    torch.testing.assert_close(evidence.state["covariance"], expected)
 
 
 def test_inner_products_are_of_filters():
