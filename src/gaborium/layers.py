@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections import deque
 from collections.abc import Collection, Mapping
 from typing import Any, ClassVar, Generic, TypeVar, cast
 
@@ -28,6 +29,7 @@ PLAIN_LAYERS: dict[int, Any] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 # Standard deviations of the envelope that a kernel should hold to each side; below that its
 # border cuts the envelope at more than a third of its height, and it is no Gabor any more.
 ENOUGH_STDS = 1.5
+_MOST_INPUTS = 32  # parts of a batch that a tap keeps
 # A smaller norm at amplitude 1 is rounding error, or an envelope lost between pixels.
 FAINTEST = 1e-6
 
@@ -57,11 +59,13 @@ class KernelTap:
         zeros = torch.zeros_like(weight, dtype=torch.promote_types(weight.dtype, torch.float32))
         self.kernel = nn.Parameter(zeros)
         self.offset = nn.Parameter(zeros.flatten(1)[:, 0].clone())
-        self.input: Tensor | None = None  # what the layer saw last
+        # What the layer saw since an optimiser last stepped; one that never steps must not fill
+        # the memory.
+        self.inputs: deque[Tensor] = deque(maxlen=_MOST_INPUTS)
 
     def __call__(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
         """The same kernels and bias, with the zeros added."""
-        self.input = input.detach()
+        self.inputs.append(input.detach())
         offset = self.offset.to(weight)
         return weight + self.kernel.to(weight), offset if bias is None else bias + offset
 

@@ -102,7 +102,7 @@ def _room(layer: Any, padded: Tensor) -> list[int]:
     ]
 
 
-def covariance_of(patches: Tensor) -> Tensor:
-    """Of the pixels of patches ``(patches, groups, n)``: ``(groups, n, n)``."""
-    by_group = (patches - patches.mean(0)).transpose(0, 1)
-    return by_group.mT @ by_group / len(patches)
+def moments_of(patches: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean ``(groups, n)`` and second moment ``(groups, n, n)``."""
+    by_group = patches.transpose(0, 1)
+    return patches.mean(0), by_group.mT @ by_group / len(patches)

@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 from gaborium.layers import GABOR_LAYERS, KernelTap
 from gaborium.optim.family import KernelFamily
-from gaborium.optim.inputs import covariance_of, draw_patches, mean_patch
+from gaborium.optim.inputs import draw_patches, mean_patch, moments_of
 from gaborium.optim.quadratic import Evidence, Metric
 from gaborium.optim.steps import Slopes, descend, leap
 
@@ -111,7 +111,7 @@ class NaturalGradient(Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         # Copies and pickles know their layers too.
-        return super().__getstate__() | {"_families": self._families}
+        return super().__getstate__() | {"_families": self._families, "_known": {}}
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -127,7 +127,11 @@ class NaturalGradient(Optimizer):
         for group in self.param_groups:
             for parameter in group["params"]:
                 family = self._families.get(parameter)
-                if family is not None and family.names and _share_of(parameter.grad, parameter) > 0:
+                if (
+                    family is not None
+                    and family.names
+                    and _share_of(parameter.grad is not None, parameter) > 0
+                ):
                     self._step(family, group)
         return loss
 
@@ -142,14 +146,17 @@ class NaturalGradient(Optimizer):
         if not bool(gradient.isfinite().all()):
             return
         evidence = self._evidence(tap.kernel, group["damping"])
-        mean = self._mean_patch(family)
+        inputs, seen = list(tap.inputs), _share_of(bool(tap.inputs), tap.kernel)
+        tap.inputs.clear()
+        mean = _mean_patch(family, inputs) / max(seen, 1e-9)
         # The first batches are all looked at: one alone may be of a cloud.
         looks = step < group["look_every"] or step % group["look_every"] == 0
-        if looks and (share := _share_of(tap.input, tap.kernel)) > 0:
-            covariance = self._covariance(family, group["seed"], step)
-            evidence.see_patches(covariance / share, _PATCH_MOMENTUM)
+        if looks and seen > 0:
+            draw = torch.Generator().manual_seed(group["seed"] * 1_000_003 + step)
+            first, second = (part / seen for part in _moments(family, inputs, draw))
+            covariance = second - first.unsqueeze(-1) * first.unsqueeze(-2)
+            evidence.see_patches(covariance, _PATCH_MOMENTUM)
             state.pop("slopes", None)
-        tap.input = None
 
         kernels, momentum = family.kernels(z), group["momentum"]
         centred = self._is_centred(layer, state, gradient, offset, mean, momentum)
@@ -173,29 +180,6 @@ class NaturalGradient(Optimizer):
             state["leaps"] = state.get("leaps", torch.zeros_like(length)) + leaps
         family.write(moved)
         state["step"] = torch.tensor(float(step + 1))
-
-    def _mean_patch(self, family: KernelFamily) -> Tensor:
-        """The mean of the patches that the layer saw last, ``(groups, n)``."""
-        layer = family.layer
-        if layer.tap.input is None:
-            own = None
-        else:
-            own = mean_patch(layer, layer.tap.input).to(family.dtype)
-        n = layer.in_channels // layer.groups * math.prod(layer.kernel_size)
-        like = layer.log_sigma.new_zeros(layer.groups, n, dtype=family.dtype)
-        share = _share_of(own, like)
-        return _mean(own, like) / max(share, 1e-9)
-
-    def _covariance(self, family: KernelFamily, seed: int, step: int) -> Tensor:
-        """Of the patches that the layer saw; zeros from a process in which it saw none."""
-        layer = family.layer
-        if layer.tap.input is None:
-            own = None
-        else:
-            draw = torch.Generator().manual_seed(seed * 1_000_003 + step)
-            own = covariance_of(draw_patches(layer, layer.tap.input, draw)).to(family.dtype)
-        n = layer.in_channels // layer.groups * math.prod(layer.kernel_size)
-        return _mean(own, layer.log_sigma.new_zeros(layer.groups, n, n, dtype=family.dtype))
 
     def _evidence(self, parameter: Tensor, damping: float) -> Evidence:
         """What is known of a layer's loss; anew where a state has been loaded."""
@@ -315,16 +299,39 @@ def _is_time_to_leap(step: int, every: int) -> bool:
     return step == round(every * 1.5**n)
 
 
+def _mean_patch(family: KernelFamily, inputs: list[Tensor]) -> Tensor:
+    """The mean of the patches in all inputs; zeros from a process that had none."""
+    layer, n_images = family.layer, sum(map(len, inputs))
+    means = [mean_patch(layer, part) * (len(part) / n_images) for part in inputs]
+    n = layer.in_channels // layer.groups * math.prod(layer.kernel_size)
+    none = layer.log_sigma.new_zeros(layer.groups, n, dtype=family.dtype)
+    return _mean(torch.stack(means).sum(0).to(family.dtype) if means else none, none)
+
+
+def _moments(
+    family: KernelFamily, inputs: list[Tensor], draw: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """Mean and second moment of some patches; zeros from a process that had no inputs."""
+    layer = family.layer
+    n = layer.in_channels // layer.groups * math.prod(layer.kernel_size)
+    patches = layer.log_sigma.new_zeros(1, layer.groups, n, dtype=family.dtype)
+    if inputs:
+        drawn = [draw_patches(layer, part, draw) for part in inputs]
+        patches = torch.cat(drawn).to(family.dtype)
+    mean, second = moments_of(patches)
+    return _mean(mean, mean), _mean(second, second)
+
+
 def _n_processes() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
-def _share_of(value: Tensor | None, like: Tensor) -> float:
-    """In what share of the processes of a distributed training there is a value."""
+def _share_of(there: bool, like: Tensor) -> float:
+    """In what share of the processes of a distributed training something is there."""
     if _n_processes() == 1:
-        return float(value is not None)
+        return float(there)
     # A layer may be unused in one process: all must know, or one would wait for ever.
-    return float(_mean(torch.full((), float(value is not None), device=like.device), like))
+    return float(_mean(torch.full((), float(there), device=like.device), like))
 
 
 def _mean(value: Tensor | None, like: Tensor) -> Tensor:
