@@ -1,4 +1,4 @@
-"""What the experiments on learning compare: data, networks, first layers, and rates to choose from."""
+"""What the experiments on learning compare: data, networks, first layers, and rates to choose."""
 
 from __future__ import annotations
 
