@@ -65,6 +65,7 @@ def main() -> None:
     parser.add_argument("experiments", nargs="+", metavar="EXPERIMENT", help=", ".join(EXPERIMENTS))
     parser.add_argument("--data", type=Path, default=ROOT.parent / "shared" / "data")
     parser.add_argument("--only", default="", help="parts whose names hold this")
+    parser.add_argument("--sides", nargs="+", choices=SIDES, help="these first layers alone")
     parser.add_argument("--minutes", type=float, default=math.inf, help="after which to stop")
     parser.add_argument("--share", default="1/1", help="which of how many processes")
     parser.add_argument("--seeds", type=int, help="instead of those of the plan")
@@ -146,7 +147,8 @@ class Experiment:
     def _pieces(self, unit: Unit) -> Iterator[Piece]:
         """First the choices of all sides, then seed by seed, to be in balance at every stop."""
         number, of = self.options.share
-        sides = unit.sides[number - 1 :: of]
+        wanted = self.options.sides or unit.sides
+        sides = [side for side in unit.sides if side in wanted][number - 1 :: of]
         for seed in TUNING_SEEDS:
             for side in sides:
                 for choice in range(len(SIDES[side].rates)):
