@@ -838,8 +838,14 @@ def _shortened(names: Sequence[str], most: int = 8) -> str:
 
 
 def _print_end(console: Any, folder: Path, begun: float) -> None:
+    """Where the report is, how long it took, and where all runs are listed."""
+    from gaborium.reporting import write_index
+
     console.print(f"Report: {folder / 'report.html'}", soft_wrap=True, highlight=False)
     console.print(f"Took {time.monotonic() - begun:.0f} s.", highlight=False)
+    index = write_index(folder.parent)
+    if index is not None:
+        console.print(f"All runs: {index}", soft_wrap=True, highlight=False)
 
 
 def _table(
