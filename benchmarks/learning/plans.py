@@ -87,6 +87,21 @@ _FIXED = ("fixed, bank", "fixed, random")
 _FEW = ((10, 100, 25), (50, 40, 50), (100, 20, 50))
 
 
+def embedded() -> list[Unit]:
+    recipe = replace(
+        _BASE, data="textures", n_filters=16, stride=2, epochs=6, samples_per_class=100
+    )
+    return [
+        Unit(
+            f"textures, {9 * n} samples, {network}",
+            replace(recipe, network=network, samples_per_class=n, epochs=epochs),
+            ("free", *_LEARNED, *_FIXED, "mixed, bank"),
+        )
+        for n, epochs in ((100, 6), (20, 30))
+        for network in ("cnn", "energy")
+    ]
+
+
 def few() -> list[Unit]:
     return [
         Unit(
@@ -191,7 +206,8 @@ def spoken() -> list[Unit]:
 
 
 EXPERIMENTS: dict[str, Callable[[], list[Unit]]] = {
-    one.__name__: one for one in (few, full, starts, textures, twelve, corruptions, spoken)
+    one.__name__: one
+    for one in (embedded, few, full, starts, textures, twelve, corruptions, spoken)
 }
 
 
@@ -208,7 +224,7 @@ class Data:
     def test(self, name: str, n_test: int | None = None) -> Dataset:
         """All that there is to train on, and the test images."""
         if name not in self._loaded:
-            self._loaded[name] = load_dataset(name, self.folder)
+            self._loaded[name] = load_dataset(name, None if name == "textures" else self.folder)
         data = self._loaded[name]
         if n_test is None or n_test >= len(data.test_labels):
             return data
@@ -238,6 +254,9 @@ class Data:
             # Class by class, row by row of the page's upper half.
             n = len(data.labels) // data.n_classes
             return torch.arange(len(data.labels)) % n >= 2 * n // 3
+        if name == "textures":
+            n = len(data.labels) // data.n_classes
+            return torch.arange(len(data.labels)) % n >= 3 * n // 4
         if name == "spoken-digits":
             with np.load(self.folder / "audio" / "fsdd.npz") as file:
                 take = torch.as_tensor(file["take"])

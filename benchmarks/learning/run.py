@@ -7,6 +7,7 @@
     python benchmarks/learning/run.py few --summary           # only what is there, again
     python benchmarks/learning/run.py few --quick --output /tmp/quick    # says nothing
 
+embedded     the textures of gaborium train, which need no data: 900 and 180 samples
 few          Fashion-MNIST and CIFAR-10 with 100, 500 and 1000 samples
 full         all of Fashion-MNIST
 starts       a good bank, random filters, equal filters; 8, 16 and 32 of them
