@@ -10,7 +10,8 @@ READY  := .venv/.ready
 .PHONY: help env run test docs format clean
 
 help:
-	@echo "make run      build the environment, then recover planted Gabor parameters (the main job)"
+	@echo "make run      build the environment, then recover planted Gabor parameters and train a"
+	@echo "              small network, Gabor beside free (the main jobs); opens with runs/index.html"
 	@echo "make test     build the environment, then run every check; ARGS='-k name' goes to pytest"
 	@echo "make env      build the environment in .venv, or finish a build that was interrupted"
 	@echo "make docs     build the environment, then the documentation in docs/_build/html"
@@ -39,6 +40,7 @@ $(READY): pyproject.toml constraints.txt tools/bootstrap.py
 
 run: $(READY)
 	$(BIN)/gaborium recover --overwrite
+	$(BIN)/gaborium train examples/textures.toml --overwrite
 
 # One process per core, but not more than four: each imports torch and computes with one thread.
 test: $(READY)

@@ -66,7 +66,10 @@ def test_recover_writes_result_report_and_figures(empty_folder, capsys):
     assert "std. error" in shown
     assert "orientation" in shown
     assert "report.html" in shown
-    assert [p.name for p in (empty_folder / "runs").iterdir()] == ["recover"]
+    assert sorted(p.name for p in (empty_folder / "runs").iterdir()) == ["index.html", "recover"]
+    index = (empty_folder / "runs" / "index.html").read_text(encoding="utf-8")
+    assert 'href="recover/report.html"' in index
+    assert shown.splitlines()[-1] == f"All runs: {Path('runs', 'index.html')}"
 
 
 def test_a_colour_photograph_with_one_amplitude_per_channel(empty_folder):
@@ -218,7 +221,7 @@ def test_fit_writes_result_table_report_and_figures(empty_folder, capsys):
     assert f"quartiles {low}, {median} and" in shown
     assert f"converged: {record['summary']['wavelength']:.3g} px" in shown
     assert "report.html" in shown
-    assert [p.name for p in (empty_folder / "runs").iterdir()] == ["fit"]
+    assert sorted(p.name for p in (empty_folder / "runs").iterdir()) == ["fit", "index.html"]
 
 
 def test_channels_share_a_geometry_unless_told_otherwise(empty_folder):

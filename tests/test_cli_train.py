@@ -67,6 +67,8 @@ def test_it_writes_recipe_metrics_checkpoints_result_and_report(folder, capsys):
     assert f"test accuracy {accuracy:.1f} %" in shown
     assert "With a learned Gabor first layer" in shown
     assert "runs/train/report.html" in shown
+    assert shown.splitlines()[-1] == "All runs: runs/index.html"
+    assert 'href="train/report.html"' in (folder / "runs/index.html").read_text(encoding="utf-8")
 
 
 @pytest.fixture

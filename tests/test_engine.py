@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 
-from gaborium import GaborConv2d, files
+from gaborium import Gabor2d, GaborConv2d, files
 from gaborium.training import (
     Checkpoints,
     Dataset,
@@ -172,7 +172,7 @@ def test_interrupted_anywhere_and_resumed_equals_uninterrupted(
 def test_killed_for_good_and_resumed_equals_uninterrupted(
     data, tmp_path, monkeypatch, n, optimizer
 ):
-    recipe = TINY.replace(optimizer=optimizer)
+    recipe = TINY.replace(optimizer=optimizer, schedule="cosine")
 
     def work(folder: str, after: int | None = None) -> Any:
         def one(rank: int) -> None:
@@ -508,6 +508,48 @@ def test_a_full_disk_stops_with_a_line_and_loses_nothing(data, tmp_path, monkeyp
     train(TINY, dataset=data, folder=tmp_path / "a", **EVERY)
     train(TINY, dataset=data, folder=tmp_path / "b", **EVERY)
     assert same(files_of(tmp_path / "a"), files_of(tmp_path / "b"))
+
+
+# Of torch's own, when it loads its forward derivatives.
+@pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning")
+def test_learning_rates_follow_the_schedule_to_zero(data, monkeypatch):
+    seen, step = [], Trainer._step
+
+    def spied(self: Trainer, *args: Any) -> None:
+        step(self, *args)
+        rates = [g["lr"] for one in self.optimizers for g in one.optimizer.param_groups]
+        seen.append(rates)
+
+    monkeypatch.setattr(Trainer, "_step", spied)
+    train(TINY.replace(optimizer="natural", schedule="cosine", epochs=2), dataset=data)
+    shares = [(1 + math.cos(math.pi * k / 8)) / 2 for k in range(8)]
+    assert seen == [pytest.approx([share, 1e-2 * share]) for share in shares]
+    seen.clear()
+    train(TINY.replace(epochs=1), dataset=data)
+    assert seen == [[0.01, 1e-2]] * 4
+
+
+def test_the_test_images_may_be_looked_at_once(data, monkeypatch):
+    result = train(TINY.replace(n_evaluations=1), dataset=data)
+    (run,) = result.runs
+    assert [line["epoch"] for line in run.curve] == [3]
+    assert run.accuracy == train(TINY, dataset=data).runs[0].accuracy
+    assert run.epochs == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("output", ["cnn", "energy"])
+def test_filters_may_start_from_a_record(data, tmp_path, output):
+    record = Gabor2d.of(
+        orientation=torch.tensor([0.1, 0.5, 1.0, 2.0])[:, None], wavelength=4.0, sigma=1.0,
+        phase=torch.zeros(4, 1), amplitude=torch.ones(4, 1),
+    )  # fmt: skip
+    recipe = TINY.replace(epochs=1, network=output)
+    result = train(recipe, dataset=data, start=record, folder=tmp_path)
+    start = result.runs[0].start
+    assert torch.allclose(start.orientation, record.orientation)
+    assert torch.allclose(start.wavelength, torch.tensor(4.0))
+    with pytest.raises(ValueError, match="was trained on other data"):
+        train(recipe, dataset=data, folder=tmp_path)
 
 
 def test_too_small_batches_and_missing_devices_are_told(data):

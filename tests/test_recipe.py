@@ -3,6 +3,7 @@
 import dataclasses
 import inspect
 import re
+from pathlib import Path
 
 import pytest
 
@@ -23,10 +24,12 @@ FULL = Recipe(
     optimizer="natural",
     learning_rate=1e-5,
     gabor_learning_rate=3.0,
+    schedule="cosine",
     weight_decay=1e-4,
     epochs=3,
     batch_size=16,
     seeds=(4, 7),
+    n_evaluations=2,
     corruption=("noise",),
     accelerator="cpu",
     devices=2,
@@ -44,6 +47,11 @@ def test_a_file_holds_all_of_a_recipe(tmp_path):
         text = recipe.to_toml(path)
         assert Recipe.from_toml(path) == recipe
         assert path.read_text(encoding="utf-8") == text
+
+
+def test_the_recipe_of_the_examples_compares_with_an_ordinary_layer():
+    recipe = Recipe.from_toml(Path(__file__).parent.parent / "examples/textures.toml")
+    assert (recipe.data, recipe.sides) == ("textures", ("gabor", "free", "gabor-fixed"))
 
 
 def test_what_is_left_out_has_its_default(tmp_path):

@@ -402,10 +402,12 @@ def train(
     optimizer: str | None = None,
     learning_rate: float | None = None,
     gabor_learning_rate: float | None = None,
+    schedule: str | None = None,
     weight_decay: float | None = None,
     epochs: int | None = None,
     batch_size: int | None = None,
     seeds: tuple[int, ...] | None = None,
+    n_evaluations: int | None = None,
     corruption: tuple[str, ...] | None = None,
     accelerator: str | None = None,
     devices: int | None = None,
@@ -440,10 +442,12 @@ def train(
         optimizer: Of the Gabor parameters: "adam" or "natural".
         learning_rate: Of all that is no Gabor parameter.
         gabor_learning_rate: Of the Gabor parameters.
+        schedule: Of all learning rates: "constant" or "cosine", which falls to 0.
         weight_decay: Of all that is no Gabor parameter.
         epochs: Passes over the training images.
         batch_size: Images of one step at most.
         seeds: A network is trained for each.
+        n_evaluations: How often at most the test images are looked at during a run.
         corruption: Kinds under which accuracy is measured: "noise", "blur", "contrast", "fog",
             "pixelate".
         accelerator: "auto", "cpu", "cuda" or "mps".
@@ -834,8 +838,14 @@ def _shortened(names: Sequence[str], most: int = 8) -> str:
 
 
 def _print_end(console: Any, folder: Path, begun: float) -> None:
+    """Where the report is, how long it took, and where all runs are listed."""
+    from gaborium.reporting import write_index
+
     console.print(f"Report: {folder / 'report.html'}", soft_wrap=True, highlight=False)
     console.print(f"Took {time.monotonic() - begun:.0f} s.", highlight=False)
+    index = write_index(folder.parent)
+    if index is not None:
+        console.print(f"All runs: {index}", soft_wrap=True, highlight=False)
 
 
 def _table(

@@ -3,7 +3,7 @@
 ``recovery`` is the page of an experiment with a planted kernel, with its words in ``wording`` and
 its charts in ``charts``; ``fits`` is the page of kernels and the Gabor functions nearest to them;
 ``diagnosis`` is that of a training loop that does not learn; ``training`` is that of networks which
-do. ``page`` is what all of them need.
+do. ``index`` lists the runs of a folder, and ``page`` is what all of them need.
 """
 
 from gaborium.reporting.diagnosis import (
@@ -16,6 +16,7 @@ from gaborium.reporting.diagnosis import (
     write_diagnosis,
 )
 from gaborium.reporting.fits import fit_headline, fit_record, fit_summary, report_fit, write_fit
+from gaborium.reporting.index import write_index
 from gaborium.reporting.recovery import recovery_record, report_recovery, write_recovery
 from gaborium.reporting.training import (
     in_percent,
@@ -50,6 +51,7 @@ __all__ = [
     "worded_numbers",
     "write_diagnosis",
     "write_fit",
+    "write_index",
     "write_recovery",
     "write_training",
 ]

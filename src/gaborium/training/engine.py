@@ -17,6 +17,7 @@ from torch import nn
 from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedException
 
 from gaborium.errors import require
+from gaborium.params import Gabor
 from gaborium.training.checkpoints import load_state
 from gaborium.training.datasets import Dataset, load_dataset
 from gaborium.training.journal import Journal, Progress, claimed
@@ -37,6 +38,7 @@ def train(
     *,
     model: nn.Module | None = None,
     dataset: Dataset | None = None,
+    start: Gabor | None = None,
     folder: str | os.PathLike[str] | None = None,
     resume: bool = True,
     checkpoint_steps: int = 200,
@@ -64,6 +66,8 @@ def train(
             ``logits``. It is not changed: each run trains a copy, in which a first layer of the
             recipe's kind and of the size of yours stands in for the first convolution.
         dataset: to train on, instead of the one that the recipe names.
+        start: where the Gabor filters begin, instead of the recipe's start: a record of as many
+            filters, ``(filters, channels or 1)``.
         folder: where checkpoints and ``metrics.jsonl`` go: a new folder, or that of an earlier
             call. By default nothing is written.
         resume: whether to go on with what ``folder`` holds; otherwise it is replaced.
@@ -100,12 +104,13 @@ def train(
     for side in recipe.sides:  # what cannot be made is told before anything is written
         seed = recipe.seeds[0]
         data = dataset.subset(recipe.samples_per_class, seed)
-        make_optimizers(make_network(recipe, model, data, side, seed)[0], recipe)
+        make_optimizers(make_network(recipe, model, data, side, seed, start=start)[0], recipe)
     job = Job(
         recipe=recipe,
         model=model,
         dataset=dataset,
-        sha256=digest(dataset, model),
+        start=start,
+        sha256=digest(dataset, model, start),
         folder=None if folder is None else Path(folder).absolute(),
         resume=resume,
         checkpoint_steps=checkpoint_steps,

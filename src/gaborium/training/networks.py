@@ -44,7 +44,7 @@ def first_layer(
     kernel_size: int | tuple[int, ...],
     stride: int | tuple[int, ...] = 1,
     padding: int | tuple[int, ...] | str | None = None,
-    start: str = "bank",
+    start: str | Gabor = "bank",
     output: str = "real",
     learn: Collection[str] | None = None,
     seed: int = 0,
@@ -69,7 +69,8 @@ def first_layer(
         stride: along each axis.
         padding: as of ``nn.ConvNd``; by default half a kernel.
         start: where Gabor filters begin: ``"bank"``, ``"random"``, ``"v1"``, or ``"equal"``: one
-            Gabor function, drawn as for ``"random"``, in all channels.
+            Gabor function, drawn as for ``"random"``, in all channels; or a record, ``(filters,
+            channels or 1)``.
         output: ``"real"`` or ``"energy"``.
         learn: fields of the record that train, by default all that ``GaborConvNd`` trains; of
             ``"gabor"`` and ``"mixed"`` alone.
@@ -92,7 +93,8 @@ def first_layer(
         mixed 348
     """
     one_of("kind", kind, KINDS)
-    one_of("start", start, FIRST_STARTS)
+    if isinstance(start, str):
+        one_of("start", start, FIRST_STARTS)
     one_of("output", output, ("real", "energy"))
     if n_dims not in LAYERS:
         raise ValueError(f"n_dims must be 1, 2 or 3, got {n_dims!r}.")
@@ -126,7 +128,7 @@ def first_layer(
         seed=seed,
         output=inner,
     )
-    if start == "equal":
+    if isinstance(start, str) and start == "equal":
         _make_equal(gabor)
     if not n_free:
         return gabor
@@ -136,7 +138,7 @@ def first_layer(
 
 
 def _start(
-    start: str,
+    start: str | Gabor,
     output: str,
     inner: str,
     n_dims: int,
@@ -145,7 +147,7 @@ def _start(
     seed: int,
 ) -> str | Gabor:
     """A start that a Gabor layer knows by name or, where it knows none, its record."""
-    if start != "equal" and inner == output:
+    if isinstance(start, Gabor) or (start != "equal" and inner == output):
         return start
     n_filters, n_channels = shape
     equal = start == "equal"

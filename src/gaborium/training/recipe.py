@@ -24,6 +24,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "first_layer": FIRST_LAYERS,
     "start": FIRST_STARTS,
     "optimizer": ("adam", "natural"),
+    "schedule": ("constant", "cosine"),
     "accelerator": ("auto", "cpu", "cuda", "mps"),
     "precision": ("32-true", "bf16-mixed", "64-true"),
 }
@@ -38,6 +39,7 @@ _LEAST: dict[str, float] = {
     "epochs": 1,
     "batch_size": 1,
     "seeds": 0,
+    "n_evaluations": 1,
     "accumulate": 1,
     "devices": 1,
 }
@@ -80,11 +82,15 @@ class Recipe:
         learning_rate: of Adam, for all that is no Gabor parameter.
         gabor_learning_rate: of the optimizer of the Gabor parameters; by default 0.01 of Adam,
             and of the natural gradient its own.
+        schedule: of all learning rates: ``"constant"``, or ``"cosine"``, half a cosine from the
+            rates above at the first step to 0 after the last.
         weight_decay: decoupled from the gradient, for all that is no Gabor parameter.
         epochs: passes over the training images.
         batch_size: images of one step at most, of all processes together.
         seeds: a network is trained for each; the seed decides its start, its samples and their
             order.
+        n_evaluations: how often at most the test images are looked at during a run; the last time
+            is at its end, and of more than one there is another before the first step.
         corruption: kinds of corruption under which accuracy is measured, as ``corrupt`` takes
             them, each at five strengths.
         accelerator: where to train; ``"auto"`` takes a GPU if there is one.
@@ -117,10 +123,12 @@ class Recipe:
     optimizer: str = "adam"
     learning_rate: float = 1e-3
     gabor_learning_rate: float | None = None
+    schedule: str = "constant"
     weight_decay: float = 0.0
     epochs: int = 10
     batch_size: int = 64
     seeds: tuple[int, ...] = (0, 1, 2)
+    n_evaluations: int = 10
     corruption: tuple[str, ...] = ()
     accelerator: str = "auto"
     devices: int = 1
@@ -194,7 +202,7 @@ class Recipe:
             OSError: the file cannot be written.
 
         Example:
-            >>> print(Recipe(seeds=(3,)).to_toml().splitlines()[-6])
+            >>> print(Recipe(seeds=(3,)).to_toml().splitlines()[-7])
             seeds = [3]
         """
         fields = {name: getattr(self, name) for name in _kinds()}

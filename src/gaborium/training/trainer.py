@@ -30,7 +30,6 @@ from gaborium.training.results import Run
 
 RUN_FILE = "run.safetensors"
 _ADAM_RATE = 0.01  # of Gabor parameters
-_N_EVALUATIONS = 10  # of a run on the test images, at most, beside that before the first step
 _N_SNAPSHOTS = 30  # of the filters
 _MOST_FILTERS = 64  # in the snapshots
 _EVALUATED = 256  # images at a time
@@ -44,6 +43,7 @@ class Job:
     recipe: Recipe
     model: nn.Module | None
     dataset: Dataset
+    start: Gabor | None
     sha256: str
     folder: Path | None
     resume: bool
@@ -119,14 +119,18 @@ class Trainer:
                 f"batch_size must give each of {fabric.world_size} processes an image, got "
                 f"{recipe.batch_size} for {len(data.labels)} training images."
             )
-        self.evaluated = _spread(recipe.epochs, _N_EVALUATIONS)
+        self.evaluated = _spread(recipe.epochs, recipe.n_evaluations)
         self.seen_after = _spread(recipe.epochs, _N_SNAPSHOTS)
 
-        self.network, self.first = make_network(recipe, self.job.model, data, self.side, self.seed)
+        self.network, self.first = make_network(
+            recipe, self.job.model, data, self.side, self.seed, start=self.job.start
+        )
         self.gabor: Any = gabor_layer(self.first)
         self.start = None if self.gabor is None else self._params()
         self.network.to(fabric.device, self.dtype)
         optimizers = make_optimizers(self.network, recipe)
+        # As they are before a checkpoint is taken up, in which they are those of its step.
+        self.rates = [[group["lr"] for group in one.param_groups] for one in optimizers]
         self.module, *self.optimizers = fabric.setup(self.network, *optimizers)
         self.state = _State()
         self.begun = time.monotonic()
@@ -141,7 +145,8 @@ class Trainer:
         state = self.state
         if state.step == 0 and not state.curve:
             self._save()
-            self._evaluate(0)
+            if self.job.recipe.n_evaluations > 1:
+                self._evaluate(0)
             self._look(0)
         while state.step < self.n_steps:
             epoch, number = divmod(state.step, self.n_batches)
@@ -192,11 +197,21 @@ class Trainer:
             with torch.no_grad():
                 hits = (scores.argmax(1) == labels).sum()
                 measured.append(torch.stack([loss.float(), hits.float()]))
+        self._set_rates()
         for optimizer in self.optimizers:
             optimizer.step()
             optimizer.zero_grad()
         count = loss.new_full((1,), len(mine), dtype=torch.float32)
         self.state.epoch.append(torch.cat([torch.stack(measured).sum(0), count]).detach())
+
+    def _set_rates(self) -> None:
+        """The learning rates of this step, which follow from its number alone."""
+        if self.job.recipe.schedule == "constant":
+            return
+        share = (1 + math.cos(math.pi * self.state.step / self.n_steps)) / 2
+        for optimizer, rates in zip(self.optimizers, self.rates, strict=True):
+            for group, rate in zip(optimizer.optimizer.param_groups, rates, strict=True):
+                group["lr"] = rate * share
 
     def _seen(self, images: Tensor, rows: Tensor) -> Tensor:
         """Some images as the network sees them."""
@@ -465,7 +480,13 @@ def _gathered(fabric: Any, values: Tensor) -> Tensor:
 
 
 def make_network(
-    recipe: Recipe, model: nn.Module | None, data: Dataset, side: str, seed: int
+    recipe: Recipe,
+    model: nn.Module | None,
+    data: Dataset,
+    side: str,
+    seed: int,
+    *,
+    start: Gabor | None = None,
 ) -> tuple[nn.Module, nn.Module]:
     """The network of one run before training, and the first layer in it."""
     made: list[nn.Module] = []
@@ -476,7 +497,7 @@ def make_network(
             first_layer(
                 side,
                 n_dims=data.n_dims,
-                start=recipe.start,
+                start=recipe.start if start is None else start,
                 learn=recipe.learn if learns else None,
                 seed=seed,
                 **options,
@@ -607,13 +628,15 @@ def _key(*parts: object) -> int:
     return int.from_bytes(digest[:7], "little")
 
 
-def digest(dataset: Dataset, model: nn.Module | None) -> str:
-    """SHA-256 of what a recipe does not say: the data, and a network that was given."""
+def digest(dataset: Dataset, model: nn.Module | None, start: Gabor | None = None) -> str:
+    """SHA-256 of what a recipe does not say: the data, and a network or a start of the caller's."""
     found = hashlib.sha256()
     parts = {name: value for name, value in vars(dataset).items() if isinstance(value, Tensor)}
     if model is not None:
         found.update(repr(model).encode())
         parts |= model.state_dict()
+    if start is not None:
+        parts |= {f"start.{name}": value for name, value in start.as_dict().items()}
     for name, value in parts.items():
         found.update(repr((name, tuple(value.shape), value.dtype)).encode())
         found.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)

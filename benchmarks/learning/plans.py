@@ -1,0 +1,283 @@
+"""What the experiments on learning compare: data, networks, first layers, and rates to choose."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from gaborium import Gabor1d
+from gaborium.training import Dataset, Recipe, load_dataset
+from gaborium.training.corruptions import KINDS as CORRUPTIONS
+
+Rates = dict[str, float]
+
+# As many to choose from on every side.
+ONE_RATE = tuple({"learning_rate": rate} for rate in (3e-4, 1e-3, 3e-3, 1e-2))
+ADAM_RATES, NATURAL_RATES = (
+    tuple(
+        {"learning_rate": rate, "gabor_learning_rate": gabor}
+        for rate, gabor in product((1e-3, 3e-3), pair)
+    )
+    for pair in ((0.01, 0.04), (0.3, 1.0))
+)
+N_VALIDATION = 2000  # training images that are kept to choose rates with, of the large sets
+
+
+@dataclass(frozen=True)
+class Side:
+    """A first layer, and the rates from which its own are chosen."""
+
+    fields: dict[str, Any]
+    rates: tuple[Rates, ...]
+    mel: bool = False
+
+
+def _sides() -> dict[str, Side]:
+    sides = {"free": Side({"first_layer": "free"}, ONE_RATE)}
+    for start in ("bank", "random", "equal", "mel"):
+        mel = start == "mel"
+        fields = {"start": "bank" if mel else start}
+        for optimizer, rates in (("adam", ADAM_RATES), ("natural", NATURAL_RATES)):
+            learned = {"first_layer": "gabor", "optimizer": optimizer, **fields}
+            sides[f"{optimizer}, {start}"] = Side(learned, rates, mel)
+        sides[f"fixed, {start}"] = Side({"first_layer": "gabor-fixed", **fields}, ONE_RATE, mel)
+    sides["mixed, bank"] = Side({"first_layer": "mixed", "start": "bank"}, ADAM_RATES)
+    return sides
+
+
+SIDES = _sides()
+
+
+@dataclass(frozen=True)
+class Unit:
+    """First layers that are compared with one another, everything else alike.
+
+    Args:
+        name: for people.
+        recipe: what all have in common.
+        sides: names of ``SIDES``.
+        n_seeds: networks to train of each.
+        tuning: fields of the recipe that are others while rates are chosen, to save time.
+        n_test: test images, evenly from all of them; ``None`` for all.
+        similarity: whether to measure how much alike the filters become.
+    """
+
+    name: str
+    recipe: Recipe
+    sides: tuple[str, ...]
+    n_seeds: int = 10
+    tuning: dict[str, Any] = field(default_factory=dict)
+    n_test: int | None = None
+    similarity: bool = False
+
+
+_BASE = Recipe(
+    n_filters=32, kernel_size=9, schedule="cosine", n_evaluations=1, batch_size=50, epochs=20
+)
+_LEARNED = ("adam, bank", "natural, bank", "adam, random", "natural, random")
+_FIXED = ("fixed, bank", "fixed, random")
+# 400 steps each: training images of a class, epochs and images of a step.
+_FEW = ((10, 100, 25), (50, 40, 50), (100, 20, 50))
+
+
+def embedded() -> list[Unit]:
+    recipe = replace(
+        _BASE, data="textures", n_filters=16, stride=2, epochs=6, samples_per_class=100
+    )
+    return [
+        Unit(
+            f"textures, {9 * n} samples, {network}",
+            replace(recipe, network=network, samples_per_class=n, epochs=epochs),
+            ("free", *_LEARNED, *_FIXED, "mixed, bank"),
+        )
+        for n, epochs in ((100, 6), (20, 30))
+        for network in ("cnn", "energy")
+    ]
+
+
+def few() -> list[Unit]:
+    return [
+        Unit(
+            f"{data}, {10 * n} samples, {network}",
+            replace(
+                _BASE, data=data, network=network, samples_per_class=n, epochs=epochs,
+                batch_size=batch,
+            ),
+            ("free", *_LEARNED, *_FIXED, "mixed, bank"),
+        )
+        for data in ("fashion-mnist", "cifar10")
+        for network in ("cnn", "energy")
+        for n, epochs, batch in _FEW
+    ]  # fmt: skip
+
+
+def full() -> list[Unit]:
+    recipe = replace(_BASE, data="fashion-mnist", epochs=10, batch_size=128)
+    return [
+        Unit(
+            f"fashion-mnist, all samples, {network}",
+            replace(recipe, network=network),
+            ("free", "adam, bank", "natural, bank", "natural, random", *_FIXED, "mixed, bank"),
+            n_seeds=5,
+            tuning={"samples_per_class": 500},
+        )
+        for network in ("cnn", "energy")
+    ]
+
+
+def starts() -> list[Unit]:
+    recipe = replace(_BASE, data="cifar10", samples_per_class=100)
+    return [
+        Unit(
+            f"cifar10, 1000 samples, {network}, {n} filters",
+            replace(recipe, network=network, n_filters=n),
+            ("free", *_LEARNED, "adam, equal", "natural, equal", *_FIXED),
+        )
+        for network in ("energy", "cnn")
+        for n in (8, 16, 32)
+    ]
+
+
+def textures() -> list[Unit]:
+    sides = ("free", "adam, bank", "natural, bank", "natural, random", *_FIXED)
+    photographs = replace(
+        _BASE, data="kth-tips", kernel_size=11, stride=2, epochs=40, batch_size=25
+    )
+    patches = replace(_BASE, data="brodatz", epochs=20, batch_size=64)
+    return [
+        Unit(f"{one.data}, {network}", replace(one, network=network), sides, n_seeds=5)
+        for one in (photographs, patches)
+        for network in ("energy", "cnn")
+    ]
+
+
+def twelve() -> list[Unit]:
+    recipe = replace(
+        _BASE, network="energy", n_filters=12, kernel_size=7, epochs=24, batch_size=128,
+        n_evaluations=6,
+    )  # fmt: skip
+    return [
+        Unit(
+            f"{data}, all samples, 12 filters of 7 x 7",
+            replace(recipe, data=data),
+            ("free", *_LEARNED, *_FIXED),
+            n_seeds=5,
+            tuning={"samples_per_class": 500, "epochs": 12, "n_evaluations": 1},
+            similarity=True,
+        )
+        for data in ("fashion-mnist", "mnist")
+    ]
+
+
+def corruptions() -> list[Unit]:
+    recipe = replace(_BASE, samples_per_class=100, corruption=CORRUPTIONS)
+    return [
+        Unit(
+            f"{data}, 1000 samples, cnn, corrupted",
+            replace(recipe, data=data),
+            ("free", "adam, bank", "natural, bank", "fixed, bank", "mixed, bank"),
+            tuning={"corruption": ()},
+            n_test=2000,
+        )
+        for data in ("fashion-mnist", "cifar10")
+    ]
+
+
+def spoken() -> list[Unit]:
+    recipe = replace(_BASE, data="spoken-digits", kernel_size=201, stride=10, epochs=30)
+    return [
+        Unit(
+            f"spoken-digits, {network}",
+            replace(recipe, network=network),
+            (
+                *("free", "adam, mel", "natural, mel", "fixed, mel"),
+                *("adam, random", "natural, random", "fixed, random"),
+            ),
+        )
+        for network in ("energy", "cnn")
+    ]
+
+
+EXPERIMENTS: dict[str, Callable[[], list[Unit]]] = {
+    one.__name__: one
+    for one in (embedded, few, full, starts, textures, twelve, corruptions, spoken)
+}
+
+
+# -- data -----------------------------------------------------------------------------------------
+
+
+class Data:
+    """The data sets of a folder, each read once, and the parts of them to choose rates with."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._loaded: dict[str, Dataset] = {}
+
+    def test(self, name: str, n_test: int | None = None) -> Dataset:
+        """All that there is to train on, and the test images."""
+        if name not in self._loaded:
+            self._loaded[name] = load_dataset(name, None if name == "textures" else self.folder)
+        data = self._loaded[name]
+        if n_test is None or n_test >= len(data.test_labels):
+            return data
+        # Every so many, because some sets lie class by class.
+        rows = torch.arange(n_test) * len(data.test_labels) // n_test
+        return replace(data, test_images=data.test_images[rows], test_labels=data.test_labels[rows])
+
+    def validation(self, name: str) -> Dataset:
+        """Training images alone, some of them to test with."""
+        data = self.test(name)
+        held = self._held_out(name, data)
+        return replace(
+            data,
+            images=data.images[~held],
+            labels=data.labels[~held],
+            test_images=data.images[held],
+            test_labels=data.labels[held],
+        )
+
+    def _held_out(self, name: str, data: Dataset) -> torch.Tensor:
+        """Neighbours of one photograph or texture stay together, as they do in the real test."""
+        if name == "kth-tips":
+            with np.load(self.folder / "textures" / "kth_tips_grey.npz") as file:
+                photograph = torch.as_tensor(file["image"])
+            return photograph[photograph <= 5] == 5
+        if name == "brodatz":
+            # Class by class, row by row of the page's upper half.
+            n = len(data.labels) // data.n_classes
+            return torch.arange(len(data.labels)) % n >= 2 * n // 3
+        if name == "textures":
+            n = len(data.labels) // data.n_classes
+            return torch.arange(len(data.labels)) % n >= 3 * n // 4
+        if name == "spoken-digits":
+            with np.load(self.folder / "audio" / "fsdd.npz") as file:
+                take = torch.as_tensor(file["take"])
+            return take[take >= 5] >= 20
+        held = torch.zeros(len(data.labels), dtype=torch.bool)
+        order = torch.randperm(len(held), generator=torch.Generator().manual_seed(0))
+        held[order[:N_VALIDATION]] = True
+        return held
+
+
+def mel_bank(n_filters: int, kernel_size: int, *, rate: float = 8000.0) -> Gabor1d:
+    """Filters evenly on the mel scale from 60 Hz to 3700 Hz, neighbours meeting at half height."""
+    low, high = (2595 * math.log10(1 + hertz / 700) for hertz in (60.0, 3700.0))
+    mel = torch.linspace(low, high, n_filters + 2, dtype=torch.float64)
+    hertz = 700 * (10 ** (mel / 2595) - 1)
+    half_width = (hertz[2:] - hertz[:-2]) / 4
+    sigma = rate * math.sqrt(2 * math.log(2)) / (2 * math.pi * half_width)
+    sigma = sigma.clamp_max(kernel_size / 6)  # no wider than the kernel can show
+    return Gabor1d.of(
+        wavelength=(rate / hertz[1:-1])[:, None],
+        sigma=sigma[:, None],
+        # Responses to white input have variance 1/3, as of all other starts.
+        amplitude=(2 / (3 * math.sqrt(math.pi) * sigma)).sqrt()[:, None],
+    )
