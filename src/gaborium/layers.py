@@ -37,10 +37,10 @@ Record = TypeVar("Record", bound=Gabor)
 class KernelTap:
     """Where an optimiser reads the gradient of a layer's kernels.
 
-    ``kernel`` and ``offset`` are zeros that are added to the kernels and to the responses, in
-    double precision whatever the layer's. They never change; but after ``loss.backward()`` their
-    gradients are those of the loss with respect to the kernels and to each response's mean,
-    accumulated, scaled and reduced as any parameter's. A module makes room for one as ``tap``.
+    ``kernel`` and ``offset`` are zeros that are added to the kernels and to the responses, at
+    least in single precision. They never change; but after ``loss.backward()`` their gradients
+    are those of the loss with respect to the kernels and to each response's mean, accumulated,
+    scaled and reduced as any parameter's. A module makes room for one as ``tap``.
 
     Args:
         weight: kernels of the shape to come, ``(out, in / groups, *kernel_size)``.
@@ -54,7 +54,7 @@ class KernelTap:
     """
 
     def __init__(self, weight: Tensor) -> None:
-        zeros = torch.zeros_like(weight, dtype=torch.float64)
+        zeros = torch.zeros_like(weight, dtype=torch.promote_types(weight.dtype, torch.float32))
         self.kernel = nn.Parameter(zeros)
         self.offset = nn.Parameter(zeros.flatten(1)[:, 0].clone())
         self.input: Tensor | None = None  # what the layer saw last

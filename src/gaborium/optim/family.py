@@ -37,6 +37,7 @@ class KernelFamily:
         self.layer = layer
         self.n_filters: int = layer.n_filters
         self.n_members = 1 if layer.output == "real" else 2
+        self.dtype: torch.dtype = layer.tap.kernel.dtype
         parameters = dict(layer.named_parameters(recurse=False))
         self._raw_names = list(layer.raw_coordinates.raw_fields())
         self._parameters = [name for name in self._raw_names if name in parameters]
@@ -51,7 +52,7 @@ class KernelFamily:
         return [name for name in self._parameters if getattr(self.layer, name).requires_grad]
 
     def read(self) -> Tensor:
-        """The present z, ``(filters, p)``, in float64."""
+        """The present z, ``(filters, p)``."""
         return torch.cat([self._value(name).flatten(1) for name in self.names], 1)
 
     def write(self, z: Tensor) -> None:
@@ -85,7 +86,7 @@ class KernelFamily:
         return torch.where(z.isfinite().all(1), total, torch.inf)
 
     def record(self, z: Tensor) -> Gabor:
-        """The record that z means, in float64."""
+        """The record that z means."""
         params: Gabor = self.layer.raw_coordinates.from_raw(self._raw(z))
         return params
 
@@ -103,7 +104,7 @@ class KernelFamily:
 
     def _value(self, name: str) -> Tensor:
         value: Tensor = getattr(self.layer, name)
-        return value.detach().double()
+        return value.detach().to(self.dtype)
 
     def _split(self, z: Tensor) -> dict[str, Tensor]:
         shapes = {name: getattr(self.layer, name).shape[1:] for name in self.names}

@@ -33,7 +33,7 @@ def draw_patches(layer: Any, images: Tensor, generator: torch.Generator) -> Tens
     d = layer.n_dims
     images = images.detach().reshape(-1, *images.shape[-d - 1 :])
     mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
-    images = F.pad(images, layer.border(), mode=mode).double().contiguous()
+    images = F.pad(images, layer.border(), mode=mode).contiguous()
     room = [
         (size - gap * (k - 1) - 1) // step + 1
         for size, k, gap, step in zip(
@@ -60,7 +60,7 @@ def draw_patches(layer: Any, images: Tensor, generator: torch.Generator) -> Tens
     first += chosen * images.stride(0)
     channel = torch.arange(images.shape[1], device=chosen.device) * images.stride(1)
     inner = (channel.unsqueeze(-1) + inner.flatten()).flatten()
-    patches = images.flatten()[first.unsqueeze(-1) + inner]
+    patches = images.flatten()[first.unsqueeze(-1) + inner].to(layer.tap.kernel.dtype)
     return patches.unflatten(1, (layer.groups, n))
 
 

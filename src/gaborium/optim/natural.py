@@ -70,7 +70,7 @@ class NaturalGradient(Optimizer):
         *,
         momentum: float = 0.9,
         trust_radius: float = 0.3,
-        damping: float = 1e-6,
+        damping: float = 1e-3,
         leap_every: int = 10,
         look_every: int = 10,
         seed: int = 0,
@@ -85,6 +85,7 @@ class NaturalGradient(Optimizer):
             "seed": seed,
         }
         self._families: dict[Tensor, KernelFamily] = {}
+        self._known: dict[Tensor, Evidence] = {}
         super().__init__(_groups_of(layers), defaults)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -126,7 +127,7 @@ class NaturalGradient(Optimizer):
         offset = _reduced(tap.offset.grad).reshape(family.n_filters, family.n_members)
         if not bool(gradient.isfinite().all()):
             return
-        evidence = Evidence(state, group["damping"])
+        evidence = self._evidence(tap.kernel, group["damping"])
         if step % group["look_every"] == 0 and tap.input is not None:
             draw = torch.Generator().manual_seed(group["seed"] * 1_000_003 + step)
             mean, second = moments_of(draw_patches(layer, tap.input, draw))
@@ -134,27 +135,32 @@ class NaturalGradient(Optimizer):
         tap.input = None
 
         z = family.read()
-        kernels = family.kernels(z)
-        centred = self._is_centred(layer, state, gradient, offset, group["momentum"])
-        evidence.see_gradient(kernels, gradient, offset, group["momentum"], centred)
-        quadratic = evidence.quadratic(kernels, group["momentum"], centred)
-        length = quadratic.metric.length(kernels)
+        kernels, momentum = family.kernels(z), group["momentum"]
+        centred = self._is_centred(layer, state, gradient, offset, momentum)
+        loss = evidence.see_gradient(kernels, gradient, offset, momentum, centred)
+        here = loss.at(kernels)
+        length = here.length
         radius = group["trust_radius"] * length.clamp_min(0.1 * length.median())
         if "trust" not in state:
             state["trust"] = torch.full_like(length, 1e-3)
-        near, value, state["trust"] = descend(
-            family, quadratic, z, radius, state["trust"], n_iterations=3
-        )
+        near, there, state["trust"] = descend(family, loss, z, radius, state["trust"], place=here)
         moved = z + group["lr"] * (near - z)
         if group["leap_every"] and step % group["leap_every"] == group["leap_every"] - 1:
-            far, lower = leap(family, quadratic, near)
-            apart = quadratic.metric.length(family.kernels(far) - kernels)
-            needed = _CERTAIN * quadratic.error * apart + 1e-6 * length.square()
-            leaps = (value - lower > needed) & (group["lr"] > 0)
+            far, lower = leap(family, loss, near)
+            apart = loss.at(family.kernels(far)).distance(here)
+            needed = _CERTAIN * loss.error * apart + 1e-6 * length.square()
+            leaps = (there.value - lower > needed) & (group["lr"] > 0)
             moved = torch.where(leaps.unsqueeze(-1), far, moved)
             state["leaps"] = state.get("leaps", torch.zeros_like(length)) + leaps
         family.write(moved)
         state["step"] = torch.tensor(float(step + 1))
+
+    def _evidence(self, parameter: Tensor, damping: float) -> Evidence:
+        """What is known of a layer's loss; anew where a state has been loaded."""
+        state, known = self.state[parameter], self._known.get(parameter)
+        if known is None or known.state is not state or known.damping != damping:
+            known = self._known[parameter] = Evidence(state, damping)
+        return known
 
     def _is_centred(
         self, layer: Any, state: dict[str, Any], gradient: Tensor, offset: Tensor, momentum: float
@@ -168,7 +174,7 @@ class NaturalGradient(Optimizer):
             .sum(-1)
             .repeat_interleave(len(gradient) // len(state["patch_mean"]))
         )
-        share = (offset.square().sum(-1) * mean).sum() / gradient.square().sum().clamp_min(1e-300)
+        share = (offset.square().sum(-1) * mean).sum() / gradient.square().sum().clamp_min(1e-30)
         kept = state.get("level", share)
         state["level"] = kept + (1 - momentum) * (share - kept)
         return bool(state["level"] < _LEVEL)

@@ -16,9 +16,9 @@ The scale is found from how much the gradient changes when the kernel moves.
 
 from __future__ import annotations
 
-from collections.abc import Callable, MutableMapping
+from collections.abc import MutableMapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,39 +26,42 @@ from torch import Tensor
 _MEMORY = 0.1  # of what is known of the scale, a move as long as all before makes one forget
 _SURE, _MUCH = 5.0, 1.5  # standard errors and times: a change of the scale that is believed
 _FARTHEST = 5.0  # lengths of the kernel: no target is believed to lie farther away
-_TINY = 1e-300
+_TINY = 1e-30
 
 
 @dataclass(frozen=True)
 class Metric:
-    """A covariance of patches for each group of filters, ``(groups, n, n)``, and its root."""
+    """A covariance of patches for each group of filters, ``(groups, n, n)``, and its inverse."""
 
     covariance: Tensor
-    root: Tensor
+    inverse: Tensor
 
     @classmethod
     def of(cls, covariance: Tensor, damping: float) -> Metric:
         """A covariance, with ``damping`` of its mean variance added to the variance of a pixel."""
-        extra = damping * covariance.diagonal(dim1=-2, dim2=-1).mean(-1).clamp_min(1e-30)
+        extra = damping * covariance.diagonal(dim1=-2, dim2=-1).mean(-1).clamp_min(_TINY)
         one = torch.eye(covariance.shape[-1], dtype=covariance.dtype, device=covariance.device)
         damped = covariance + extra[:, None, None] * one
-        return cls(damped, torch.linalg.cholesky_ex(damped)[0])
+        # Rounding must not make the smallest variances negative.
+        root = torch.linalg.cholesky_ex(damped.double())[0]
+        return cls(damped, torch.cholesky_inverse(root).to(covariance.dtype))
 
     def times(self, kernels: Tensor) -> Tensor:
         """C times kernels ``(filters, ..., n)``."""
-        return self._by_group(kernels, lambda rows: rows @ self.covariance)
+        return _by_group(kernels, self.covariance)
 
     def divide(self, kernels: Tensor) -> Tensor:
         """C⁻¹ times kernels ``(filters, ..., n)``."""
-        return self._by_group(kernels, lambda rows: torch.cholesky_solve(rows.mT, self.root).mT)
+        return _by_group(kernels, self.inverse)
 
     def length(self, kernels: Tensor) -> Tensor:
         """Standard deviation of the responses to ``(filters, members, n)``: ``(filters,)``."""
         return inner(kernels, self.times(kernels)).clamp_min(0).sqrt()
 
-    def _by_group(self, kernels: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
-        groups, n = self.covariance.shape[:2]
-        return function(kernels.reshape(groups, -1, n)).reshape(kernels.shape)
+
+def _by_group(kernels: Tensor, matrices: Tensor) -> Tensor:
+    groups, n = matrices.shape[:2]
+    return (kernels.reshape(groups, -1, n) @ matrices).reshape(kernels.shape)
 
 
 @dataclass(frozen=True)
@@ -77,17 +80,38 @@ class Quadratic:
     scale: Tensor
     error: Tensor
 
-    def value(self, kernels: Tensor) -> Tensor:
-        """The loss of kernels ``(filters, members, n)``, but for a constant."""
-        return inner(0.5 * self.metric.times(kernels) - self.linear, kernels)
+    def at(self, kernels: Tensor) -> Place:
+        """The loss of kernels ``(filters, members, n)``, but for a constant, and its slope."""
+        seen = self.metric.times(kernels)
+        return Place(kernels, seen, inner(0.5 * seen - self.linear, kernels), self.linear - seen)
 
-    def downhill(self, kernels: Tensor) -> Tensor:
-        """Minus the gradient there, ``(filters, members, n)``."""
-        return self.linear - self.metric.times(kernels)
 
-    def pick(self, chosen: Tensor) -> Quadratic:
-        """The loss of some filters only; of one group."""
-        return Quadratic(self.metric, self.linear[chosen], self.scale[chosen], self.error[chosen])
+class Place(NamedTuple):
+    """Kernels, and what a quadratic says about them."""
+
+    kernels: Tensor  # W, (filters, members, n)
+    seen: Tensor  # C W
+    value: Tensor  # the loss, but for a constant, (filters,)
+    downhill: Tensor  # minus its gradient
+
+    @property
+    def length(self) -> Tensor:
+        """Standard deviation of the responses, ``(filters,)``."""
+        return inner(self.kernels, self.seen).clamp_min(0).sqrt()
+
+    def or_else(self, other: Place, mask: Tensor) -> Place:
+        """These where ``mask`` ``(filters,)`` holds, otherwise the others."""
+        return Place(
+            *(
+                torch.where(mask.reshape(-1, *[1] * (a.ndim - 1)), a, b)
+                for a, b in zip(self, other, strict=True)
+            )
+        )
+
+    def distance(self, other: Place) -> Tensor:
+        """Standard deviation of the responses' difference, ``(filters,)``."""
+        between = inner(self.kernels - other.kernels, self.seen - other.seen)
+        return between.clamp_min(0).sqrt()
 
 
 class Evidence:
@@ -104,8 +128,7 @@ class Evidence:
         >>> target = torch.ones(2, 1, 9, dtype=torch.float64)
         >>> for kernel in torch.randn(5, 2, 1, 9, dtype=torch.float64):
         ...     gradient = 3 * evidence.metric(centred=True).times(kernel - target)
-        ...     evidence.see_gradient(kernel, gradient, torch.zeros(2, 1).double(), 0.9, True)
-        >>> loss = evidence.quadratic(kernel, 0.9, centred=True)
+        ...     loss = evidence.see_gradient(kernel, gradient, torch.zeros(2, 1), 0.9, True)
         >>> [round(s, 2) for s in loss.scale.tolist()]
         [3.0, 3.0]
         >>> torch.allclose(loss.metric.divide(loss.linear), target)
@@ -129,53 +152,52 @@ class Evidence:
 
     def see_gradient(
         self, kernels: Tensor, gradient: Tensor, offset: Tensor, momentum: float, centred: bool
-    ) -> None:
+    ) -> Quadratic:
         """Take in kernels, the loss's gradient there, and that by the responses' means.
 
         Shapes ``(filters, members, n)``, the same, and ``(filters, members)``.
+
+        Returns:
+            The loss as far as it is known now.
         """
-        state = self.state
+        state, metric = self.state, self.metric(centred)
         if "kernel" not in state:
             nothing = torch.zeros_like(kernels[:, 0, 0])
             names = ("spread", "slope", "gradient_spread", "known_spread", "known_slope")
             state.update({name: nothing.clone() for name in names})
             state.update(kernel=kernels.clone(), gradient=gradient.clone(), offset=offset.clone())
-            state["steps"] = torch.zeros((), dtype=kernels.dtype)
-            self._share("steps", momentum)
-            return
+            state["steps"] = torch.zeros_like(nothing[0])
         share = self._share("steps", momentum)
         moved, changed = kernels - state["kernel"], gradient - state["gradient"]
-        turned = self._without_mean(changed, offset - state["offset"]) if centred else changed
-        metric = self.metric(centred)
-        spread, slope = inner(moved, metric.times(moved)), inner(moved, turned)
-        news = {"spread": spread, "slope": slope}
-        news["gradient_spread"] = inner(turned, metric.divide(turned))
+        turned, mean = changed, state["gradient"]
+        if centred:
+            turned = self._without_mean(changed, offset - state["offset"])
+            mean = self._without_mean(mean, state["offset"])
+        seen, seen_moved = metric.times(torch.stack([state["kernel"], moved], 1)).unbind(1)
+        pulled, pulled_mean = metric.divide(torch.stack([turned, mean], 1)).unbind(1)
+
+        spread, slope = inner(moved, seen_moved), inner(moved, turned)
+        news = {"spread": spread, "slope": slope, "gradient_spread": inner(turned, pulled)}
         for name, value in news.items():
             state[name].add_(share * value).mul_(1 - share)
         # A filter at rest tells nothing new, and must not make one forget.
         kept = 1 - (spread / (state["known_spread"] + spread + _TINY)).clamp_max(_MEMORY)
         state["known_spread"].mul_(kept).add_(spread)
         state["known_slope"].mul_(kept).add_(slope)
-        state["kernel"].add_(share * moved)
-        state["gradient"].add_(share * changed)
-        state["offset"].lerp_(offset, share)
-        self._notice_change(kernels[0].numel(), momentum)
+        state["kernel"] = state["kernel"] + share * moved
+        state["gradient"] = state["gradient"] + share * changed
+        state["offset"] = state["offset"].lerp(offset, share)
+        n = kernels[0].numel()
+        self._notice_change(n, momentum)
 
-    def quadratic(self, kernels: Tensor, momentum: float, centred: bool) -> Quadratic:
-        """The loss as far as it is known, for filters that are at ``kernels`` now."""
-        state, metric = self.state, self.metric(centred)
-        gradient = state["gradient"]
-        if centred:
-            gradient = self._without_mean(gradient, state["offset"])
-        size = inner(gradient, metric.divide(gradient)).clamp_min(0).sqrt()
-        length = metric.length(kernels)
+        mean, pulled_mean = mean + share * turned, pulled_mean + share * pulled
+        length = inner(kernels, seen + seen_moved).clamp_min(0).sqrt()
         length = length.clamp_min(0.1 * length.median()).clamp_min(_TINY)
-        least = size / (_FARTHEST * length) + _TINY
+        least = inner(mean, pulled_mean).clamp_min(0).sqrt() / (_FARTHEST * length) + _TINY
         known = state["known_slope"] / (state["known_spread"] + _TINY)
         scale = torch.where(known > least, known, least)
-        linear = metric.times(state["kernel"]) - gradient / scale[:, None, None]
-        error = self._noise(kernels[0].numel(), momentum) / scale
-        return Quadratic(metric, linear, scale, error)
+        linear = seen + share * seen_moved - mean / scale[:, None, None]
+        return Quadratic(metric, linear, scale, self._noise(n, momentum) / scale)
 
     def metric(self, centred: bool) -> Metric:
         """C: the covariance of the patches, or their second moment."""

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from gaborium.optim.family import KernelFamily
-from gaborium.optim.quadratic import Quadratic, inner
+from gaborium.optim.quadratic import Place, Quadratic
 from gaborium.params import Gabor
 
 
@@ -21,8 +21,10 @@ def descend(
     z: Tensor,
     radius: Tensor,
     damping: Tensor,
-    n_iterations: int,
-) -> tuple[Tensor, Tensor, Tensor]:
+    *,
+    n_iterations: int = 1,
+    place: Place | None = None,
+) -> tuple[Tensor, Place, Tensor]:
     """Levenberg-Marquardt on the quadratic, within a radius of where it starts.
 
     Args:
@@ -32,35 +34,31 @@ def descend(
         radius: how far kernels may move, in the metric's length, ``(filters,)``.
         damping: of the first step, ``(filters,)``.
         n_iterations: steps at most.
+        place: what the loss is there, if it is known.
 
     Returns:
-        The rows, their loss, and the damping for next time.
+        The rows, where they lead, and the damping for next time.
     """
-    home: Tensor | None = None
-    best = z.new_zeros(len(z))
+    place = home = loss.at(family.kernels(z)) if place is None else place
     for _ in range(n_iterations):
-        kernels, J = family.jacobian(z)
-        if home is None:
-            home, best = kernels, loss.value(kernels)
-        seen = loss.metric.times(J)
-        hessian = (seen @ J.mT).sum(1)
-        slope = (J @ loss.downhill(kernels).unsqueeze(-1)).squeeze(-1).sum(1)
+        _, J = family.jacobian(z)
+        hessian = (loss.metric.times(J) @ J.mT).sum(1)
+        slope = (J @ place.downhill.unsqueeze(-1)).squeeze(-1).sum(1)
         diagonal = hessian.diagonal(dim1=-2, dim2=-1)
         # Marquardt's scaling, with a floor for directions that move nothing.
-        floor = 1e-9 * diagonal.amax(-1, keepdim=True) + torch.finfo(z.dtype).tiny
+        floor = 1e-7 * diagonal.amax(-1, keepdim=True) + torch.finfo(z.dtype).tiny
         damped = hessian + torch.diag_embed(damping[:, None] * (diagonal + floor) + floor)
         step = torch.nan_to_num(torch.linalg.solve_ex(damped, slope)[0])
-        length = inner(step[:, None], (hessian @ step.unsqueeze(-1)).mT).clamp_min(0).sqrt()
-        step = step * (radius / length.clamp_min(1e-300)).clamp_max(1.0).unsqueeze(-1)
+        length = (step * (hessian @ step.unsqueeze(-1)).squeeze(-1)).sum(-1).clamp_min(0).sqrt()
+        step = step * (radius / length.clamp_min(1e-30)).clamp_max(1.0).unsqueeze(-1)
 
-        moved = family.kernels(z + step)
-        value = loss.value(moved)
-        better = (value < best) & (family.excess(z + step) <= family.excess(z))
-        better &= loss.metric.length(moved - home) <= 1.5 * radius
+        new = loss.at(family.kernels(z + step))
+        better = (new.value < place.value) & (new.distance(home) <= 1.5 * radius)
+        better &= family.excess(z + step) <= family.excess(z)
         z = torch.where(better.unsqueeze(-1), z + step, z)
-        best = torch.where(better, value, best)
-        damping = (damping * torch.where(better, 0.25, 8.0)).clamp(1e-9, 1e9)
-    return z, best, damping
+        place = new.or_else(place, better)
+        damping = torch.where(better, 0.25 * damping, 8.0 * damping).clamp(1e-9, 1e9)
+    return z, place, damping
 
 
 def leap(
@@ -83,17 +81,17 @@ def leap(
         Rows ``(filters, p)``, and their loss.
     """
     free = torch.full_like(loss.scale, torch.inf)
-    best, value = z, loss.value(family.kernels(z))
+    best, value = z, loss.at(family.kernels(z)).value
     n_channels = family.record(z).amplitude.shape[1]
     parts = [slice(c, c + 1) for c in range(n_channels)]
     for part in parts if family.layer.geometry == "pair" else [slice(None)]:
         for params in _promising(family, loss, best, part, n_best):
             start = family.rows_of(params)
             damping = torch.full_like(value, 1e-2)
-            end, reached, _ = descend(family, loss, start, free, damping, n_iterations)
-            better = reached < value
+            end, reached, _ = descend(family, loss, start, free, damping, n_iterations=n_iterations)
+            better = reached.value < value
             best = torch.where(better.unsqueeze(-1), end, best)
-            value = torch.where(better, reached, value)
+            value = torch.where(better, reached.value, value)
     return best, value
 
 
@@ -152,7 +150,7 @@ def _grid(layer: Any, now: Gabor, part: slice) -> Gabor:
         names.append(f"center{axis}")
         size = layer.kernel_size[-1 - axis]
         lines[f"center{axis}"] = torch.tensor([-size / 5, 0.0, size / 5]).to(like)
-    points = torch.meshgrid(*(lines[name] for name in names), indexing="ij")
+    points = torch.meshgrid(*(lines[name] for name in names), indexing="ij") if names else ()
     grid = {name: point.flatten().unsqueeze(-1) for name, point in zip(names, points, strict=True)}
     n = next(iter(grid.values())).shape[0] if grid else 1
     whole = now.expand()
@@ -212,12 +210,12 @@ def _search(
         rhs = torch.einsum("fmcp,amnfp->nfac", wanted, columns)
     rhs = rhs.flatten(2)  # (N, F, 2C)
     size = gram.diagonal(dim1=-2, dim2=-1)
-    ridge = 1e-9 * size.amax(-1, keepdim=True).expand_as(size) + 1e-300
+    ridge = 1e-6 * size.amax(-1, keepdim=True).expand_as(size) + 1e-30
     root = torch.linalg.cholesky_ex(gram + torch.diag_embed(ridge))[0]
     pairs = torch.cholesky_solve(rhs.unsqueeze(-1), root).squeeze(-1).unflatten(-1, (2, -1))
     pairs = _allowed(layer, now, pairs, filters, part)
     flat = pairs.flatten(2)
-    value = 0.5 * inner(flat.unsqueeze(-1), gram @ flat.unsqueeze(-1)) - (rhs * flat).sum(-1)
+    value = (flat * (0.5 * (gram @ flat.unsqueeze(-1)).squeeze(-1) - rhs)).sum(-1)
     value = torch.where(value.isfinite(), value, torch.inf)
     chosen = value.topk(min(n_best, len(value)), 0, largest=False).indices.T
     chosen = chosen[:, torch.arange(n_best) % chosen.shape[1]]
@@ -233,7 +231,7 @@ def _allowed(layer: Any, now: Gabor, pairs: Tensor, filters: Tensor, part: slice
             return (amplitude.unsqueeze(-2) * direction).expand_as(pairs)
         return (pairs * direction).sum(-2, keepdim=True) * direction
     if "amplitude" not in layer.learn:
-        size = pairs.square().sum(-2, keepdim=True).sqrt().clamp_min(1e-300)
+        size = pairs.square().sum(-2, keepdim=True).sqrt().clamp_min(1e-30)
         return pairs / size * amplitude.unsqueeze(-2)
     return pairs
 
