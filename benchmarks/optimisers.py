@@ -14,10 +14,11 @@ cost          a step of training with NaturalGradient beside one of Adam alone, 
 A run goes on where it was interrupted: finished pieces are kept, each with its commit, and
 ``--again METHOD`` throws some away. Students compute in float32 and have no bias. NaturalGradient
 has its defaults, nothing is tuned, and the loss is a black box to it: ``layer(image)``, the loss,
-``loss.backward()``, ``optimizer.step()``. All others get more: eight times as many steps or so, the
-best of five rates, chosen for each loss with targets of their own (section orientation: on a part
-of the very experiment), and the rate falls to zero along a cosine unless it is called constant.
-Their losses are the same numbers, computed from the covariance of the patches, which is quicker.
+``loss.backward()``, ``optimizer.step()``. All others get more: four to seven times as many steps,
+the best of five rates, chosen for each loss with targets of their own (in section orientation on
+four of the very photographs; there they have every third of the starts), and a rate that falls to
+zero along a cosine unless it is called constant. Their losses are the same numbers, computed from
+the covariance of the patches, which is quicker.
 Photographs are grey, with mean 0 and variance 1; nothing is padded.
 """
 
@@ -38,10 +39,10 @@ import torch.nn.functional as F
 from _report import RESULTS, ROOT, print_table, provenance, write_json
 from layer import SHAPES, Shape, timed
 from torch import Tensor, nn
+from torch.func import jvp, vmap
 
 from gaborium import Gabor2d, GaborConv2d, fit, gabor
 from gaborium.optim import NaturalGradient
-from gaborium.optim.family import KernelFamily
 
 SIZE = 15  # px of a kernel
 CROP = 96  # px of the photograph, from its middle
@@ -216,30 +217,34 @@ def orientation_section(options: Options) -> None:
                     if not pieces.find(**key):
                         error = turn_naturally(image, setting, loss, starts, options)
                         pieces.add(**key, n=TURNED, settled=int(settled(error).sum()))
-    n_steps = 40 if options.quick else 480
+    some = starts[::3]
     for method, (make, rates, falls) in TURNERS.items():
         if not options.wanted(method):
             continue
+        n_steps = 40 if options.quick else 480
         for loss in losses:
-            trials = []
-            for rate in rates:
-                key = {"method": method, "loss": loss, "rate": rate, "what": "tuning"}
-                if not pieces.find(**key):
-                    few = list(images.values())[::3]
-                    found = [
-                        settled(turn(image, loss, starts[::3], make, rate, falls, n_steps))
-                        for image in few
-                    ]
-                    pieces.add(**key, n=sum(map(len, found)), settled=int(torch.cat(found).sum()))
-                trials += pieces.find(**key)
+            trials = pieces.find(method=method, loss=loss, what="tuning")
+            if not trials:
+                few = list(images.values())[::3]
+                there = sum(
+                    settled(turn(image, loss, some, make, rates, falls, n_steps))
+                    .unflatten(0, (len(rates), -1))
+                    .sum(1)
+                    for image in few
+                )
+                n = len(few) * len(SETTINGS) * len(some)
+                for rate, count in zip(rates, there.tolist(), strict=True):
+                    key = {"method": method, "loss": loss, "rate": rate, "what": "tuning"}
+                    pieces.add(**key, n=n, settled=count)
+                trials = pieces.find(method=method, loss=loss, what="tuning")
             rate = max(trials, key=lambda row: row["settled"])["rate"]
             for name, image in images.items():
                 key = {"method": method, "loss": loss, "rate": rate, "photograph": name}
                 if not pieces.find(**key):
-                    error = turn(image, loss, starts, make, rate, falls, n_steps)
-                    there = settled(error).unflatten(0, (len(SETTINGS), -1)).sum(1)
-                    for setting, count in zip(SETTINGS, there.tolist(), strict=True):
-                        pieces.add(**key, setting=list(setting), n=TURNED, settled=count)
+                    there = settled(turn(image, loss, some, make, [rate], falls, n_steps))
+                    counts = there.unflatten(0, (len(SETTINGS), -1)).sum(1).tolist()
+                    for setting, count in zip(SETTINGS, counts, strict=True):
+                        pieces.add(**key, setting=list(setting), n=len(some), settled=count)
     show_orientation(pieces)
 
 
@@ -293,25 +298,38 @@ def turn(
     loss: str,
     starts: Tensor,
     make: Callable[..., torch.optim.Optimizer],
-    rate: float,
+    rates: Sequence[float],
     falls: bool,
     n_steps: int,
 ) -> Tensor:
-    """The same with another optimiser, all settings at once."""
-    layer = turned_layer(SETTINGS, starts)
-    targets = turned_layer(SETTINGS, torch.full_like(starts, TARGET)).weight.detach().flatten(1)
+    """The same with another optimiser: every start of every setting at every rate."""
+    layer = turned_layer(SETTINGS * len(rates), starts)
+    ends = turned_layer(SETTINGS * len(rates), torch.full_like(starts, TARGET))
+    targets = ends.weight.detach().flatten(1)
     batch = Losses.of(image)
-    optimizer = make(layer.parameters(), lr=rate)
+    optimizer = make(layer.parameters(), lr=1.0)
+    rate = torch.tensor(rates).repeat_interleave(len(SETTINGS) * len(starts))
     errors = []
     for step in range(n_steps):
-        for group in optimizer.param_groups:
-            group["lr"] = rate * (falling(step, n_steps) if falls else 1.0)
         optimizer.zero_grad()
         mse = batch.mse(layer.weight.flatten(1), targets)
         (mse if loss == "mse" else root(mse)).sum().backward()
-        optimizer.step()
+        step_at(optimizer, rate * (falling(step, n_steps) if falls else 1.0))
         errors.append(angle_errors(layer))
     return torch.stack(errors[-LAST:])
+
+
+@torch.no_grad()
+def step_at(optimizer: torch.optim.Optimizer, rate: Tensor) -> None:
+    """A step of an optimiser of rate 1, with a rate of its own for each row of the parameters.
+
+    The steps of SGD and Adam are proportional to their rates, and rows do not mind each other.
+    """
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    before = [p.clone() for p in parameters]
+    optimizer.step()
+    for p, old in zip(parameters, before, strict=True):
+        p.copy_(old + rate.reshape(-1, *[1] * (p.ndim - 1)) * (p - old))
 
 
 def falling(step: int, n_steps: int) -> float:
@@ -347,8 +365,7 @@ def show_orientation(pieces: Pieces) -> None:
                 [
                     method,
                     loss,
-                    *(f"{rate:g}" for rate in rates or ["-"] if rate != "-"),
-                    *(["-"] if not rates else []),
+                    f"{rates.pop():g}" if rates else "-",
                     str(sum(row["n"] for row in pieces.find(**key, what=None))),
                     share(**key),
                     *(share(**key, setting=list(setting)) for setting in SETTINGS),
@@ -497,23 +514,16 @@ def compare(options: Options, name: str, condition: str, photograph: Tensor) -> 
             what="test",
         )
 
-    methods = [method for method in STUDENTS if options.wanted(method)]
     key = {"photograph": name, "condition": condition}
-    trying = [
-        (method, rate, {"method": method, **key, "rate": rate, "what": "tuning"})
-        for method in methods
-        for rate in STUDENTS[method][1]
-    ]
-    together(tuning, trying, options)
-    best = {
-        method: max(options.pieces.find(method=method, **key, what="tuning"), key=score)["rate"]
-        for method in methods
-    }
-    testing = [
-        (method, rate, {"method": method, **key, "rate": rate, "what": "test"})
-        for method, rate in best.items()
-    ]
-    together(task, testing, options)
+    methods = [method for method in STUDENTS if options.wanted(method)]
+    together(tuning, {method: STUDENTS[method][1] for method in methods}, "tuning", key, options)
+    best = {}
+    for method in methods:
+        trials = options.pieces.find(method=method, **key, what="tuning")
+        best[method] = (max(trials, key=score)["rate"],)
+    if ONE_START in best and options.wanted(TEN_STARTS):
+        best[TEN_STARTS] = best[ONE_START]
+    together(task, best, "test", key, options)
 
 
 def naturally(task: Task, options: Options, **settings: Any) -> Tensor:
@@ -560,64 +570,79 @@ def learner(start: Gabor2d, coordinates: str = "wavevector") -> GaborConv2d:
     )
 
 
-def together(task: Task, wanted: list[tuple[str, float, Row]], options: Options) -> None:
-    """Train several students on the same batches, and write down what they reach."""
-    wanted = [item for item in wanted if not options.pieces.find(**item[2])]
-    if not wanted:
+def together(
+    task: Task, rates: dict[str, Sequence[float]], what: str, key: Row, options: Options
+) -> None:
+    """Train students on the same batches, each at all its rates, and write what they reach."""
+    rates = {
+        method: values
+        for method, values in rates.items()
+        if not options.pieces.find(method=method, **key, what=what)
+    }
+    if not rates:
         return
     shrink = 25 if options.quick else 1
-    students = [STUDENTS[method][0](task, rate, shrink) for method, rate, _ in wanted]
+    students = {
+        method: (TenStarts if method == TEN_STARTS else STUDENTS[method][0])(task, values, shrink)
+        for method, values in rates.items()
+    }
     targets = task.kernels.flatten(1)
     batch = None
     for step, (images, noise) in enumerate(task.batches()):
-        busy = [student for student in students if step < student.n_steps]
+        busy = [student for student in students.values() if step < student.n_steps]
         if not busy:
             break
         if batch is None or task.condition.startswith("batches"):
             batch = Losses.of(images, noise)
         for student in busy:
             student.step(step, batch, targets)
-    for (_, _, key), student in zip(wanted, students, strict=True):
-        report(
-            options,
-            key["method"],
-            key["photograph"],
-            key["condition"],
-            lambda student=student: kernel_errors(student.best(), targets),
-            rate=key["rate"],
-            what=key["what"],
-        )
+    for method, student in students.items():
+        found = student.best().unflatten(0, (len(rates[method]), -1))
+        for rate, kernels in zip(rates[method], found, strict=True):
+            report(
+                options,
+                method,
+                key["photograph"],
+                key["condition"],
+                lambda kernels=kernels: kernel_errors(kernels, targets),
+                rate=rate,
+                what=what,
+            )
 
 
 class Student:
-    """Adam on a Gabor layer, and what the other students make of it."""
+    """Adam on a Gabor layer, with a filter for every rate and target."""
 
     coordinates = "wavevector"
     steps = 1000
-    n_copies = 1
+    n_starts = 1
 
-    def __init__(self, task: Task, rate: float, shrink: int) -> None:
-        self.task, self.rate, self.n_steps = task, rate, self.steps // shrink
+    def __init__(self, task: Task, rates: Sequence[float], shrink: int) -> None:
+        self.task, self.n_steps = task, self.steps // shrink
+        self.n_copies = len(rates) * self.n_starts
+        n = self.n_starts * len(task.targets.sigma)
+        self.rates = torch.tensor(rates).repeat_interleave(n)
         self.layer = learner(self.start(), self.coordinates)
-        self.mean = torch.zeros(self.n_copies * len(task.targets.sigma))  # of the losses lately
+        self.mean = torch.zeros(len(self.rates))  # of the losses lately
         self.optimizer = self.make_optimizer(list(self.layer.parameters()))
 
     def start(self) -> Gabor2d:
-        return self.task.starts
+        fields = self.task.starts.as_dict()
+        return Gabor2d.of(**{name: fields[name].repeat(self.n_copies) for name in FIELDS})
 
     def make_optimizer(self, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
-        return torch.optim.Adam(parameters, lr=self.rate)
+        return torch.optim.Adam(parameters, lr=1.0)
 
     def kernels(self) -> Tensor:
         return self.layer.weight.flatten(1)
 
     def step(self, step: int, batch: Losses, targets: Tensor) -> None:
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.rate * falling(step, self.n_steps)
         self.optimizer.zero_grad()
-        losses = self.losses(self.kernels(), batch, targets)
-        losses.sum().backward()
-        self.optimizer.step()
+        self.losses(self.kernels(), batch, targets).sum().backward()
+        step_at(self.optimizer, self.rates * self.pace(step))
+
+    def pace(self, step: int) -> float:
+        return falling(step, self.n_steps)
 
     def losses(self, kernels: Tensor, batch: Losses, targets: Tensor) -> Tensor:
         mse = batch.mse(kernels, targets.repeat(self.n_copies, 1))
@@ -625,7 +650,7 @@ class Student:
         return root(mse) if self.task.condition == "rmse" else mse
 
     def best(self) -> Tensor:
-        """The kernels in the end, ``(targets, pixels)``."""
+        """The kernels in the end, ``(rates x targets, pixels)``."""
         return self.kernels().detach()
 
 
@@ -633,14 +658,13 @@ class TextbookStudent(Student):
     coordinates = "textbook"
 
 
-class BestOfTen(Student):
+class TenStarts(Student):
     """Ten starts for every target; the loss chooses, averaged over the last steps."""
 
-    n_copies = 10
+    n_starts = 10
 
     def start(self) -> Gabor2d:
-        n = len(self.task.targets.sigma)
-        return random_params(self.n_copies * n, seed=self.task.seed + 1000)
+        return random_params(len(self.rates), seed=self.task.seed + 1000)
 
     def best(self) -> Tensor:
         mean = self.mean.nan_to_num(nan=math.inf).unflatten(0, (self.n_copies, -1))
@@ -652,12 +676,11 @@ class NarrowFirst(Student):
     """Coarse to fine: every envelope begins narrow and stays so for a third of the steps."""
 
     def start(self) -> Gabor2d:
-        start = self.task.starts
+        start = super().start()
         return start.replace(sigma=torch.full_like(start.sigma, SIZE / 12))
 
     def make_optimizer(self, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
-        others = [p for p in parameters if p is not self.layer.log_sigma]
-        return super().make_optimizer(others)
+        return super().make_optimizer([p for p in parameters if p is not self.layer.log_sigma])
 
     def step(self, step: int, batch: Losses, targets: Tensor) -> None:
         if step == self.n_steps // 3:
@@ -668,10 +691,10 @@ class NarrowFirst(Student):
 class FreeThenFit(Student):
     """An ordinary convolution, the Gabor functions nearest to its kernels, and these trained on."""
 
-    def __init__(self, task: Task, rate: float, shrink: int) -> None:
-        super().__init__(task, rate, shrink)
+    def __init__(self, task: Task, rates: Sequence[float], shrink: int) -> None:
+        super().__init__(task, rates, shrink)
         torch.manual_seed(task.seed)
-        conv = nn.Conv2d(1, len(task.targets.sigma), SIZE, bias=False)
+        conv = nn.Conv2d(1, len(self.rates), SIZE, bias=False)
         self.free: nn.Parameter | None = conv.weight
         self.optimizer = self.make_optimizer([conv.weight])
         self.n_free, self.n_fine = self.n_steps, max(1, 100 // shrink)
@@ -680,18 +703,17 @@ class FreeThenFit(Student):
     def kernels(self) -> Tensor:
         return super().kernels() if self.free is None else self.free.flatten(1)
 
+    def pace(self, step: int) -> float:
+        if step < self.n_free:
+            return falling(step, self.n_free)
+        return falling(step - self.n_free, self.n_fine)
+
     def step(self, step: int, batch: Losses, targets: Tensor) -> None:
         if step == self.n_free and self.free is not None:
-            params = fit(self.free.detach().double()[:, 0]).params
-            self.layer.params = params
+            self.layer.params = fit(self.free.detach().double()[:, 0]).params
             self.free = None
             self.optimizer = self.make_optimizer(list(self.layer.parameters()))
-        for group in self.optimizer.param_groups:
-            here, n = (step, self.n_free) if self.free is not None else (step - self.n_free, 100)
-            group["lr"] = self.rate * falling(here, n)
-        self.optimizer.zero_grad()
-        self.losses(self.kernels(), batch, targets).sum().backward()
-        self.optimizer.step()
+        super().step(step, batch, targets)
 
 
 class PlainNatural(Student):
@@ -699,14 +721,10 @@ class PlainNatural(Student):
 
     radius, damping = 0.3, 1e-3
 
-    def __init__(self, task: Task, rate: float, shrink: int) -> None:
-        super().__init__(task, rate, shrink)
-        self.family = KernelFamily(self.layer)
-
     def step(self, step: int, batch: Losses, targets: Tensor) -> None:
-        z = self.family.read()
-        kernels, J = self.family.jacobian(z)
-        kernels, J = kernels[:, 0], J[:, 0]
+        raw = dict(self.layer.named_parameters())
+        z = torch.cat([value.detach().double().flatten(1) for value in raw.values()], 1)
+        kernels, J = self.jacobian(z)
         at = kernels.float().requires_grad_()
         (gradient,) = torch.autograd.grad(self.losses(at, batch, targets).sum(), at)
         hessian = J @ J.mT
@@ -714,18 +732,39 @@ class PlainNatural(Student):
         damped = hessian + torch.diag_embed(self.damping * diagonal + 1e-12)
         slope = (J @ gradient.double().unsqueeze(-1)).squeeze(-1)
         move = -torch.nan_to_num(torch.linalg.solve_ex(damped, slope)[0])
-        move *= self.rate * falling(step, self.n_steps)
+        move *= self.pace(step) * self.rates.double().unsqueeze(1)
         length = (move.unsqueeze(1) @ J).norm(dim=(1, 2))
         allowed = self.radius * kernels.norm(dim=1)
         move *= (allowed / length.clamp_min(1e-300)).clamp_max(1.0).unsqueeze(1)
-        sound = self.family.kernels(z + move).isfinite().flatten(1).all(1, keepdim=True)
-        self.family.write(torch.where(sound, z + move, z))
+        sound = self.kernels_of(z + move).isfinite().all(1, keepdim=True)
+        with torch.no_grad():
+            for name, value in self.split(torch.where(sound, z + move, z)).items():
+                raw[name].copy_(value)
+
+    def jacobian(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """Kernels ``(filters, pixels)`` and their derivatives ``(filters, p, pixels)``."""
+        tangents = torch.eye(z.shape[1], dtype=z.dtype)[:, None].expand(-1, *z.shape)
+        kernels, J = vmap(lambda tangent: jvp(self.kernels_of, (z,), (tangent,)))(tangents)
+        return kernels[0], J.transpose(0, 1)
+
+    def kernels_of(self, z: Tensor) -> Tensor:
+        frozen = {name: value.double() for name, value in self.layer.named_buffers()}
+        return self.layer.kernels_at(frozen | self.split(z)).flatten(1)
+
+    def split(self, z: Tensor) -> dict[str, Tensor]:
+        raw = dict(self.layer.named_parameters())
+        parts = z.split([value[0].numel() for value in raw.values()], 1)
+        return {
+            name: part.reshape(value.shape)
+            for (name, value), part in zip(raw.items(), parts, strict=True)
+        }
 
 
+# Ten starts are not tuned apart: they take the rate of one.
+ONE_START, TEN_STARTS = "Adam, wavevector coordinates", "Adam, best of ten starts"
 STUDENTS: dict[str, tuple[type[Student], tuple[float, ...]]] = {
     "Adam, textbook coordinates": (TextbookStudent, ADAM_RATES),
-    "Adam, wavevector coordinates": (Student, ADAM_RATES),
-    "Adam, best of ten starts": (BestOfTen, ADAM_RATES),
+    ONE_START: (Student, ADAM_RATES),
     "natural gradient of the kernels, not whitened": (PlainNatural, PLAIN_RATES),
     "Adam, sigma from narrow": (NarrowFirst, ADAM_RATES),
     "free kernels by Adam, fit, Adam": (FreeThenFit, ADAM_RATES),
