@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from typing import Any
 
@@ -23,11 +24,14 @@ class KernelFamily:
     pair or an energy, otherwise one, and n = channels · pixels.
 
     Args:
-        layer: a Gabor layer that learns at least one field.
+        layer: a Gabor layer with a tap that learns at least one field.
 
     Example:
         >>> from gaborium import GaborConv2d
-        >>> family = KernelFamily(GaborConv2d(3, 16, 7))
+        >>> from gaborium.layers import KernelTap
+        >>> layer = GaborConv2d(3, 16, 7)
+        >>> layer.tap = KernelTap(layer.weight)
+        >>> family = KernelFamily(layer)
         >>> z = family.read()
         >>> z.shape, family.kernels(z).shape, family.jacobian(z)[1].shape
         (torch.Size([16, 10]), torch.Size([16, 1, 147]), torch.Size([16, 1, 10, 147]))
@@ -37,6 +41,7 @@ class KernelFamily:
         self.layer = layer
         self.n_filters: int = layer.n_filters
         self.n_members = 1 if layer.output == "real" else 2
+        self._index: Tensor | None = None
         self.dtype: torch.dtype = layer.tap.kernel.dtype
         parameters = dict(layer.named_parameters(recurse=False))
         self._raw_names = list(layer.raw_coordinates.raw_fields())
@@ -50,6 +55,12 @@ class KernelFamily:
     def names(self) -> list[str]:
         """The raw tensors in the order of z's columns: those that require a gradient now."""
         return [name for name in self._parameters if getattr(self.layer, name).requires_grad]
+
+    def only(self, index: Tensor) -> KernelFamily:
+        """The same for some filters, whose rows of z are then all there are."""
+        part = copy.copy(self)
+        part._index, part.n_filters = index, len(index)
+        return part
 
     def read(self) -> Tensor:
         """The present z, ``(filters, p)``."""
@@ -104,7 +115,8 @@ class KernelFamily:
 
     def _value(self, name: str) -> Tensor:
         value: Tensor = getattr(self.layer, name)
-        return value.detach().to(self.dtype)
+        value = value.detach().to(self.dtype)
+        return value if self._index is None else value[self._index]
 
     def _split(self, z: Tensor) -> dict[str, Tensor]:
         shapes = {name: getattr(self.layer, name).shape[1:] for name in self.names}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -13,11 +14,13 @@ from torch.optim import Optimizer
 from gaborium.layers import GABOR_LAYERS, KernelTap
 from gaborium.optim.family import KernelFamily
 from gaborium.optim.inputs import draw_patches, moments_of
-from gaborium.optim.quadratic import Evidence
-from gaborium.optim.steps import descend, leap
+from gaborium.optim.quadratic import Evidence, Metric
+from gaborium.optim.steps import Slopes, descend, leap
 
 _PATCH_MOMENTUM = 0.9  # of the patches' moments, from look to look
 _LEVEL = 1e-6  # share of the gradient that the responses' means must have, to be heeded
+_STALE = 0.05  # share of a kernel by which it may change before its derivatives are found anew
+_SELDOM = 10  # times leap_every: as rare as leaps become
 _CERTAIN = 3.0  # standard errors by which a leap must be better
 
 
@@ -42,7 +45,8 @@ class NaturalGradient(Optimizer):
         trust_radius: how far a step may change a filter's responses, as a share of their own
             standard deviation.
         damping: added to the variance of every pixel, as a share of the mean variance.
-        leap_every: steps between two leaps; 0: none.
+        leap_every: steps before the first leap; the waits between leaps grow, up to ten times
+            as many. 0: no leaps.
         look_every: steps between two looks at the input's patches.
         seed: of the choice of patches.
 
@@ -72,7 +76,7 @@ class NaturalGradient(Optimizer):
         trust_radius: float = 0.3,
         damping: float = 1e-3,
         leap_every: int = 10,
-        look_every: int = 10,
+        look_every: int = 20,
         seed: int = 0,
     ) -> None:
         defaults = {
@@ -91,15 +95,23 @@ class NaturalGradient(Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Take in further layers: ``{"layers": ..., "lr": ...}``."""
         group = dict(param_group)
-        if "layers" in group:
-            families = [_family_of(layer) for layer in _layers_in(group.pop("layers"))]
-            group["params"] = []
-            for family in families:
-                tap = family.layer.tap
-                self._families[tap.kernel] = family
-                group["params"] += [tap.kernel, tap.offset, *family.parameters()]
+        if "layers" not in group:
+            raise ValueError(
+                "A parameter group of NaturalGradient needs the key 'layers', got only "
+                f"{', '.join(group)}; give plain parameters to another optimiser."
+            )
+        families = [_family_of(layer) for layer in _layers_in(group.pop("layers"))]
+        group["params"] = []
+        for family in families:
+            tap = family.layer.tap
+            self._families[tap.kernel] = family
+            group["params"] += [tap.kernel, tap.offset, *family.parameters()]
         _check(self.defaults | group)
         super().add_param_group(group)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Copies and pickles know their layers too.
+        return super().__getstate__() | {"_families": self._families}
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -132,6 +144,7 @@ class NaturalGradient(Optimizer):
             draw = torch.Generator().manual_seed(group["seed"] * 1_000_003 + step)
             mean, second = moments_of(draw_patches(layer, tap.input, draw))
             evidence.see_patches(_reduced(mean), _reduced(second), _PATCH_MOMENTUM)
+            state.pop("slopes", None)
         tap.input = None
 
         z = family.read()
@@ -143,13 +156,15 @@ class NaturalGradient(Optimizer):
         radius = group["trust_radius"] * length.clamp_min(0.1 * length.median())
         if "trust" not in state:
             state["trust"] = torch.full_like(length, 1e-3)
-        near, there, state["trust"] = descend(family, loss, z, radius, state["trust"], place=here)
+        slopes = self._slopes(family, state, loss.metric, z, kernels)
+        near, there, state["trust"] = descend(
+            family, loss, z, radius, state["trust"], place=here, slopes=slopes
+        )
         moved = z + group["lr"] * (near - z)
-        if group["leap_every"] and step % group["leap_every"] == group["leap_every"] - 1:
-            far, lower = leap(family, loss, near)
-            apart = loss.at(family.kernels(far)).distance(here)
-            needed = _CERTAIN * loss.error * apart + 1e-6 * length.square()
-            leaps = (there.value - lower > needed) & (group["lr"] > 0)
+        if _is_time_to_leap(step + 1, group["leap_every"]):
+            far, beyond = leap(family, loss, near)
+            needed = _CERTAIN * loss.error * beyond.distance(here) + 1e-6 * length.square()
+            leaps = (there.value - beyond.value > needed) & (group["lr"] > 0)
             moved = torch.where(leaps.unsqueeze(-1), far, moved)
             state["leaps"] = state.get("leaps", torch.zeros_like(length)) + leaps
         family.write(moved)
@@ -161,6 +176,30 @@ class NaturalGradient(Optimizer):
         if known is None or known.state is not state or known.damping != damping:
             known = self._known[parameter] = Evidence(state, damping)
         return known
+
+    def _slopes(
+        self,
+        family: KernelFamily,
+        state: dict[str, Any],
+        metric: Metric,
+        z: Tensor,
+        kernels: Tensor,
+    ) -> Slopes:
+        """How kernels change at z; where a filter has hardly moved, how they did before."""
+        old = state.get("slopes_at", torch.full_like(kernels, torch.inf))
+        moved = (kernels - old).flatten(1).norm(dim=1) > _STALE * kernels.flatten(1).norm(dim=1)
+        known = "slopes" in state and state["slopes"].shape[2] == z.shape[1]
+        if not known or len(metric.covariance) > 1 or bool(moved.all()):
+            slopes = Slopes.at(family, metric, z)
+            state.update(slopes=slopes.kernels, hessian=slopes.hessian, slopes_at=kernels)
+        elif bool(moved.any()):
+            index = moved.nonzero().flatten()
+            fresh = Slopes.at(family.only(index), metric, z[index])
+            news = {"slopes": fresh.kernels, "hessian": fresh.hessian, "slopes_at": kernels[index]}
+            state.update(
+                {name: state[name].index_copy(0, index, new) for name, new in news.items()}
+            )
+        return Slopes(state["slopes"], state["hessian"])
 
     def _is_centred(
         self, layer: Any, state: dict[str, Any], gradient: Tensor, offset: Tensor, momentum: float
@@ -233,8 +272,19 @@ def _check(group: dict[str, Any]) -> None:
         if not low <= float(value) <= high or (name == "momentum" and value == 1.0):
             raise ValueError(f"{name} must be in [{low:g}, {high:g}], got {value}.")
     for name, least in (("leap_every", 0), ("look_every", 1)):
-        if int(group[name]) != group[name] or group[name] < least:
+        if float(group[name]) % 1 != 0 or group[name] < least:
             raise ValueError(f"{name} must be a whole number from {least} on, got {group[name]}.")
+
+
+def _is_time_to_leap(step: int, every: int) -> bool:
+    """After ``every`` steps, then more and more rarely: less and less is new of the loss."""
+    if every == 0 or step < every:
+        return False
+    if step >= _SELDOM * every:
+        return step % (_SELDOM * every) == 0
+    # Each wait is half as long again as all before it: every · 1, 1.5, 2.25, 3.375, ...
+    n = round(math.log(step / every) / math.log(1.5))
+    return step == round(every * 1.5**n)
 
 
 def _reduced(value: Tensor) -> Tensor:

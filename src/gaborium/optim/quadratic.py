@@ -80,6 +80,10 @@ class Quadratic:
     scale: Tensor
     error: Tensor
 
+    def pick(self, chosen: Tensor) -> Quadratic:
+        """That of some filters, of a layer with one group."""
+        return Quadratic(self.metric, self.linear[chosen], self.scale[chosen], self.error[chosen])
+
     def at(self, kernels: Tensor) -> Place:
         """The loss of kernels ``(filters, members, n)``, but for a constant, and its slope."""
         seen = self.metric.times(kernels)
@@ -107,6 +111,14 @@ class Place(NamedTuple):
                 for a, b in zip(self, other, strict=True)
             )
         )
+
+    def pick(self, chosen: Tensor) -> Place:
+        """Those of some filters."""
+        return Place(*(value[chosen] for value in self))
+
+    def put(self, index: Tensor, part: Place) -> Place:
+        """These with ``part`` in the places ``index``."""
+        return Place(*(a.index_copy(0, index, b) for a, b in zip(self, part, strict=True)))
 
     def distance(self, other: Place) -> Tensor:
         """Standard deviation of the responses' difference, ``(filters,)``."""

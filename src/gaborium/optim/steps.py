@@ -5,14 +5,29 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from gaborium.optim.family import KernelFamily
-from gaborium.optim.quadratic import Place, Quadratic
+from gaborium.optim.quadratic import Metric, Place, Quadratic
 from gaborium.params import Gabor
+
+_HOPEFUL = 0.6  # share of what the filter at hand explains
+
+
+class Slopes(NamedTuple):
+    """How the kernels of every filter change with z, and how much their responses do."""
+
+    kernels: Tensor  # J, (filters, members, p, n)
+    hessian: Tensor  # Jᵀ C J, (filters, p, p)
+
+    @classmethod
+    def at(cls, family: KernelFamily, metric: Metric, z: Tensor) -> Slopes:
+        """Those at z."""
+        _, J = family.jacobian(z)
+        return cls(J, (metric.times(J) @ J.mT).sum(1))
 
 
 def descend(
@@ -24,6 +39,7 @@ def descend(
     *,
     n_iterations: int = 1,
     place: Place | None = None,
+    slopes: Slopes | None = None,
 ) -> tuple[Tensor, Place, Tensor]:
     """Levenberg-Marquardt on the quadratic, within a radius of where it starts.
 
@@ -35,14 +51,15 @@ def descend(
         damping: of the first step, ``(filters,)``.
         n_iterations: steps at most.
         place: what the loss is there, if it is known.
+        slopes: how kernels change there, about, if it is known.
 
     Returns:
         The rows, where they lead, and the damping for next time.
     """
     place = home = loss.at(family.kernels(z)) if place is None else place
     for _ in range(n_iterations):
-        _, J = family.jacobian(z)
-        hessian = (loss.metric.times(J) @ J.mT).sum(1)
+        J, hessian = slopes or Slopes.at(family, loss.metric, z)
+        slopes = None
         slope = (J @ place.downhill.unsqueeze(-1)).squeeze(-1).sum(1)
         diagonal = hessian.diagonal(dim1=-2, dim2=-1)
         # Marquardt's scaling, with a floor for directions that move nothing.
@@ -63,7 +80,7 @@ def descend(
 
 def leap(
     family: KernelFamily, loss: Quadratic, z: Tensor, *, n_best: int = 2, n_iterations: int = 10
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Place]:
     """The best Gabor functions anywhere, as far as a grid of geometries finds them.
 
     Of every geometry on the grid the best amplitudes and phases are known in closed form. The best
@@ -78,21 +95,33 @@ def leap(
         n_iterations: of the polishing.
 
     Returns:
-        Rows ``(filters, p)``, and their loss.
+        Rows ``(filters, p)``, and where they are.
     """
-    free = torch.full_like(loss.scale, torch.inf)
-    best, value = z, loss.at(family.kernels(z)).value
+    best, place = z, loss.at(family.kernels(z))
     n_channels = family.record(z).amplitude.shape[1]
     parts = [slice(c, c + 1) for c in range(n_channels)]
     for part in parts if family.layer.geometry == "pair" else [slice(None)]:
         for params in _promising(family, loss, best, part, n_best):
             start = family.rows_of(params)
-            damping = torch.full_like(value, 1e-2)
-            end, reached, _ = descend(family, loss, start, free, damping, n_iterations=n_iterations)
-            better = reached.value < value
-            best = torch.where(better.unsqueeze(-1), end, best)
-            value = torch.where(better, reached.value, value)
-    return best, value
+            there = loss.at(family.kernels(start))
+            # What is far below the best need not be polished.
+            index = (there.value < _HOPEFUL * place.value).nonzero().flatten()
+            if len(loss.metric.covariance) > 1:
+                index = torch.arange(len(z), device=z.device)
+            if not len(index):
+                continue
+            some = loss.pick(index)
+            free, damping = (
+                torch.full_like(some.scale, torch.inf),
+                torch.full_like(some.scale, 1e-2),
+            )
+            end, reached, _ = descend(
+                family.only(index), some, start[index], free, damping, n_iterations=n_iterations
+            )
+            better = reached.value < place.value[index]
+            best = best.index_copy(0, index[better], end[better])
+            place = place.put(index[better], reached.pick(better))
+    return best, place
 
 
 def _promising(
@@ -118,9 +147,14 @@ def _promising(
             fields[name] = whole
         a, b = pairs[:, i].unbind(1)
         amplitude, phase = now.amplitude.clone(), now.phase.clone()
-        if "amplitude" in layer.learn:
-            amplitude[:, part] = torch.hypot(a, b)
-        phase[:, part] = torch.atan2(b, a)
+        if "phase" not in layer.learn:
+            # The phase stays, and the amplitude may be negative.
+            amplitude[:, part] = a * phase[:, part].cos() + b * phase[:, part].sin()
+        elif "amplitude" in layer.learn:
+            amplitude[:, part], phase[:, part] = torch.hypot(a, b), torch.atan2(b, a)
+        else:
+            sign = torch.where(amplitude[:, part] < 0, -1.0, 1.0)
+            phase[:, part] = torch.atan2(sign * b, sign * a)
         params = type(now)(**fields | {"amplitude": amplitude, "phase": phase})
         yield _of_unit_norm(family, params) if layer.unit_norm else params
 
@@ -232,7 +266,7 @@ def _allowed(layer: Any, now: Gabor, pairs: Tensor, filters: Tensor, part: slice
         return (pairs * direction).sum(-2, keepdim=True) * direction
     if "amplitude" not in layer.learn:
         size = pairs.square().sum(-2, keepdim=True).sqrt().clamp_min(1e-30)
-        return pairs / size * amplitude.unsqueeze(-2)
+        return pairs / size * amplitude.abs().unsqueeze(-2)
     return pairs
 
 

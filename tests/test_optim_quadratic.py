@@ -1,0 +1,173 @@
+"""Questions about what gradients tell of a loss: its scale, its minimum, and how sure that is."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from gaborium.optim.quadratic import Evidence, Metric, Quadratic, inner
+
+N = 9
+
+
+def patches(groups: int = 1, n: int = 400, seed: int = 0) -> Tensor:
+    """Correlated pixels with a mean, ``(patches, groups, N)``."""
+    draw = torch.Generator().manual_seed(seed)
+    white = torch.randn(n, groups, N, dtype=torch.float64, generator=draw)
+    return white.cumsum(-1) + 2.0
+
+
+def evidence_for(samples: Tensor, damping: float = 1e-12) -> Evidence:
+    evidence = Evidence({}, damping)
+    second = samples.transpose(0, 1).mT @ samples.transpose(0, 1) / len(samples)
+    evidence.see_patches(samples.mean(0), second, 0.9)
+    return evidence
+
+
+def watch(
+    evidence: Evidence,
+    target: Tensor,
+    scales: list[float],
+    *,
+    centred: bool = False,
+    noise: float = 0.0,
+    momentum: float = 0.9,
+    speed: float = 1.0,
+    seed: int = 0,
+) -> tuple[Quadratic, Tensor]:
+    """Show random kernels and the gradients of ``scale · ½ (W - T) C (W - T)``."""
+    draw = torch.Generator().manual_seed(seed)
+    metric = evidence.metric(centred)
+    mean = evidence.state["patch_mean"]
+    kernel = target
+    for scale in scales:
+        kernel = target + speed * torch.randn(target.shape, dtype=target.dtype, generator=draw)
+        white = torch.randn(target.shape, dtype=target.dtype, generator=draw)
+        rough = metric._by_group(white, lambda rows: rows @ metric.root.mT)
+        gradient = scale * metric.times(kernel - target) + noise * rough
+        offset = torch.zeros(target.shape[:2], dtype=target.dtype)
+        if centred:
+            # The responses' means have a gradient too, which shows in that of the kernels.
+            offset = torch.randn(offset.shape, dtype=offset.dtype, generator=draw)
+            rows = offset.reshape(len(mean), -1, 1) * mean.unsqueeze(1)
+            gradient = gradient + rows.reshape(gradient.shape)
+        evidence.see_gradient(kernel, gradient, offset, momentum, centred)
+    return evidence.quadratic(kernel, momentum, centred), kernel
+
+
+@pytest.mark.parametrize("centred", [False, True])
+@pytest.mark.parametrize(("groups", "members"), [(1, 1), (2, 1), (2, 2)])
+def test_scale_and_minimum_are_found(groups, members, centred):
+    evidence = evidence_for(patches(groups))
+    target = torch.randn(4, members, N, dtype=torch.float64)
+    quadratic, _ = watch(evidence, target, [3.0] * 6, centred=centred)
+    torch.testing.assert_close(quadratic.scale, torch.full((4,), 3.0, dtype=torch.float64))
+    # Dividing by an ill-conditioned covariance costs digits.
+    best = quadratic.metric.divide(quadratic.linear)
+    torch.testing.assert_close(best, target, rtol=1e-6, atol=1e-6)
+    assert quadratic.downhill(target).abs().max() < 1e-8 * quadratic.linear.abs().max()
+
+
+def test_every_filter_has_a_scale_of_its_own():
+    evidence = evidence_for(patches())
+    target = torch.randn(3, 1, N, dtype=torch.float64)
+    metric, scale = evidence.metric(False), torch.tensor([1.0, 10.0, 0.1]).double()
+    for kernel in torch.randn(5, 3, 1, N, dtype=torch.float64):
+        gradient = scale[:, None, None] * metric.times(kernel - target)
+        evidence.see_gradient(kernel, gradient, torch.zeros(3, 1).double(), 0.9, False)
+    torch.testing.assert_close(evidence.quadratic(kernel, 0.9, False).scale, scale)
+
+
+def test_value_and_slope_belong_together():
+    evidence = evidence_for(patches(2))
+    target = torch.randn(4, 2, N, dtype=torch.float64)
+    quadratic, kernel = watch(evidence, target, [2.0] * 4)
+    moving = kernel.clone().requires_grad_()
+    (slope,) = torch.autograd.grad(quadratic.value(moving).sum(), moving)
+    torch.testing.assert_close(-slope, quadratic.downhill(kernel))
+    gap = quadratic.value(kernel) - quadratic.value(target)
+    torch.testing.assert_close(gap, 0.5 * quadratic.metric.length(kernel - target).square())
+
+
+def test_the_metric_serves_every_group_its_own():
+    samples = patches(2)
+    covariances = torch.stack([samples[:, g].T.cov() for g in range(2)])
+    metric = Metric.of(covariances, 0.0)
+    kernels = torch.randn(6, 2, N, dtype=torch.float64)
+    for group, part in enumerate(kernels.chunk(2)):
+        mine = slice(3 * group, 3 * group + 3)
+        torch.testing.assert_close(metric.times(kernels)[mine], part @ covariances[group])
+        responses = part @ samples[:, group].T
+        spread = responses.var(-1).sum(-1).sqrt()
+        torch.testing.assert_close(metric.length(kernels)[mine], spread)
+    torch.testing.assert_close(metric.divide(metric.times(kernels)), kernels)
+    # Derivatives have an axis more.
+    many = torch.randn(6, 2, 5, N, dtype=torch.float64)
+    torch.testing.assert_close(metric.times(many)[:, :, 3], metric.times(many[:, :, 3]))
+
+
+def test_damping_is_a_share_of_the_mean_variance():
+    covariance = torch.diag(torch.arange(1.0, 10.0, dtype=torch.float64))[None]
+    metric = Metric.of(covariance, 0.1)
+    extra = metric.covariance - covariance
+    torch.testing.assert_close(extra[0], 0.5 * torch.eye(N, dtype=torch.float64))
+    assert Metric.of(torch.zeros(1, N, N, dtype=torch.float64), 0.1).root.isfinite().all()
+
+
+@pytest.mark.parametrize("factor", [0.1, 10.0])
+def test_a_change_of_scale_is_noticed(factor):
+    evidence = evidence_for(patches())
+    target = torch.randn(3, 1, N, dtype=torch.float64)
+    before, _ = watch(evidence, target, [3.0] * 40)
+    torch.testing.assert_close(before.scale, torch.full((3,), 3.0, dtype=torch.float64))
+    after, _ = watch(evidence, target, [3.0 * factor] * 60, seed=1)
+    # A change of half as much again is not worth forgetting what is known.
+    ratio = after.scale / (3.0 * factor)
+    assert ((ratio < 1.5) & (ratio > 1 / 1.5)).all(), after.scale
+
+
+def test_noise_is_no_change_of_scale():
+    evidence = evidence_for(patches())
+    target = torch.randn(20, 1, N, dtype=torch.float64)
+    quadratic, _ = watch(evidence, target, [3.0] * 100, noise=2.0)
+    # About 19 moves count, along 9 directions each.
+    assert ((quadratic.scale - 3.0).abs() < 1.0).all(), quadratic.scale
+
+
+def test_the_minimum_is_known_as_well_as_it_says():
+    evidence = evidence_for(patches())
+    target = torch.randn(400, 1, N, dtype=torch.float64)
+    quadratic, _ = watch(evidence, target, [3.0] * 60, noise=2.0, speed=2.0)
+    other = target + torch.randn(target.shape, dtype=target.dtype)
+    apart = quadratic.metric.length(other - target)
+    truth = 0.5 * apart.square()
+    seen = quadratic.value(other) - quadratic.value(target)
+    errors = (seen - truth) / (quadratic.error * apart)
+    # Standard errors, within what running means make of them.
+    assert 0.5 < errors.std() < 2.0, errors.std()
+    assert (errors.abs() < 3).double().mean() > 0.95
+
+
+def test_a_target_is_never_believed_to_lie_very_far():
+    evidence = evidence_for(patches())
+    kernel = torch.randn(2, 1, N, dtype=torch.float64)
+    gradient = torch.randn(2, 1, N, dtype=torch.float64)
+    evidence.see_gradient(kernel, gradient, torch.zeros(2, 1).double(), 0.9, False)
+    quadratic = evidence.quadratic(kernel, 0.9, False)
+    # From one gradient nothing is known of the scale.
+    away = quadratic.metric.divide(quadratic.linear) - kernel
+    assert (quadratic.metric.length(away) <= 5.001 * quadratic.metric.length(kernel)).all()
+
+
+def test_running_means_begin_without_a_bias():
+    evidence, samples = Evidence({}, 0.0), patches(n=50)
+    for half in samples.chunk(2):
+        rows = half[:, 0]
+        evidence.see_patches(rows.mean(0)[None], (rows.T @ rows)[None] / 25, 0.9)
+    first, second = (half[:, 0].mean(0) for half in samples.chunk(2))
+    expected = (0.9 * first + second) / 1.9
+    torch.testing.assert_close(evidence.state["patch_mean"][0], expected)
+
+
+def test_inner_products_are_of_filters():
+    one, other = torch.randn(2, 3, 2, N, dtype=torch.float64)
+    torch.testing.assert_close(inner(one, other)[1], (one[1] * other[1]).sum())

@@ -1,0 +1,198 @@
+"""Questions about steps on a known quadratic: never uphill, never far, and leaps to the best."""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from gaborium import GaborConv1d, GaborConv2d, GaborConv3d
+from gaborium.optim.family import KernelFamily
+from gaborium.optim.quadratic import Metric, Quadratic
+from gaborium.optim.steps import descend, leap
+from gaborium.params import RECORDS
+
+LAYERS = {1: GaborConv1d, 2: GaborConv2d, 3: GaborConv3d}
+
+
+def natural_covariance(sizes: tuple[int, ...], channels: int) -> Tensor:
+    """Of pixels that are alike near by, and of channels that are alike, ``(n, n)``."""
+    axes = torch.meshgrid(*(torch.arange(s, dtype=torch.float64) for s in sizes), indexing="ij")
+    points = torch.stack([axis.flatten() for axis in axes], -1)
+    space = (-torch.cdist(points, points) / 4).exp()
+    colour = 0.7 + 0.3 * torch.eye(channels, dtype=torch.float64)
+    return torch.kron(colour, space)
+
+
+def family_of(n_dims: int = 2, *, channels: int = 1, k: int = 9, seed: int = 0, **kwargs):
+    arguments = {"start": "random", "seed": seed, "dtype": torch.float64, "bias": False}
+    return KernelFamily(LAYERS[n_dims](channels, 6, k, **arguments | kwargs))
+
+
+def loss_towards(family: KernelFamily, target: Tensor) -> Quadratic:
+    """The loss whose best kernels are known, ``(filters, members, n)``."""
+    layer = family.layer
+    n_channels = layer.in_channels // layer.groups
+    covariance = natural_covariance(layer.kernel_size, n_channels)
+    metric = Metric.of(covariance.expand(layer.groups, -1, -1), 1e-9)
+    one = torch.ones(len(target), dtype=torch.float64)
+    return Quadratic(metric, metric.times(target), one, 0 * one)
+
+
+def kernels_of(family: KernelFamily) -> Tensor:
+    return family.kernels(family.read())
+
+
+def misfit(family: KernelFamily, loss: Quadratic, z: Tensor, target: Tensor) -> Tensor:
+    """Share of the target's responses that is missed."""
+    apart = loss.metric.length(family.kernels(z) - target)
+    return apart / loss.metric.length(target)
+
+
+@pytest.mark.parametrize(
+    "kwargs",
+    [
+        {},
+        {"coordinates": "textbook"},
+        {"channels": 2, "geometry": "pair"},
+        {"output": "energy"},
+        {"unit_norm": True, "dc": "remove"},
+        {"learn": RECORDS[2].field_names()},
+        {"n_dims": 1, "k": 15},
+        {"n_dims": 3, "k": 4},
+    ],
+    ids=str,
+)
+def test_descending_stays_within_its_radius_and_never_rises(kwargs):
+    family, target = family_of(**kwargs), kernels_of(family_of(seed=7, **kwargs))
+    loss = loss_towards(family, target)
+    z = family.read()
+    damping = torch.full((len(z),), 1e-3, dtype=torch.float64)
+    value = loss.value(family.kernels(z))
+    for share in (0.01, 0.3, 3.0):
+        home = family.kernels(z)
+        radius = share * loss.metric.length(home)
+        end, reached, damping = descend(family, loss, z, radius, damping, n_iterations=5)
+        assert (reached <= value).all()
+        assert (reached < value).any()
+        torch.testing.assert_close(reached, loss.value(family.kernels(end)))
+        moved = loss.metric.length(family.kernels(end) - home)
+        assert (moved <= 1.5 * radius * (1 + 1e-9)).all()
+        assert family.is_legal(end).all()
+        assert ((damping >= 1e-9) & (damping <= 1e9)).all()
+        z, value = end, reached
+
+
+def test_descending_arrives_from_near_by():
+    family = family_of()
+    target = kernels_of(family)
+    loss = loss_towards(family, target)
+    z = family.read()
+    near = z + 0.03 * torch.randn_like(z)
+    free = torch.full((len(z),), math.inf, dtype=torch.float64)
+    end, _, _ = descend(family, loss, near, free, torch.full_like(free, 1e-3), n_iterations=30)
+    assert misfit(family, loss, end, target).max() < 1e-6
+
+
+def test_at_the_minimum_nothing_moves():
+    family = family_of()
+    loss = loss_towards(family, kernels_of(family))
+    z, free = family.read(), torch.full((6,), math.inf, dtype=torch.float64)
+    end, value, _ = descend(family, loss, z, free, torch.full_like(free, 1e-3), n_iterations=5)
+    torch.testing.assert_close(end, z, rtol=0, atol=1e-7)
+    torch.testing.assert_close(value, loss.value(kernels_of(family)))
+
+
+def test_a_silent_world_moves_nothing():
+    family = family_of()
+    z, one = family.read(), torch.ones(6, dtype=torch.float64)
+    flat = Metric.of(torch.zeros(1, 81, 81, dtype=torch.float64), 1e-6)
+    loss = Quadratic(flat, torch.zeros(6, 1, 81, dtype=torch.float64), one, one)
+    end, value, _ = descend(family, loss, z, one, 1e-3 * one, n_iterations=3)
+    far, lower = leap(family, loss, z)
+    for rows in (end, far, value, lower):
+        assert rows.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "share"),
+    [
+        ({}, 1.0),
+        ({"coordinates": "textbook"}, 1.0),
+        ({"channels": 3}, 1.0),
+        ({"groups": 2, "channels": 2}, 1.0),
+        ({"output": "quadrature"}, 1.0),
+        ({"output": "energy"}, 1.0),
+        ({"dc": "remove"}, 1.0),
+        ({"unit_norm": True}, 1.0),
+        ({"min_wavelength": 2.2}, 1.0),
+        ({"n_dims": 1, "k": 15}, 1.0),
+        ({"n_dims": 3, "k": 5}, 0.8),
+        ({"learn": RECORDS[2].field_names()}, 0.8),
+    ],
+    ids=str,
+)
+def test_leaps_find_the_planted_kernel_from_anywhere(kwargs, share):
+    planted = family_of(seed=7, **kwargs)
+    target = kernels_of(planted)
+    found = []
+    for seed in range(2):
+        family = family_of(seed=seed, **kwargs)
+        loss = loss_towards(family, target)
+        z = family.read()
+        end, value = leap(family, loss, z, n_iterations=25)
+        torch.testing.assert_close(value, loss.value(family.kernels(end)))
+        assert (value <= loss.value(family.kernels(z))).all()
+        found.append(misfit(family, loss, end, target) < 0.01)
+    assert torch.cat(found).double().mean() >= share, found
+
+
+SUBSETS = [
+    ("orientation",),
+    ("wavelength",),
+    ("sigma",),
+    ("aspect_ratio",),
+    ("phase",),
+    ("amplitude",),
+    ("center",),
+    ("phase", "amplitude"),
+    ("orientation", "phase"),
+    ("orientation", "wavelength"),
+    ("orientation", "wavelength", "sigma", "aspect_ratio"),
+    ("wavelength", "sigma", "phase", "amplitude"),
+    ("orientation", "amplitude"),
+]
+
+
+@pytest.mark.parametrize(("coordinates", "sign"), [("textbook", 1), ("wavevector", -1)])
+@pytest.mark.parametrize("learn", SUBSETS, ids=",".join)
+def test_leaps_find_what_is_learned_and_leave_the_rest(learn, coordinates, sign):
+    family = family_of(learn=learn, coordinates=coordinates)
+    other = family_of(learn=RECORDS[2].field_names(), start="random", seed=7).layer.params
+    fields = {name: getattr(other, name).detach() for name in learn}
+    if "center" in learn:
+        fields["center"] = torch.randn(6, 1, 2, dtype=torch.float64)
+    if "amplitude" in learn:
+        fields["amplitude"] = sign * family.layer.params.amplitude.detach().abs() * 1.3
+    else:
+        family.layer.params = family.layer.params.replace(
+            amplitude=sign * family.layer.params.amplitude.detach().abs()
+        )
+    planted = family.layer.params.detach().replace(**fields)
+    target = family.kernels(family.rows_of(planted))
+    loss = loss_towards(family, target)
+    end, _ = leap(family, loss, family.read(), n_iterations=25)
+    assert misfit(family, loss, end, target).max() < 0.01, misfit(family, loss, end, target)
+
+
+def test_leaps_of_pairs_go_channel_by_channel():
+    kwargs = {"channels": 2, "geometry": "pair"}
+    target = kernels_of(family_of(seed=7, **kwargs))
+    family = family_of(**kwargs)
+    loss = loss_towards(family, target)
+    z = family.read()
+    # The first look at a channel is spoilt by the others, which are wrong at that time.
+    for _ in range(4):
+        z, _ = leap(family, loss, z, n_iterations=25)
+    errors = misfit(family, loss, z, target)
+    assert (errors < 0.05).double().mean() >= 0.8, errors
