@@ -186,7 +186,7 @@ class Losses(NamedTuple):
 
 
 def root(mse: Tensor) -> Tensor:
-    """An exact hit has no gradient here, which is kinder than the NaN of a plain root."""
+    """An exact hit, such as a start at the target, has no gradient here; a plain root has NaN."""
     return mse.clamp_min(1e-12).sqrt()
 
 
@@ -287,7 +287,7 @@ def turn_naturally(
     for _ in range(20 if options.quick else 120):
         optimizer.zero_grad()
         mse = (layer(image) - wanted).square().mean((0, 2, 3))
-        (mse if loss == "mse" else mse.sqrt()).sum().backward()
+        (mse if loss == "mse" else root(mse)).sum().backward()
         optimizer.step()
         errors.append(angle_errors(layer))
     return torch.stack(errors[-LAST:])
@@ -540,7 +540,7 @@ def naturally(task: Task, options: Options, **settings: Any) -> Tensor:
         if noise is not None:
             wanted += noise
         mse = (layer(images) - wanted).square().mean((0, 2, 3))
-        (mse.sqrt() if task.condition == "rmse" else mse).sum().backward()
+        (root(mse) if task.condition == "rmse" else mse).sum().backward()
         optimizer.step()
     return kernel_errors(layer.weight, task.kernels)
 
