@@ -554,12 +554,12 @@ def noisy(task: Task) -> Callable[[Tensor], Tensor]:
         colour = torch.linalg.cholesky(covariance + 1e-9 * covariance.trace() * colour)
 
     def hook(gradient: Tensor) -> Tensor:
-        rows = gradient.flatten(1)
+        rows = gradient.flatten(1).double()
         noise = torch.randn(rows.shape, generator=generator, dtype=rows.dtype) @ colour.T
         # Of the norm in expectation, so that its length varies as a real one's does.
         expected = colour.square().sum().sqrt()
         noise *= NOISE * rows.norm(dim=1, keepdim=True) / expected
-        return gradient + noise.reshape(gradient.shape)
+        return gradient + noise.reshape(gradient.shape).to(gradient)
 
     return hook
 
