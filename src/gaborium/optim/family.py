@@ -24,14 +24,11 @@ class KernelFamily:
     pair or an energy, otherwise one, and n = channels · pixels.
 
     Args:
-        layer: a Gabor layer with a tap that learns at least one field.
+        layer: a Gabor layer that learns at least one field.
 
     Example:
         >>> from gaborium import GaborConv2d
-        >>> from gaborium.layers import KernelTap
-        >>> layer = GaborConv2d(3, 16, 7)
-        >>> layer.tap = KernelTap(layer.weight)
-        >>> family = KernelFamily(layer)
+        >>> family = KernelFamily(GaborConv2d(3, 16, 7))
         >>> z = family.read()
         >>> z.shape, family.kernels(z).shape, family.jacobian(z)[1].shape
         (torch.Size([16, 10]), torch.Size([16, 1, 147]), torch.Size([16, 1, 10, 147]))
@@ -42,7 +39,7 @@ class KernelFamily:
         self.n_filters: int = layer.n_filters
         self.n_members = 1 if layer.output == "real" else 2
         self._index: Tensor | None = None
-        self.dtype: torch.dtype = layer.tap.kernel.dtype
+        self.dtype = torch.promote_types(layer.log_sigma.dtype, torch.float32)
         parameters = dict(layer.named_parameters(recurse=False))
         self._raw_names = list(layer.raw_coordinates.raw_fields())
         self._parameters = [name for name in self._raw_names if name in parameters]

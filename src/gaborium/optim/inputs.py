@@ -60,7 +60,9 @@ def draw_patches(layer: Any, images: Tensor, generator: torch.Generator) -> Tens
     first += chosen * images.stride(0)
     channel = torch.arange(images.shape[1], device=chosen.device) * images.stride(1)
     inner = (channel.unsqueeze(-1) + inner.flatten()).flatten()
-    patches = images.flatten()[first.unsqueeze(-1) + inner].to(layer.tap.kernel.dtype)
+    patches = images.flatten()[first.unsqueeze(-1) + inner].to(
+        torch.promote_types(images.dtype, torch.float32)
+    )
     return patches.unflatten(1, (layer.groups, n))
 
 

@@ -20,7 +20,7 @@ from gaborium.optim.steps import Slopes, descend, leap
 _PATCH_MOMENTUM = 0.9  # of the patches' moments, from look to look
 _LEVEL = 1e-6  # share of the gradient that the responses' means must have, to be heeded
 _STALE = 0.05  # share of a kernel by which it may change before its derivatives are found anew
-_SELDOM = 10  # times leap_every: as rare as leaps become
+_SELDOM = 20  # times leap_every: as rare as leaps become
 _CERTAIN = 3.0  # standard errors by which a leap must be better
 
 
@@ -45,8 +45,8 @@ class NaturalGradient(Optimizer):
         trust_radius: how far a step may change a filter's responses, as a share of their own
             standard deviation.
         damping: added to the variance of every pixel, as a share of the mean variance.
-        leap_every: steps before the first leap; the waits between leaps grow, up to ten times
-            as many. 0: no leaps.
+        leap_every: steps before the first leap; the waits between leaps grow, up to twenty
+            times as many. 0: no leaps.
         look_every: steps between two looks at the input's patches.
         seed: of the choice of patches.
 
@@ -75,7 +75,7 @@ class NaturalGradient(Optimizer):
         momentum: float = 0.9,
         trust_radius: float = 0.3,
         damping: float = 1e-3,
-        leap_every: int = 10,
+        leap_every: int = 5,
         look_every: int = 20,
         seed: int = 0,
     ) -> None:
@@ -127,7 +127,7 @@ class NaturalGradient(Optimizer):
         for group in self.param_groups:
             for parameter in group["params"]:
                 family = self._families.get(parameter)
-                if family is not None and parameter.grad is not None and family.names:
+                if family is not None and family.names and _share_of(parameter.grad) > 0:
                     self._step(family, group)
         return loss
 
@@ -135,25 +135,26 @@ class NaturalGradient(Optimizer):
         layer, tap = family.layer, family.layer.tap
         state = self.state[tap.kernel]
         step = int(state.get("step", 0))
-        gradient = _reduced(tap.kernel.grad).reshape(family.n_filters, family.n_members, -1)
-        offset = _reduced(tap.offset.grad).reshape(family.n_filters, family.n_members)
+        z = family.read()
+        shape = (family.n_filters, family.n_members)
+        gradient = _mean(tap.kernel.grad, tap.kernel).to(z.device).reshape(*shape, -1)
+        offset = _mean(tap.offset.grad, tap.offset).to(z.device).reshape(shape)
         if not bool(gradient.isfinite().all()):
             return
         evidence = self._evidence(tap.kernel, group["damping"])
-        if step % group["look_every"] == 0 and tap.input is not None:
-            draw = torch.Generator().manual_seed(group["seed"] * 1_000_003 + step)
-            mean, second = moments_of(draw_patches(layer, tap.input, draw))
-            evidence.see_patches(_reduced(mean), _reduced(second), _PATCH_MOMENTUM)
+        if step % group["look_every"] == 0 and (share := _share_of(tap.input)) > 0:
+            mean, second = self._look(family, group["seed"], step)
+            evidence.see_patches(mean / share, second / share, _PATCH_MOMENTUM)
             state.pop("slopes", None)
         tap.input = None
 
-        z = family.read()
         kernels, momentum = family.kernels(z), group["momentum"]
         centred = self._is_centred(layer, state, gradient, offset, momentum)
         loss = evidence.see_gradient(kernels, gradient, offset, momentum, centred)
         here = loss.at(kernels)
         length = here.length
-        radius = group["trust_radius"] * length.clamp_min(0.1 * length.median())
+        least = evidence.least_length(length, loss.metric)
+        radius = group["trust_radius"] * length.clamp_min(least)
         if "trust" not in state:
             state["trust"] = torch.full_like(length, 1e-3)
         slopes = self._slopes(family, state, loss.metric, z, kernels)
@@ -169,6 +170,18 @@ class NaturalGradient(Optimizer):
             state["leaps"] = state.get("leaps", torch.zeros_like(length)) + leaps
         family.write(moved)
         state["step"] = torch.tensor(float(step + 1))
+
+    def _look(self, family: KernelFamily, seed: int, step: int) -> tuple[Tensor, Tensor]:
+        """Moments of the patches that the layer saw; zeros from a process where it saw none."""
+        layer = family.layer
+        if layer.tap.input is None:
+            n = layer.in_channels // layer.groups * math.prod(layer.kernel_size)
+            mean = layer.log_sigma.new_zeros(layer.groups, n, dtype=family.dtype)
+            second = mean.new_zeros(layer.groups, n, n)
+        else:
+            draw = torch.Generator().manual_seed(seed * 1_000_003 + step)
+            mean, second = moments_of(draw_patches(layer, layer.tap.input, draw))
+        return _mean(mean, mean), _mean(second, second)
 
     def _evidence(self, parameter: Tensor, damping: float) -> Evidence:
         """What is known of a layer's loss; anew where a state has been loaded."""
@@ -287,10 +300,24 @@ def _is_time_to_leap(step: int, every: int) -> bool:
     return step == round(every * 1.5**n)
 
 
-def _reduced(value: Tensor) -> Tensor:
-    """The mean over the processes of a distributed training."""
-    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+def _n_processes() -> int:
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def _share_of(value: Tensor | None) -> float:
+    """In what share of the processes of a distributed training there is a value."""
+    if _n_processes() == 1:
+        return float(value is not None)
+    # A layer may be unused in one process: all must know, or one would wait for ever.
+    like = value if value is not None else torch.zeros(())
+    return float(_mean(torch.ones((), device=like.device) * (value is not None), like))
+
+
+def _mean(value: Tensor | None, like: Tensor) -> Tensor:
+    """The mean over the processes of a distributed training; zeros count where there is none."""
+    value = torch.zeros_like(like) if value is None else value
+    if _n_processes() == 1:
         return value
     value = value.clone()
     dist.all_reduce(value)
-    return value / dist.get_world_size()
+    return value / _n_processes()

@@ -16,6 +16,7 @@ The scale is found from how much the gradient changes when the kernel moves.
 
 from __future__ import annotations
 
+import math
 from collections.abc import MutableMapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -200,16 +201,22 @@ class Evidence:
         state["gradient"] = state["gradient"] + share * changed
         state["offset"] = state["offset"].lerp(offset, share)
         n = kernels[0].numel()
-        self._notice_change(n, momentum)
+        self._notice_change(n, momentum, news, share)
 
         mean, pulled_mean = mean + share * turned, pulled_mean + share * pulled
         length = inner(kernels, seen + seen_moved).clamp_min(0).sqrt()
-        length = length.clamp_min(0.1 * length.median()).clamp_min(_TINY)
+        length = length.clamp_min(self.least_length(length, metric))
         least = inner(mean, pulled_mean).clamp_min(0).sqrt() / (_FARTHEST * length) + _TINY
         known = state["known_slope"] / (state["known_spread"] + _TINY)
         scale = torch.where(known > least, known, least)
         linear = seen + share * seen_moved - mean / scale[:, None, None]
         return Quadratic(metric, linear, scale, self._noise(n, momentum) / scale)
+
+    @staticmethod
+    def least_length(length: Tensor, metric: Metric) -> Tensor:
+        """What a filter is taken to respond with at least, to come back if it is silent."""
+        faint = metric.covariance.diagonal(dim1=-2, dim2=-1).mean().sqrt()
+        return torch.maximum(0.1 * length.median(), 0.01 * faint)
 
     def metric(self, centred: bool) -> Metric:
         """C: the covariance of the patches, or their second moment."""
@@ -226,22 +233,31 @@ class Evidence:
         rows = offset.reshape(len(mean), -1, 1) * mean.unsqueeze(1)
         return gradient - rows.reshape(gradient.shape)
 
-    def _notice_change(self, n: int, momentum: float) -> None:
+    def _notice_change(
+        self, n: int, momentum: float, news: dict[str, Tensor], share: float
+    ) -> None:
         """Believe the last moves rather than all that came before, where they clearly disagree.
 
         The scale of a mean squared error never changes; that of its root grows without bound as
-        the error vanishes.
+        the error vanishes. Where the very last move disagrees as clearly, it alone is believed.
         """
         state = self.state
         n_moves = (1 + momentum) / (1 - momentum)
         known = state["known_slope"] / (state["known_spread"] + _TINY)
-        lately = state["slope"] / (state["spread"] + _TINY)
-        error = self._noise(n, momentum) / (state["spread"] + _TINY).sqrt()
-        other = (lately > _MUCH * known) | (lately < known / _MUCH)
-        changed = (lately > 0) & other & ((lately - known).abs() > _SURE * error)
-        for name in ("spread", "slope"):
-            fresh = state[name] * n_moves
-            state[f"known_{name}"] = torch.where(changed, fresh, state[f"known_{name}"])
+        noise = self._noise(n, momentum)
+        for recent, worth in ((dict(state), n_moves), (news, 1.0)):
+            lately = recent["slope"] / (recent["spread"] + _TINY)
+            error = noise * math.sqrt(n_moves / worth) / (recent["spread"] + _TINY).sqrt()
+            other = lately > _MUCH * known
+            if worth > 1.0:  # one move alone must not make steps longer
+                other |= lately < known / _MUCH
+            changed = (lately > 0) & other & ((lately - known).abs() > _SURE * error)
+            for name in ("spread", "slope"):
+                fresh = recent[name] * worth
+                state[f"known_{name}"] = torch.where(changed, fresh, state[f"known_{name}"])
+            if worth == 1.0:
+                for name, value in news.items():
+                    state[name] = torch.where(changed, share * (1 - share) * value, state[name])
 
     def _noise(self, n: int, momentum: float) -> Tensor:
         """Standard error of the mean gradient along one of n directions, in the metric C⁻¹."""
