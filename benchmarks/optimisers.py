@@ -796,40 +796,46 @@ def show_parameters(pieces: Pieces) -> None:
 # -- cost -----------------------------------------------------------------------------------------
 
 ADAM, AGAIN, NATURAL = "Adam for all", "Adam for all, again", "natural, Adam for the rest"
-EVERY = 10  # steps between two leaps, and two looks: a measurement holds whole periods
+PERIOD = 100  # steps; later, a filter may leap and inputs are looked at a few times in as many
+BLOCK = 20  # steps that give one ratio, for the spread
 
 
 def cost_section(options: Options) -> None:
-    n_rounds = 2 if options.quick else 7
+    period = BLOCK if options.quick else PERIOD
     for shape in SHAPES:
         if options.pieces.find(shape=str(shape)):
             continue
         steps = {name: training_step(shape, name) for name in (ADAM, AGAIN, NATURAL)}
         names = list(steps)
-        for name in names:
-            timed(steps[name], "cpu", EVERY)  # warm up
         times: dict[str, list[float]] = {name: [] for name in names}
-        for i in range(n_rounds):
+        for i in range(2 * period):
+            # In turns step by step: what slows the machine slows all of them.
             for name in names[i % 3 :] + names[: i % 3]:
-                times[name].append(timed(steps[name], "cpu", EVERY))
+                times[name].append(timed(steps[name], "cpu", 1))
         for name in names[1:]:
-            ratio = np.array(times[name]) / np.array(times[ADAM])
-            options.pieces.add(
-                method=name,
-                shape=str(shape),
-                ratio=round(float(np.median(ratio)), 4),
-                quartiles=np.quantile(ratio, [0.25, 0.75]).round(4).tolist(),
-                rounds=n_rounds,
-            )
+            for half, part in enumerate((slice(period), slice(period, None))):
+                ours, theirs = np.array(times[name][part]), np.array(times[ADAM][part])
+                blocks = ours.reshape(-1, BLOCK).sum(1) / theirs.reshape(-1, BLOCK).sum(1)
+                options.pieces.add(
+                    method=name,
+                    shape=str(shape),
+                    steps=f"{half * period + 1}-{(half + 1) * period}",
+                    ratio=round(float(ours.sum() / theirs.sum()), 4),
+                    quartiles=np.quantile(blocks, [0.25, 0.75]).round(4).tolist(),
+                    median_step=round(float(np.median(ours) / np.median(theirs)), 4),
+                )
     print_table(
-        "Time of a step of training over that with Adam for all: median of rounds (quartiles)",
-        ["shape", "optimisers", "ratio", "quartiles"],
+        f"Time of training over that with Adam for all, quartiles of {BLOCK} steps each, median "
+        "step over median step",
+        ["shape", "optimisers", "steps", "ratio", "quartiles", "median step"],
         [
             [
                 row["shape"],
                 row["method"],
+                row["steps"],
                 f"{row['ratio']:.3f}",
                 "({:.3f}, {:.3f})".format(*row["quartiles"]),
+                f"{row['median_step']:.3f}",
             ]
             for row in options.pieces.rows
         ],
