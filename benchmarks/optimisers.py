@@ -2,7 +2,7 @@
 
     python benchmarks/optimisers.py                       # every section; hours on one core
     python benchmarks/optimisers.py orientation cost      # some of them
-    python benchmarks/optimisers.py orientation --methods natural
+    python benchmarks/optimisers.py orientation --methods NaturalGradient
     python benchmarks/optimisers.py --quick --output /tmp/look    # a quick look
 
 orientation   the π/4 experiment: θ alone is free, 72 starts over the half turn, 12 photographs, 6
@@ -56,6 +56,7 @@ ADAM_RATES = (0.003, 0.01, 0.03, 0.1, 0.3)
 SGD_RATES = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
 PLAIN_RATES = (1e-3, 5e-3, 0.02, 0.1, 0.5)
 SHARES = (1.0, 0.5, 0.25, 0.1, 0.05)  # of the way that a step of NaturalGradient goes
+NATURALLY, WITHOUT_LEAPS = "NaturalGradient", "the same without leaps"
 Row = dict[str, Any]
 
 
@@ -204,12 +205,12 @@ def orientation_section(options: Options) -> None:
     images = {name: middle(image).float() for name, image in photographs(options).items()}
     pieces, losses = options.pieces, ("mse", "rmse")
     starts = torch.arange(TURNED, dtype=torch.float64) * math.pi / TURNED
-    if options.wanted("natural"):
+    if options.wanted(NATURALLY):
         for name, image in images.items():
             for setting in SETTINGS:
                 for loss in losses:
                     key = {
-                        "method": "natural",
+                        "method": NATURALLY,
                         "photograph": name,
                         "setting": list(setting),
                         "loss": loss,
@@ -443,10 +444,10 @@ def parameters_section(options: Options) -> None:
     images = list(photographs(options).items())[:: 1 if options.quick else 4]  # three
     for number, (name, photograph) in enumerate(images):
         for condition in CONDITIONS:
-            if options.wanted("natural"):
+            if options.wanted(NATURALLY):
                 task = planted(condition, photograph, options, seed=10 + number)
                 report(
-                    options, "natural", name, condition, lambda task=task: naturally(task, options)
+                    options, NATURALLY, name, condition, lambda task=task: naturally(task, options)
                 )
     name, photograph = images[0]
     for condition in COMPARED:
@@ -490,7 +491,7 @@ def compare(options: Options, name: str, condition: str, photograph: Tensor) -> 
     """Every other method: five rates on targets for tuning, the best one on the targets."""
     tuning = planted(condition, photograph, options, seed=1)
     task = planted(condition, photograph, options, seed=10)
-    method = "natural without leaps"
+    method = WITHOUT_LEAPS
     if options.wanted(method):
         trials: list[Row] = []
         for lr in SHARES:
@@ -765,7 +766,7 @@ ONE_START, TEN_STARTS = "Adam, wavevector coordinates", "Adam, best of ten start
 STUDENTS: dict[str, tuple[type[Student], tuple[float, ...]]] = {
     "Adam, textbook coordinates": (TextbookStudent, ADAM_RATES),
     ONE_START: (Student, ADAM_RATES),
-    "natural gradient of the kernels, not whitened": (PlainNatural, PLAIN_RATES),
+    "Gauss-Newton on the kernels, not whitened": (PlainNatural, PLAIN_RATES),
     "Adam, sigma from narrow": (NarrowFirst, ADAM_RATES),
     "free kernels by Adam, fit, Adam": (FreeThenFit, ADAM_RATES),
 }
@@ -795,7 +796,7 @@ def show_parameters(pieces: Pieces) -> None:
 
 # -- cost -----------------------------------------------------------------------------------------
 
-ADAM, AGAIN, NATURAL = "Adam for all", "Adam for all, again", "natural, Adam for the rest"
+ADAM, AGAIN, NATURAL = "Adam for all", "Adam for all, again", "NaturalGradient, Adam for the rest"
 PERIOD = 100  # steps; later, a filter may leap and inputs are looked at a few times in as many
 BLOCK = 20  # steps that give one ratio, for the spread
 
