@@ -17,7 +17,7 @@ SIZES = {1: (5,), 2: (4, 3), 3: (3, 2, 3)}
 
 def family_of(n_dims: int, **kwargs) -> KernelFamily:
     """Two filters over two channels."""
-    kwargs = {"start": "random", "seed": 1} | kwargs
+    kwargs = {"start": "random", "seed": 1, "dtype": torch.float64} | kwargs
     return KernelFamily(LAYERS[n_dims](2, 4, SIZES[n_dims], **kwargs))
 
 
@@ -156,7 +156,7 @@ def test_parameters_that_require_no_gradient_have_no_column():
     [
         ("sigma", 2.0, True),
         ("sigma", 0.1, False),
-        ("sigma", 60.0, False),
+        ("sigma", 12.0, False),
         ("wavelength", 2.01, True),
         ("wavelength", 1.9, False),
         ("wavelength", math.inf, True),
@@ -174,6 +174,6 @@ def test_legal_filters_are_those_that_pixels_can_show(field, value, legal):
     changed = getattr(params, field).clone()
     changed[1] = torch.tensor(value)
     z = family.rows_of(params.replace(**{field: changed}).to(torch.float64))
-    assert family.is_legal(z).tolist() == [True, legal, True]
+    assert (family.excess(z) == 0).tolist() == [True, legal, True]
     z[2, 0] = math.nan
-    assert family.is_legal(z).tolist() == [True, legal, False]
+    assert (family.excess(z) == 0).tolist() == [True, legal, False]

@@ -42,7 +42,8 @@ def watch(
     for scale in scales:
         kernel = target + speed * torch.randn(target.shape, dtype=target.dtype, generator=draw)
         white = torch.randn(target.shape, dtype=target.dtype, generator=draw)
-        rough = metric._by_group(white, lambda rows: rows @ metric.root.mT)
+        root = torch.linalg.cholesky(metric.covariance).mT
+        rough = (white.reshape(len(root), -1, N) @ root).reshape(white.shape)
         gradient = scale * metric.times(kernel - target) + noise * rough
         offset = torch.zeros(target.shape[:2], dtype=target.dtype)
         if centred:
@@ -50,8 +51,8 @@ def watch(
             offset = torch.randn(offset.shape, dtype=offset.dtype, generator=draw)
             rows = offset.reshape(len(mean), -1, 1) * mean.unsqueeze(1)
             gradient = gradient + rows.reshape(gradient.shape)
-        evidence.see_gradient(kernel, gradient, offset, momentum, centred)
-    return evidence.quadratic(kernel, momentum, centred), kernel
+        quadratic = evidence.see_gradient(kernel, gradient, offset, momentum, centred)
+    return quadratic, kernel
 
 
 @pytest.mark.parametrize("centred", [False, True])
@@ -64,7 +65,7 @@ def test_scale_and_minimum_are_found(groups, members, centred):
     # Dividing by an ill-conditioned covariance costs digits.
     best = quadratic.metric.divide(quadratic.linear)
     torch.testing.assert_close(best, target, rtol=1e-6, atol=1e-6)
-    assert quadratic.downhill(target).abs().max() < 1e-8 * quadratic.linear.abs().max()
+    assert quadratic.at(target).downhill.abs().max() < 1e-8 * quadratic.linear.abs().max()
 
 
 def test_every_filter_has_a_scale_of_its_own():
@@ -73,8 +74,9 @@ def test_every_filter_has_a_scale_of_its_own():
     metric, scale = evidence.metric(False), torch.tensor([1.0, 10.0, 0.1]).double()
     for kernel in torch.randn(5, 3, 1, N, dtype=torch.float64):
         gradient = scale[:, None, None] * metric.times(kernel - target)
-        evidence.see_gradient(kernel, gradient, torch.zeros(3, 1).double(), 0.9, False)
-    torch.testing.assert_close(evidence.quadratic(kernel, 0.9, False).scale, scale)
+        zero = torch.zeros(3, 1, dtype=torch.float64)
+        quadratic = evidence.see_gradient(kernel, gradient, zero, 0.9, False)
+    torch.testing.assert_close(quadratic.scale, scale)
 
 
 def test_value_and_slope_belong_together():
@@ -82,9 +84,12 @@ def test_value_and_slope_belong_together():
     target = torch.randn(4, 2, N, dtype=torch.float64)
     quadratic, kernel = watch(evidence, target, [2.0] * 4)
     moving = kernel.clone().requires_grad_()
-    (slope,) = torch.autograd.grad(quadratic.value(moving).sum(), moving)
-    torch.testing.assert_close(-slope, quadratic.downhill(kernel))
-    gap = quadratic.value(kernel) - quadratic.value(target)
+    (slope,) = torch.autograd.grad(quadratic.at(moving).value.sum(), moving)
+    torch.testing.assert_close(-slope, quadratic.at(kernel).downhill)
+    here, there = quadratic.at(kernel), quadratic.at(target)
+    gap = here.value - there.value
+    torch.testing.assert_close(here.length, quadratic.metric.length(kernel))
+    torch.testing.assert_close(here.distance(there), quadratic.metric.length(kernel - target))
     torch.testing.assert_close(gap, 0.5 * quadratic.metric.length(kernel - target).square())
 
 
@@ -110,7 +115,7 @@ def test_damping_is_a_share_of_the_mean_variance():
     metric = Metric.of(covariance, 0.1)
     extra = metric.covariance - covariance
     torch.testing.assert_close(extra[0], 0.5 * torch.eye(N, dtype=torch.float64))
-    assert Metric.of(torch.zeros(1, N, N, dtype=torch.float64), 0.1).root.isfinite().all()
+    assert Metric.of(torch.zeros(1, N, N, dtype=torch.float64), 0.1).inverse.isfinite().all()
 
 
 @pytest.mark.parametrize("factor", [0.1, 10.0])
@@ -140,7 +145,7 @@ def test_the_minimum_is_known_as_well_as_it_says():
     other = target + torch.randn(target.shape, dtype=target.dtype)
     apart = quadratic.metric.length(other - target)
     truth = 0.5 * apart.square()
-    seen = quadratic.value(other) - quadratic.value(target)
+    seen = quadratic.at(other).value - quadratic.at(target).value
     errors = (seen - truth) / (quadratic.error * apart)
     # Standard errors, within what running means make of them.
     assert 0.5 < errors.std() < 2.0, errors.std()
@@ -151,8 +156,7 @@ def test_a_target_is_never_believed_to_lie_very_far():
     evidence = evidence_for(patches())
     kernel = torch.randn(2, 1, N, dtype=torch.float64)
     gradient = torch.randn(2, 1, N, dtype=torch.float64)
-    evidence.see_gradient(kernel, gradient, torch.zeros(2, 1).double(), 0.9, False)
-    quadratic = evidence.quadratic(kernel, 0.9, False)
+    quadratic = evidence.see_gradient(kernel, gradient, torch.zeros(2, 1).double(), 0.9, False)
     # From one gradient nothing is known of the scale.
     away = quadratic.metric.divide(quadratic.linear) - kernel
     assert (quadratic.metric.length(away) <= 5.001 * quadratic.metric.length(kernel)).all()

@@ -31,15 +31,8 @@ def draw_patches(layer: Any, images: Tensor, generator: torch.Generator) -> Tens
         torch.Size([800, 1, 147])
     """
     d = layer.n_dims
-    images = images.detach().reshape(-1, *images.shape[-d - 1 :])
-    mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
-    images = F.pad(images, layer.border(), mode=mode).contiguous()
-    room = [
-        (size - gap * (k - 1) - 1) // step + 1
-        for size, k, gap, step in zip(
-            images.shape[2:], layer.kernel_size, layer.dilation, layer.stride, strict=True
-        )
-    ]
+    images = _padded(layer, images).contiguous()
+    room = _room(layer, images)
     total = len(images) * math.prod(room)
     n = images.shape[1] // layer.groups * math.prod(layer.kernel_size)
     limit = int(min(max(_WORK / n**2, _FEWEST), _MOST))
@@ -66,7 +59,50 @@ def draw_patches(layer: Any, images: Tensor, generator: torch.Generator) -> Tens
     return patches.unflatten(1, (layer.groups, n))
 
 
-def moments_of(patches: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean ``(groups, n)`` and second moment ``(groups, n, n)``."""
-    by_group = patches.transpose(0, 1)
-    return patches.mean(0), by_group.mT @ by_group / len(patches)
+def mean_patch(layer: Any, images: Tensor) -> Tensor:
+    """The mean of all patches that the layer's kernels see, ``(groups, n)``.
+
+    Args:
+        layer: a Gabor layer.
+        images: its input, ``(batch, channels, *size)`` or without batch.
+
+    Example:
+        >>> from gaborium import GaborConv2d
+        >>> layer, images = GaborConv2d(3, 16, 7, padding=3), torch.rand(8, 3, 10, 10)
+        >>> patches = draw_patches(layer, images, torch.Generator())
+        >>> torch.allclose(mean_patch(layer, images), patches.mean(0))
+        True
+    """
+    images = images.detach().reshape(-1, *images.shape[-layer.n_dims - 1 :])
+    mean = images.mean(0, keepdim=True, dtype=torch.promote_types(images.dtype, torch.float32))
+    mean = _padded(layer, mean)
+    room = _room(layer, mean)
+    for axis, n in enumerate(room):
+        # Each of the kernel's pixels meets those of the image at the places of n positions.
+        places = torch.arange(n, device=mean.device) * layer.stride[axis]
+        pixels = torch.arange(layer.kernel_size[axis], device=mean.device) * layer.dilation[axis]
+        met = mean.index_select(2 + axis, (pixels.unsqueeze(-1) + places).flatten())
+        mean = met.unflatten(2 + axis, (len(pixels), n)).mean(3 + axis)
+    return mean.reshape(layer.groups, -1)
+
+
+def _padded(layer: Any, images: Tensor) -> Tensor:
+    images = images.detach().reshape(-1, *images.shape[-layer.n_dims - 1 :])
+    mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
+    return F.pad(images, layer.border(), mode=mode)
+
+
+def _room(layer: Any, padded: Tensor) -> list[int]:
+    """How many positions the kernels take along each axis."""
+    return [
+        (size - gap * (k - 1) - 1) // step + 1
+        for size, k, gap, step in zip(
+            padded.shape[2:], layer.kernel_size, layer.dilation, layer.stride, strict=True
+        )
+    ]
+
+
+def covariance_of(patches: Tensor) -> Tensor:
+    """Of the pixels of patches ``(patches, groups, n)``: ``(groups, n, n)``."""
+    by_group = (patches - patches.mean(0)).transpose(0, 1)
+    return by_group.mT @ by_group / len(patches)

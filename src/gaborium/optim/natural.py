@@ -13,12 +13,12 @@ from torch.optim import Optimizer
 
 from gaborium.layers import GABOR_LAYERS, KernelTap
 from gaborium.optim.family import KernelFamily
-from gaborium.optim.inputs import draw_patches, moments_of
+from gaborium.optim.inputs import covariance_of, draw_patches, mean_patch
 from gaborium.optim.quadratic import Evidence, Metric
 from gaborium.optim.steps import Slopes, descend, leap
 
 _PATCH_MOMENTUM = 0.9  # of the patches' moments, from look to look
-_LEVEL = 1e-6  # share of the gradient that the responses' means must have, to be heeded
+_HEEDED = 1e-6  # share of the gradient that the responses' means must have, to be heeded
 _STALE = 0.05  # share of a kernel by which it may change before its derivatives are found anew
 _SELDOM = 20  # times leap_every: as rare as leaps become
 _CERTAIN = 3.0  # standard errors by which a leap must be better
@@ -127,7 +127,7 @@ class NaturalGradient(Optimizer):
         for group in self.param_groups:
             for parameter in group["params"]:
                 family = self._families.get(parameter)
-                if family is not None and family.names and _share_of(parameter.grad) > 0:
+                if family is not None and family.names and _share_of(parameter.grad, parameter) > 0:
                     self._step(family, group)
         return loss
 
@@ -142,15 +142,18 @@ class NaturalGradient(Optimizer):
         if not bool(gradient.isfinite().all()):
             return
         evidence = self._evidence(tap.kernel, group["damping"])
-        if step % group["look_every"] == 0 and (share := _share_of(tap.input)) > 0:
-            mean, second = self._look(family, group["seed"], step)
-            evidence.see_patches(mean / share, second / share, _PATCH_MOMENTUM)
+        mean = self._mean_patch(family)
+        # The first batches are all looked at: one alone may be of a cloud.
+        looks = step < group["look_every"] or step % group["look_every"] == 0
+        if looks and (share := _share_of(tap.input, tap.kernel)) > 0:
+            covariance = self._covariance(family, group["seed"], step)
+            evidence.see_patches(covariance / share, _PATCH_MOMENTUM)
             state.pop("slopes", None)
         tap.input = None
 
         kernels, momentum = family.kernels(z), group["momentum"]
-        centred = self._is_centred(layer, state, gradient, offset, momentum)
-        loss = evidence.see_gradient(kernels, gradient, offset, momentum, centred)
+        centred = self._is_centred(layer, state, gradient, offset, mean, momentum)
+        loss = evidence.see_gradient(kernels, gradient, offset, mean, momentum, centred=centred)
         here = loss.at(kernels)
         length = here.length
         least = evidence.least_length(length, loss.metric)
@@ -171,17 +174,28 @@ class NaturalGradient(Optimizer):
         family.write(moved)
         state["step"] = torch.tensor(float(step + 1))
 
-    def _look(self, family: KernelFamily, seed: int, step: int) -> tuple[Tensor, Tensor]:
-        """Moments of the patches that the layer saw; zeros from a process where it saw none."""
+    def _mean_patch(self, family: KernelFamily) -> Tensor:
+        """The mean of the patches that the layer saw last, ``(groups, n)``."""
         layer = family.layer
         if layer.tap.input is None:
-            n = layer.in_channels // layer.groups * math.prod(layer.kernel_size)
-            mean = layer.log_sigma.new_zeros(layer.groups, n, dtype=family.dtype)
-            second = mean.new_zeros(layer.groups, n, n)
+            own = None
+        else:
+            own = mean_patch(layer, layer.tap.input).to(family.dtype)
+        n = layer.in_channels // layer.groups * math.prod(layer.kernel_size)
+        like = layer.log_sigma.new_zeros(layer.groups, n, dtype=family.dtype)
+        share = _share_of(own, like)
+        return _mean(own, like) / max(share, 1e-9)
+
+    def _covariance(self, family: KernelFamily, seed: int, step: int) -> Tensor:
+        """Of the patches that the layer saw; zeros from a process in which it saw none."""
+        layer = family.layer
+        if layer.tap.input is None:
+            own = None
         else:
             draw = torch.Generator().manual_seed(seed * 1_000_003 + step)
-            mean, second = moments_of(draw_patches(layer, layer.tap.input, draw))
-        return _mean(mean, mean), _mean(second, second)
+            own = covariance_of(draw_patches(layer, layer.tap.input, draw)).to(family.dtype)
+        n = layer.in_channels // layer.groups * math.prod(layer.kernel_size)
+        return _mean(own, layer.log_sigma.new_zeros(layer.groups, n, n, dtype=family.dtype))
 
     def _evidence(self, parameter: Tensor, damping: float) -> Evidence:
         """What is known of a layer's loss; anew where a state has been loaded."""
@@ -215,21 +229,22 @@ class NaturalGradient(Optimizer):
         return Slopes(state["slopes"], state["hessian"])
 
     def _is_centred(
-        self, layer: Any, state: dict[str, Any], gradient: Tensor, offset: Tensor, momentum: float
+        self,
+        layer: Any,
+        state: dict[str, Any],
+        gradient: Tensor,
+        offset: Tensor,
+        mean: Tensor,
+        momentum: float,
     ) -> bool:
         """Whether the loss does not mind the responses' means: a bias or a norm takes care."""
         if layer.bias is not None and layer.bias.requires_grad and layer.output != "energy":
             return True
-        mean = (
-            state["patch_mean"]
-            .square()
-            .sum(-1)
-            .repeat_interleave(len(gradient) // len(state["patch_mean"]))
-        )
-        share = (offset.square().sum(-1) * mean).sum() / gradient.square().sum().clamp_min(1e-30)
-        kept = state.get("level", share)
-        state["level"] = kept + (1 - momentum) * (share - kept)
-        return bool(state["level"] < _LEVEL)
+        size = mean.square().sum(-1).repeat_interleave(len(offset) // len(mean))
+        share = (offset.square().sum(-1) * size).sum() / gradient.square().sum().clamp_min(1e-30)
+        kept = state.get("heeded", share)
+        state["heeded"] = kept + (1 - momentum) * (share - kept)
+        return bool(state["heeded"] < _HEEDED)
 
 
 def _groups_of(layers: Any) -> list[dict[str, Any]]:
@@ -304,13 +319,12 @@ def _n_processes() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
-def _share_of(value: Tensor | None) -> float:
+def _share_of(value: Tensor | None, like: Tensor) -> float:
     """In what share of the processes of a distributed training there is a value."""
     if _n_processes() == 1:
         return float(value is not None)
     # A layer may be unused in one process: all must know, or one would wait for ever.
-    like = value if value is not None else torch.zeros(())
-    return float(_mean(torch.ones((), device=like.device) * (value is not None), like))
+    return float(_mean(torch.full((), float(value is not None), device=like.device), like))
 
 
 def _mean(value: Tensor | None, like: Tensor) -> Tensor:

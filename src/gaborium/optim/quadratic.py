@@ -12,6 +12,11 @@ does not age while the filter moves, and the noise of mini-batches averages out 
 the metric C: to find it, nothing has to be divided by C, which would amplify noise.
 
 The scale is found from how much the gradient changes when the kernel moves.
+
+Brightness is kept apart, since it differs so much between images. With the mean m of the patches
+of one batch and the loss's gradient o by the mean of its responses, ``g - o m`` is the part of the
+gradient to which C, the covariance *within* a batch, belongs; ``o m`` belongs to ``m mᵀ``. Where a
+bias or a normalisation behind the layer takes care of the responses' mean, it tells nothing.
 """
 
 from __future__ import annotations
@@ -19,6 +24,7 @@ from __future__ import annotations
 import math
 from collections.abc import MutableMapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -32,20 +38,23 @@ _TINY = 1e-30
 
 @dataclass(frozen=True)
 class Metric:
-    """A covariance of patches for each group of filters, ``(groups, n, n)``, and its inverse."""
+    """A covariance of patches for each group of filters, ``(groups, n, n)``."""
 
     covariance: Tensor
-    inverse: Tensor
+
+    @cached_property
+    def inverse(self) -> Tensor:
+        """C⁻¹."""
+        # Rounding must not make the smallest variances negative.
+        root = torch.linalg.cholesky_ex(self.covariance.double())[0]
+        return torch.cholesky_inverse(root).to(self.covariance.dtype)
 
     @classmethod
     def of(cls, covariance: Tensor, damping: float) -> Metric:
         """A covariance, with ``damping`` of its mean variance added to the variance of a pixel."""
         extra = damping * covariance.diagonal(dim1=-2, dim2=-1).mean(-1).clamp_min(_TINY)
         one = torch.eye(covariance.shape[-1], dtype=covariance.dtype, device=covariance.device)
-        damped = covariance + extra[:, None, None] * one
-        # Rounding must not make the smallest variances negative.
-        root = torch.linalg.cholesky_ex(damped.double())[0]
-        return cls(damped, torch.cholesky_inverse(root).to(covariance.dtype))
+        return cls(covariance + extra[:, None, None] * one)
 
     def times(self, kernels: Tensor) -> Tensor:
         """C times kernels ``(filters, ..., n)``."""
@@ -136,12 +145,13 @@ class Evidence:
 
     Example:
         >>> evidence = Evidence({}, damping=1e-4)
-        >>> patches = torch.randn(1000, 1, 9, dtype=torch.float64)
-        >>> evidence.see_patches(patches.mean(0), patches[:, 0].T.cov()[None], 0.9)
+        >>> patches = torch.randn(1000, 9, dtype=torch.float64)
+        >>> mean, offset = patches.mean(0, keepdim=True), torch.zeros(2, 1)
+        >>> evidence.see_patches(patches.T.cov()[None], 0.9)
         >>> target = torch.ones(2, 1, 9, dtype=torch.float64)
         >>> for kernel in torch.randn(5, 2, 1, 9, dtype=torch.float64):
-        ...     gradient = 3 * evidence.metric(centred=True).times(kernel - target)
-        ...     loss = evidence.see_gradient(kernel, gradient, torch.zeros(2, 1), 0.9, True)
+        ...     gradient = 3 * evidence.metric().times(kernel - target)
+        ...     loss = evidence.see_gradient(kernel, gradient, offset, mean, 0.9, centred=True)
         >>> [round(s, 2) for s in loss.scale.tolist()]
         [3.0, 3.0]
         >>> torch.allclose(loss.metric.divide(loss.linear), target)
@@ -150,88 +160,100 @@ class Evidence:
 
     def __init__(self, state: MutableMapping[str, Any], damping: float) -> None:
         self.state, self.damping = state, damping
-        self._metrics: dict[bool, Metric] = {}
+        self._metric: Metric | None = None
 
-    def see_patches(self, mean: Tensor, second: Tensor, momentum: float) -> None:
-        """Take in moments of patches, ``(groups, n)`` and ``(groups, n, n)``."""
+    def see_patches(self, covariance: Tensor, momentum: float) -> None:
+        """Take in the covariance of one batch's patches, ``(groups, n, n)``."""
         state = self.state
-        if "patch_mean" not in state:
-            zero = torch.zeros((), dtype=mean.dtype)
-            state.update(patch_mean=mean.clone(), patch_second=second.clone(), looks=zero)
+        if "covariance" not in state:
+            state.update(covariance=covariance, looks=torch.zeros_like(covariance[0, 0, 0]))
         share = self._share("looks", momentum)
-        state["patch_mean"].lerp_(mean, share)
-        state["patch_second"].lerp_(second, share)
-        self._metrics.clear()
+        state["covariance"] = state["covariance"].lerp(covariance, share)
+        self._metric = None
 
     def see_gradient(
-        self, kernels: Tensor, gradient: Tensor, offset: Tensor, momentum: float, centred: bool
+        self,
+        kernels: Tensor,
+        gradient: Tensor,
+        offset: Tensor,
+        mean: Tensor,
+        momentum: float,
+        *,
+        centred: bool,
     ) -> Quadratic:
-        """Take in kernels, the loss's gradient there, and that by the responses' means.
+        """Take in one batch's gradient.
 
-        Shapes ``(filters, members, n)``, the same, and ``(filters, members)``.
+        Args:
+            kernels: where the gradient was taken, ``(filters, members, n)``.
+            gradient: of the loss, by them.
+            offset: gradient by the responses' means, ``(filters, members)``.
+            mean: of the batch's patches, ``(groups, n)``.
+            momentum: of the running means.
+            centred: whether the responses' means do not matter.
 
         Returns:
             The loss as far as it is known now.
         """
-        state, metric = self.state, self.metric(centred)
+        state, metric = self.state, self.metric()
+        rows = mean.repeat_interleave(len(kernels) // len(mean), 0).unsqueeze(1)
+        gradient = gradient - offset.unsqueeze(-1) * rows
+        level = rows * (rows * kernels).sum(-1, keepdim=True)
+        pull = rows * offset.unsqueeze(-1)
         if "kernel" not in state:
             nothing = torch.zeros_like(kernels[:, 0, 0])
             names = ("spread", "slope", "gradient_spread", "known_spread", "known_slope")
             state.update({name: nothing.clone() for name in names})
-            state.update(kernel=kernels.clone(), gradient=gradient.clone(), offset=offset.clone())
+            state.update(kernel=kernels, gradient=gradient, level=level, pull=pull)
+            state["brightness"] = mean.unsqueeze(-1) * mean.unsqueeze(-2)
             state["steps"] = torch.zeros_like(nothing[0])
         share = self._share("steps", momentum)
-        moved, changed = kernels - state["kernel"], gradient - state["gradient"]
-        turned, mean = changed, state["gradient"]
-        if centred:
-            turned = self._without_mean(changed, offset - state["offset"])
-            mean = self._without_mean(mean, state["offset"])
+        moved, turned = kernels - state["kernel"], gradient - state["gradient"]
         seen, seen_moved = metric.times(torch.stack([state["kernel"], moved], 1)).unbind(1)
-        pulled, pulled_mean = metric.divide(torch.stack([turned, mean], 1)).unbind(1)
+        both = torch.stack([turned, state["gradient"]], 1)
+        pulled, pulled_mean = metric.divide(both).unbind(1)
 
         spread, slope = inner(moved, seen_moved), inner(moved, turned)
         news = {"spread": spread, "slope": slope, "gradient_spread": inner(turned, pulled)}
         for name, value in news.items():
-            state[name].add_(share * value).mul_(1 - share)
+            state[name] = (state[name] + share * value) * (1 - share)
         # A filter at rest tells nothing new, and must not make one forget.
         kept = 1 - (spread / (state["known_spread"] + spread + _TINY)).clamp_max(_MEMORY)
-        state["known_spread"].mul_(kept).add_(spread)
-        state["known_slope"].mul_(kept).add_(slope)
-        state["kernel"] = state["kernel"] + share * moved
-        state["gradient"] = state["gradient"] + share * changed
-        state["offset"] = state["offset"].lerp(offset, share)
+        state["known_spread"] = state["known_spread"] * kept + spread
+        state["known_slope"] = state["known_slope"] * kept + slope
+        for name, value in (
+            ("kernel", kernels),
+            ("gradient", gradient),
+            ("level", level),
+            ("pull", pull),
+            ("brightness", mean.unsqueeze(-1) * mean.unsqueeze(-2)),
+        ):
+            state[name] = state[name] + share * (value - state[name])
         n = kernels[0].numel()
         self._notice_change(n, momentum, news, share)
 
-        mean, pulled_mean = mean + share * turned, pulled_mean + share * pulled
+        downhill, pulled_mean = state["gradient"], pulled_mean + share * pulled
         length = inner(kernels, seen + seen_moved).clamp_min(0).sqrt()
         length = length.clamp_min(self.least_length(length, metric))
-        least = inner(mean, pulled_mean).clamp_min(0).sqrt() / (_FARTHEST * length) + _TINY
+        least = inner(downhill, pulled_mean).clamp_min(0).sqrt() / (_FARTHEST * length) + _TINY
         known = state["known_slope"] / (state["known_spread"] + _TINY)
         scale = torch.where(known > least, known, least)
-        linear = seen + share * seen_moved - mean / scale[:, None, None]
+        linear = seen + share * seen_moved - downhill / scale[:, None, None]
+        if not centred:
+            linear = linear + state["level"] - state["pull"] / scale[:, None, None]
+            metric = Metric(metric.covariance + state["brightness"])
         return Quadratic(metric, linear, scale, self._noise(n, momentum) / scale)
+
+    def metric(self) -> Metric:
+        """C, as far as it is known."""
+        if self._metric is None:
+            self._metric = Metric.of(self.state["covariance"], self.damping)
+        return self._metric
 
     @staticmethod
     def least_length(length: Tensor, metric: Metric) -> Tensor:
         """What a filter is taken to respond with at least, to come back if it is silent."""
         faint = metric.covariance.diagonal(dim1=-2, dim2=-1).mean().sqrt()
         return torch.maximum(0.1 * length.median(), 0.01 * faint)
-
-    def metric(self, centred: bool) -> Metric:
-        """C: the covariance of the patches, or their second moment."""
-        if centred not in self._metrics:
-            second, mean = self.state["patch_second"], self.state["patch_mean"]
-            if centred:
-                second = second - mean.unsqueeze(-1) * mean.unsqueeze(-2)
-            self._metrics[centred] = Metric.of(second, self.damping)
-        return self._metrics[centred]
-
-    def _without_mean(self, gradient: Tensor, offset: Tensor) -> Tensor:
-        """What is left of a gradient when the responses' means are free."""
-        mean = self.state["patch_mean"]
-        rows = offset.reshape(len(mean), -1, 1) * mean.unsqueeze(1)
-        return gradient - rows.reshape(gradient.shape)
 
     def _notice_change(
         self, n: int, momentum: float, news: dict[str, Tensor], share: float
