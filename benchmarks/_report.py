@@ -38,13 +38,15 @@ def provenance(device: str = "cpu") -> dict[str, Any]:
     }
 
 
-def write_json(path: Path, results: dict[str, Any], *, device: str = "cpu") -> None:
+def write_json(
+    path: Path, results: dict[str, Any], *, device: str = "cpu", say: bool = True
+) -> None:
     """Write results with their provenance, all or nothing."""
     path.parent.mkdir(parents=True, exist_ok=True)
     document = provenance(device) | results
     write_text(path, json.dumps(document, indent=2, allow_nan=False) + "\n")
-    shown = path.relative_to(ROOT) if path.is_relative_to(ROOT) else path
-    print(f"Wrote {shown}")
+    if say:
+        print(f"Wrote {path.relative_to(ROOT) if path.is_relative_to(ROOT) else path}")
 
 
 def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
