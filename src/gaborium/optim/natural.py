@@ -143,8 +143,11 @@ class NaturalGradient(Optimizer):
         shape = (family.n_filters, family.n_members)
         gradient = _mean(tap.kernel.grad, tap.kernel).to(z.device).reshape(*shape, -1)
         offset = _mean(tap.offset.grad, tap.offset).to(z.device).reshape(shape)
-        if not bool(gradient.isfinite().all()):
+        heard = gradient.isfinite().flatten(1).all(1) & offset.isfinite().all(1)
+        if not bool(heard.any()):
             return
+        gradient = torch.where(heard[:, None, None], gradient, 0.0)
+        offset = torch.where(heard[:, None], offset, 0.0)
         evidence = self._evidence(tap.kernel, group["damping"])
         inputs, seen = list(tap.inputs), _share_of(bool(tap.inputs), tap.kernel)
         tap.inputs.clear()
@@ -160,7 +163,9 @@ class NaturalGradient(Optimizer):
 
         kernels, momentum = family.kernels(z), group["momentum"]
         centred = self._is_centred(layer, state, gradient, offset, mean, momentum)
-        loss = evidence.see_gradient(kernels, gradient, offset, mean, momentum, centred=centred)
+        loss = evidence.see_gradient(
+            kernels, gradient, offset, mean, momentum, centred=centred, heard=heard
+        )
         here = loss.at(kernels)
         length = here.length
         least = evidence.least_length(length, loss.metric)
@@ -178,7 +183,7 @@ class NaturalGradient(Optimizer):
             leaps = (there.value - beyond.value > needed) & (group["lr"] > 0)
             moved = torch.where(leaps.unsqueeze(-1), far, moved)
             state["leaps"] = state.get("leaps", torch.zeros_like(length)) + leaps
-        family.write(moved)
+        family.write(torch.where(heard.unsqueeze(-1), moved, z))
         state["step"] = torch.tensor(float(step + 1))
 
     def _evidence(self, parameter: Tensor, damping: float) -> Evidence:

@@ -180,6 +180,7 @@ class Evidence:
         momentum: float,
         *,
         centred: bool,
+        heard: Tensor | None = None,
     ) -> Quadratic:
         """Take in one batch's gradient.
 
@@ -190,6 +191,7 @@ class Evidence:
             mean: of the batch's patches, ``(groups, n)``.
             momentum: of the running means.
             centred: whether the responses' means do not matter.
+            heard: which filters have news, ``(filters,)``; by default all.
 
         Returns:
             The loss as far as it is known now.
@@ -206,6 +208,15 @@ class Evidence:
             state.update(kernel=kernels, gradient=gradient, level=level, pull=pull)
             state["brightness"] = mean.unsqueeze(-1) * mean.unsqueeze(-2)
             state["steps"] = torch.zeros_like(nothing[0])
+        if heard is not None:
+            kernels, gradient, level, pull = (
+                torch.where(heard[:, None, None], value, state[name])
+                for name, value in zip(
+                    ("kernel", "gradient", "level", "pull"),
+                    (kernels, gradient, level, pull),
+                    strict=True,
+                )
+            )
         share = self._share("steps", momentum)
         moved, turned = kernels - state["kernel"], gradient - state["gradient"]
         seen, seen_moved = metric.times(torch.stack([state["kernel"], moved], 1)).unbind(1)
