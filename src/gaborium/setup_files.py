@@ -209,6 +209,7 @@ def read_layer(
 
     Example:
         >>> from tempfile import TemporaryDirectory
+        >>> from gaborium import GaborConv2d
         >>> with TemporaryDirectory() as folder:
         ...     file = Path(folder, "model.pt")
         ...     torch.save(nn.Sequential(GaborConv2d(3, 8, 9), nn.ReLU()).state_dict(), file)
@@ -266,6 +267,7 @@ def look_at_filters(layer: nn.Module, name: str = "") -> Diagnosis:
         name: of the layer in the network that it comes from, for the code of remedies.
 
     Example:
+        >>> from gaborium import GaborConv2d
         >>> [found.cause for found in look_at_filters(GaborConv2d(1, 8, 9, seed=0)).findings]
         ['DC leak']
     """
