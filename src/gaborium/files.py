@@ -335,3 +335,50 @@ def _same_kind(error: OSError, message: str) -> OSError:
     clear = type(error)(message)
     clear.errno = error.errno
     return clear
+
+
+@contextmanager
+def alone_in(
+    folder: Path, mark: str, *, extra: str, purpose: str, patience: float = 0.0
+) -> Iterator[bool]:
+    """Make a folder of work, and keep other processes out of it until the block ends.
+
+    Args:
+        folder: the place; it may be there if it is empty or holds ``mark``.
+        mark: name of the file by which such work is known.
+        extra: the extra that brings filelock, and
+        purpose: what needs it, for the message where it is missing.
+        patience: s to wait for another process.
+
+    Yields:
+        Whether the work was there before.
+
+    Raises:
+        NotADirectoryError: the place is a file.
+        FileExistsError: the folder holds other things.
+        BlockingIOError: another process works there.
+        ImportError: filelock is not installed.
+    """
+    filelock = require("filelock", extra=extra, purpose=purpose)
+    shown = repr(str(folder))
+    if folder.exists() and not folder.is_dir():
+        raise NotADirectoryError(f"{shown} is not a folder; choose another place.")
+    folder.mkdir(parents=True, exist_ok=True)
+    found = [path.name for path in folder.iterdir() if not path.name.startswith(".")]
+    if found and mark not in found:
+        raise FileExistsError(
+            f"{shown} holds {found[0]!r} and no {mark}, so it may be other work; choose another "
+            "folder."
+        )
+    # The system holds the lock: however a process ends, its lock ends with it.
+    lock = filelock.FileLock(folder / ".lock", timeout=patience)
+    try:
+        lock.acquire()
+    except filelock.Timeout:
+        raise BlockingIOError(
+            f"Another process is working in {shown}; let it finish, or choose another folder."
+        ) from None
+    try:
+        yield bool(found)
+    finally:
+        lock.release()

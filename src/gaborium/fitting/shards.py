@@ -12,7 +12,7 @@ import time
 import warnings
 from collections.abc import Callable, Generator, Iterator, Mapping
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import closing, contextmanager
+from contextlib import closing
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import version
@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from gaborium.errors import one_of, require
-from gaborium.files import write_text
+from gaborium.files import alone_in, write_text
 from gaborium.fitting.api import fit
 from gaborium.fitting.result import FitResult
 from gaborium.params import RECORDS
@@ -147,7 +147,9 @@ def fit_shards(
         _Job(i, shards.path(i), source, rows, n_results * (rows.stop - rows.start))
         for i, rows in enumerate(_slices(n_kernels, shard_size))
     ]
-    with _alone_in(shards.folder):
+    with alone_in(shards.folder, _MANIFEST, extra="shards", purpose="Shards"):
+        for part in shards.folder.glob(".gaborium-*.part"):  # of a process that was killed
+            part.unlink(missing_ok=True)
         _claim(shards.folder, _manifest(source, shard_size, options))
         todo = {job.number: job for job in jobs if not job.is_done()}
         damaged = [job.path.name for job in todo.values() if job.path.exists()]
@@ -394,33 +396,3 @@ def _claim(folder: Path, manifest: dict[str, Any]) -> None:
             f"{str(folder)!r} holds shards of another fit: {', '.join(different)}; choose another "
             "folder, or give what was given then."
         )
-
-
-@contextmanager
-def _alone_in(folder: Path) -> Iterator[None]:
-    """Make the folder, and keep other processes out of it until the block ends."""
-    filelock = require("filelock", extra="shards", purpose="Shards")
-    if folder.exists() and not folder.is_dir():
-        raise NotADirectoryError(f"{str(folder)!r} is not a folder; choose another place.")
-    folder.mkdir(parents=True, exist_ok=True)
-    foreign = [path.name for path in folder.iterdir() if not path.name.startswith(".")]
-    if foreign and _MANIFEST not in foreign:
-        raise FileExistsError(
-            f"{str(folder)!r} holds {foreign[0]!r} and no {_MANIFEST}, so it may be other work; "
-            "choose another folder."
-        )
-    # The system holds the lock: however a process ends, its lock ends with it.
-    lock = filelock.FileLock(folder / ".lock", timeout=0)
-    try:
-        lock.acquire()
-    except filelock.Timeout:
-        raise BlockingIOError(
-            f"Another process is working in {str(folder)!r}; let it finish, or choose another "
-            "folder."
-        ) from None
-    try:
-        for part in folder.glob(".gaborium-*.part"):  # of a process that was killed
-            part.unlink(missing_ok=True)
-        yield
-    finally:
-        lock.release()

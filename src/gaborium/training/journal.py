@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from gaborium.errors import require
+from gaborium.files import alone_in
 from gaborium.params import plain
 from gaborium.training.recipe import Recipe
 
@@ -25,29 +26,12 @@ _HARDWARE = ("accelerator", "devices")  # may change when a run is taken up agai
 @contextlib.contextmanager
 def claimed(folder: Path, recipe: Recipe, *, resume: bool) -> Iterator[None]:
     """Make the folder that of this recipe, or see that it is, and keep others out of it."""
-    filelock = require("filelock", extra="train", purpose="Trainings")
-    shown = repr(str(folder))
-    if folder.exists() and not folder.is_dir():
-        raise NotADirectoryError(f"{shown} is not a folder; choose another place.")
-    folder.mkdir(parents=True, exist_ok=True)
-    foreign = [path.name for path in folder.iterdir() if not path.name.startswith(".")]
-    if foreign and RECIPE_FILE not in foreign:
-        raise FileExistsError(
-            f"{shown} holds {foreign[0]!r} and no {RECIPE_FILE}, so it may be other work; choose "
-            "another folder."
-        )
-    # The system holds the lock: however a process ends, its lock ends with it.
-    lock = filelock.FileLock(folder / ".lock", timeout=_PATIENCE)
-    try:
-        lock.acquire()
-    except filelock.Timeout:
-        raise BlockingIOError(
-            f"Another process is working in {shown}; let it finish, or choose another folder."
-        ) from None
-    try:
-        if foreign and resume:
-            _check_same(Recipe.from_toml(folder / RECIPE_FILE), recipe, shown)
-        elif foreign:
+    with alone_in(
+        folder, RECIPE_FILE, extra="train", purpose="Trainings", patience=_PATIENCE
+    ) as known:
+        if known and resume:
+            _check_same(Recipe.from_toml(folder / RECIPE_FILE), recipe, repr(str(folder)))
+        elif known:
             for path in folder.iterdir():
                 if path.name not in (".lock", RECIPE_FILE):
                     shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -55,8 +39,6 @@ def claimed(folder: Path, recipe: Recipe, *, resume: bool) -> Iterator[None]:
             part.unlink(missing_ok=True)
         recipe.to_toml(folder / RECIPE_FILE)
         yield
-    finally:
-        lock.release()
 
 
 def _check_same(there: Recipe, here: Recipe, shown: str) -> None:
