@@ -183,8 +183,13 @@ class _GaborConv(nn.Module, Generic[Record]):
             return convolve(
                 image, weight, bias, self.stride, self.padding, self.dilation, self.groups
             )
-        padded = F.pad(image, self.border(), mode=self.padding_mode)
+        padded = self.padded(image)
         return convolve(padded, weight, bias, self.stride, 0, self.dilation, self.groups)
+
+    def padded(self, image: Tensor) -> Tensor:
+        """An image with the border that the layer convolves it with."""
+        mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
+        return F.pad(image, self.border(), mode=mode)
 
     def border(self) -> list[int]:
         """Pixels added before and after each axis, last axis first, as ``F.pad`` wants them."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gaborium.diagnostics.moments import Moments, patch_moments
@@ -43,8 +42,7 @@ def filter_moments(
     if mixing is not None:
         own = torch.einsum("mc,bc...->bm...", mixing.to(own), own)
     if padded:
-        mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
-        own = F.pad(own, layer.border(), mode=mode)
+        own = layer.padded(own)
     answer = None
     if targets is not None:
         answer = targets[:, index : index + 1].detach().double()

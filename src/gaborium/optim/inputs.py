@@ -6,7 +6,6 @@ import math
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 _WORK = 5e8  # products of pixels in one look: patches taken, times n²
@@ -31,7 +30,7 @@ def draw_patches(layer: Any, images: Tensor, generator: torch.Generator) -> Tens
         torch.Size([800, 1, 147])
     """
     d = layer.n_dims
-    images = _padded(layer, images).contiguous()
+    images = layer.padded(_batched(layer, images)).contiguous()
     room = _room(layer, images)
     total = len(images) * math.prod(room)
     n = images.shape[1] // layer.groups * math.prod(layer.kernel_size)
@@ -73,9 +72,8 @@ def mean_patch(layer: Any, images: Tensor) -> Tensor:
         >>> torch.allclose(mean_patch(layer, images), patches.mean(0))
         True
     """
-    images = images.detach().reshape(-1, *images.shape[-layer.n_dims - 1 :])
-    mean = images.mean(0, keepdim=True, dtype=torch.promote_types(images.dtype, torch.float32))
-    mean = _padded(layer, mean)
+    dtype = torch.promote_types(images.dtype, torch.float32)
+    mean = layer.padded(_batched(layer, images).mean(0, keepdim=True, dtype=dtype))
     room = _room(layer, mean)
     for axis, n in enumerate(room):
         # Each of the kernel's pixels meets those of the image at the places of n positions.
@@ -86,10 +84,8 @@ def mean_patch(layer: Any, images: Tensor) -> Tensor:
     return mean.reshape(layer.groups, -1)
 
 
-def _padded(layer: Any, images: Tensor) -> Tensor:
-    images = images.detach().reshape(-1, *images.shape[-layer.n_dims - 1 :])
-    mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
-    return F.pad(images, layer.border(), mode=mode)
+def _batched(layer: Any, images: Tensor) -> Tensor:
+    return images.detach().reshape(-1, *images.shape[-layer.n_dims - 1 :])
 
 
 def _room(layer: Any, padded: Tensor) -> list[int]:

@@ -57,6 +57,7 @@ def descend(
         The rows, where they lead, and the damping for next time.
     """
     place = home = loss.at(family.kernels(z)) if place is None else place
+    excess = family.excess(z)
     for _ in range(n_iterations):
         J, hessian = slopes or Slopes.at(family, loss.metric, z)
         slopes = None
@@ -71,7 +72,9 @@ def descend(
 
         new = loss.at(family.kernels(z + step))
         better = (new.value < place.value) & (new.distance(home) <= 1.5 * radius)
-        better &= family.excess(z + step) <= family.excess(z)
+        beyond = family.excess(z + step)
+        better &= beyond <= excess
+        excess = torch.where(better, beyond, excess)
         z = torch.where(better.unsqueeze(-1), z + step, z)
         place = new.or_else(place, better)
         damping = torch.where(better, 0.25 * damping, 8.0 * damping).clamp(1e-9, 1e9)
