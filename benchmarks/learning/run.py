@@ -8,12 +8,12 @@
     python benchmarks/learning/run.py few --quick --output /tmp/quick    # says nothing
 
 embedded     the textures of gaborium train, which need no data: 900 and 180 samples
-few          Fashion-MNIST and CIFAR-10 with 100, 500 and 1000 samples
+few          Fashion-MNIST and CIFAR-10 with 100, 500 and 1000 samples; and the test images
+             with noise, blur, less contrast, fog and coarse pixels, in five strengths each
 full         all of Fashion-MNIST
-starts       a good bank, random filters, equal filters; 8, 16 and 32 of them
+starts       a good bank, random filters, equal filters; 8 and 16 of them
 textures     KTH-TIPS, images 1-5 to learn from and 6-9 to test with; patches of Brodatz
 twelve       12 filters of 7 x 7 and a linear classifier; how much alike the filters become
-corruptions  noise, blur, contrast, fog and pixelate, five strengths each
 spoken       spoken digits as raw waveforms, beside a fixed bank on the mel scale
 
 Every first layer has four choices of learning rates. Two networks are trained with each, on seeds
@@ -150,7 +150,7 @@ class Experiment:
         number, of = self.options.share
         wanted = self.options.sides or unit.sides
         sides = [side for side in unit.sides if side in wanted][number - 1 :: of]
-        for seed in TUNING_SEEDS:
+        for seed in () if unit.rates_of != unit.name else TUNING_SEEDS:
             for side in sides:
                 for choice in range(len(SIDES[side].rates)):
                     yield Piece(unit.name, side, choice, seed)
@@ -204,7 +204,7 @@ class Experiment:
         return line | {name: self.made[name] for name in ("commit", "date", "machine", "versions")}
 
     def _chosen(self, unit: Unit, side: str) -> int:
-        table = choices(self.done(), unit.name, SIDES[side], side)
+        table = choices(self.done(), unit.rates_of, SIDES[side], side)
         return max(range(len(table)), key=lambda i: table[i].mean if table[i].n else -1.0)
 
     # -- means ------------------------------------------------------------------------------------
@@ -268,7 +268,7 @@ def summary(done: dict[Piece, Line], unit: Unit, name: str) -> Line:
     lines = list(tested(done, unit.name, name).values())
     good = [line for line in lines if line["accuracy"] is not None]
     moved = [line for line in good if line["accuracy_put_back"] is not None]
-    table = choices(done, unit.name, side, name)
+    table = choices(done, unit.rates_of, side, name)
     found: Line = {
         "accuracy": _mean([line["accuracy"] for line in good]),
         "accuracies": [line["accuracy"] for line in lines],
