@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_WORK = 5e8  # products of pixels in one look: patches taken, times n²
+_WORK = 2e8  # products of pixels in one look: patches taken, times n²
 _FEWEST, _MOST = 256, 32_768  # patches
 
 

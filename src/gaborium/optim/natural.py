@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -14,14 +14,31 @@ from torch.optim import Optimizer
 from gaborium.layers import GABOR_LAYERS, KernelTap
 from gaborium.optim.family import KernelFamily
 from gaborium.optim.inputs import draw_patches, mean_patch, moments_of
-from gaborium.optim.quadratic import Evidence, Metric
+from gaborium.optim.quadratic import Evidence, Metric, inner, pull_of_brightness
 from gaborium.optim.steps import Slopes, descend, leap
 
 _PATCH_MOMENTUM = 0.9  # of the patches' moments, from look to look
 _HEEDED = 1e-6  # share of the gradient that the responses' means must have, to be heeded
 _STALE = 0.05  # share of a kernel by which it may change before its derivatives are found anew
 _SELDOM = 20  # times leap_every: as rare as leaps become
-_CERTAIN = 3.0  # standard errors by which a leap must be better
+# Standard errors by which a leap must be better: the best of thousands is often better by four.
+_CERTAIN = 6.0
+# Where a leap has ended, the loss rises so many times as steeply as it fell where the leap began: it
+# ended higher. (A quadratic loss does at 1; its root is a cone, which rises as it falls.)
+_UPHILL = 1.25
+_BOLD = 0.5  # share of the largest rate so far, below which it is too late to leap
+_YOUNG = 100  # steps in which filters move at every one
+_REST = 4  # steps from move to move when they are older
+
+
+class News(NamedTuple):
+    """What the batches since the last move say of the loss, on average."""
+
+    gradient: Tensor  # by the kernels, (filters, members, n)
+    offset: Tensor  # by the responses' means, (filters, members); zeros where they do not matter
+    mean: Tensor  # patch of the batch, (groups, n)
+    heard: Tensor  # of which filters there is news, (filters,)
+    n_batches: int = 1
 
 
 class NaturalGradient(Optimizer):
@@ -136,35 +153,95 @@ class NaturalGradient(Optimizer):
         return loss
 
     def _step(self, family: KernelFamily, group: dict[str, Any]) -> None:
+        state = self.state[family.layer.tap.kernel]
+        news = self._news(family, state, group)
+        if news is not None:
+            self._move(family, state, group, news)
+
+    def _news(
+        self, family: KernelFamily, state: dict[str, Any], group: dict[str, Any]
+    ) -> News | None:
+        """What the last batches say; nothing yet, where it is not time to move."""
         layer, tap = family.layer, family.layer.tap
-        state = self.state[tap.kernel]
-        step = int(state.get("step", 0))
-        z = family.read()
-        shape = (family.n_filters, family.n_members)
-        gradient = _mean(tap.kernel.grad, tap.kernel).to(z.device).reshape(*shape, -1)
-        offset = _mean(tap.offset.grad, tap.offset).to(z.device).reshape(shape)
-        heard = gradient.isfinite().flatten(1).all(1) & offset.isfinite().all(1)
-        if not bool(heard.any()):
-            return
-        gradient = torch.where(heard[:, None, None], gradient, 0.0)
-        offset = torch.where(heard[:, None], offset, 0.0)
-        evidence = self._evidence(tap.kernel, group["damping"])
         inputs, seen = list(tap.inputs), _share_of(bool(tap.inputs), tap.kernel)
         tap.inputs.clear()
-        mean = _mean_patch(family, inputs) / max(seen, 1e-9)
-        # The first batches are all looked at: one alone may be of a cloud.
-        looks = step < group["look_every"] or step % group["look_every"] == 0
+        shape = (family.n_filters, family.n_members)
+        device = layer.log_sigma.device
+        gradient = _mean(tap.kernel.grad, tap.kernel).to(device).reshape(*shape, -1)
+        offset = _mean(tap.offset.grad, tap.offset).to(device).reshape(shape)
+        heard = gradient.isfinite().flatten(1).all(1) & offset.isfinite().all(1)
+        if not bool(heard.any()):
+            return None
+        gradient = torch.where(heard[:, None, None], gradient, 0.0)
+        offset = torch.where(heard[:, None], offset, 0.0)
+        state["step"] = state.get("step", torch.zeros(())) + 1
+        state["boldest"] = max(state.get("boldest", 0.0), float(group["lr"]))
+
+        step = int(state["step"])
+        looks = _is_time_to_look(step, group["look_every"])
         if looks and seen > 0:
-            draw = torch.Generator().manual_seed(group["seed"] * 1_000_003 + step)
+            draw = torch.Generator().manual_seed(group["seed"] * 1_000_003 + step - 1)
             first, second = (part / seen for part in _moments(family, inputs, draw))
             covariance = second - first.unsqueeze(-1) * first.unsqueeze(-2)
-            evidence.see_patches(covariance, _PATCH_MOMENTUM)
+            self._evidence(tap.kernel, group["damping"]).see_patches(covariance, _PATCH_MOMENTUM)
             state.pop("slopes", None)
 
-        kernels, momentum = family.kernels(z), group["momentum"]
-        centred = self._is_centred(layer, state, gradient, offset, mean, momentum)
+        has_bias = layer.bias is not None and layer.bias.requires_grad and layer.output != "energy"
+        mean = None
+        if looks or has_bias or not state.get("centred", False):
+            mean = _mean_patch(family, inputs) / max(seen, 1e-9)
+            heeded = self._is_heeded(state, gradient, offset, mean, group["momentum"])
+            state["centred"] = has_bias or not heeded
+        if mean is not None and not state["centred"]:
+            state.pop("waiting", None)
+            return News(gradient, offset, mean, heard)
+        if mean is not None:
+            gradient = gradient - pull_of_brightness(offset, mean)
+
+        # Between two moves the kernels stay, and gradients add up.
+        if "waiting" not in state:
+            state["waiting"] = torch.zeros_like(gradient)
+            state["n_waiting"] = torch.zeros_like(gradient[:, 0, 0])
+            state["waits"] = 0
+        state["waiting"] += gradient
+        state["n_waiting"] += heard
+        state["waits"] += 1
+        if not _is_time_to_move(step):
+            return None
+        count = state.pop("n_waiting")
+        gradient = state.pop("waiting") / count.clamp_min(1)[:, None, None]
+        none = torch.zeros_like(gradient[:1, 0])
+        return News(gradient, torch.zeros_like(offset), none, count > 0, state.pop("waits"))
+
+    def _move(
+        self, family: KernelFamily, state: dict[str, Any], group: dict[str, Any], news: News
+    ) -> None:
+        """A step of all filters that are heard of, and now and then leaps of some."""
+        evidence = self._evidence(family.layer.tap.kernel, group["damping"])
+        z, heard = family.read(), news.heard
+        if "leapt" in state:
+            back = inner(news.gradient, state["leap"]) > -_UPHILL * state["leap_slope"]
+            back &= state["leapt"]
+            home = state["home"]
+            if bool(back.any()) and home.shape == z.shape:
+                # The loss did not fall that way, whatever the quadratic said.
+                z = torch.where(back.unsqueeze(-1), home, z)
+                evidence.recall(back)
+                state["doubt"] = torch.where(back, 2.0 * state["doubt"], state["doubt"])
+                heard = heard & ~back
+            for name in ("leapt", "leap_slope", "leap", "home"):
+                del state[name]
+            evidence.forget()
+
+        kernels = family.kernels(z)
         loss = evidence.see_gradient(
-            kernels, gradient, offset, mean, momentum, centred=centred, heard=heard
+            kernels,
+            news.gradient,
+            news.offset,
+            news.mean,
+            group["momentum"] ** news.n_batches,
+            centred=bool(state["centred"]),
+            heard=heard,
         )
         here = loss.at(kernels)
         length = here.length
@@ -172,19 +249,25 @@ class NaturalGradient(Optimizer):
         radius = group["trust_radius"] * length.clamp_min(least)
         if "trust" not in state:
             state["trust"] = torch.full_like(length, 1e-3)
+            state["doubt"] = torch.ones_like(length)
         slopes = self._slopes(family, state, loss.metric, z, kernels)
         near, there, state["trust"] = descend(
             family, loss, z, radius, state["trust"], place=here, slopes=slopes
         )
         moved = z + group["lr"] * (near - z)
-        if _is_time_to_leap(step + 1, group["leap_every"]):
+        if self._may_leap(state, group, news.n_batches):
             far, beyond = leap(family, loss, near)
-            needed = _CERTAIN * loss.error * beyond.distance(here) + 1e-6 * length.square()
-            leaps = (there.value - beyond.value > needed) & (group["lr"] > 0)
-            moved = torch.where(leaps.unsqueeze(-1), far, moved)
+            needed = _CERTAIN * state["doubt"] * loss.error * beyond.distance(here)
+            leaps = there.value - beyond.value > needed + 1e-6 * length.square()
+            leaps &= heard
+            if bool(leaps.any()):
+                moved = torch.where(leaps.unsqueeze(-1), far, moved)
+                along = beyond.kernels - kernels
+                evidence.keep()
+                state.update(leapt=leaps, leap=along, home=z)
+                state["leap_slope"] = -loss.scale * inner(here.downhill, along)
             state["leaps"] = state.get("leaps", torch.zeros_like(length)) + leaps
-        family.write(torch.where(heard.unsqueeze(-1), moved, z))
-        state["step"] = torch.tensor(float(step + 1))
+        family.write(torch.where(news.heard.unsqueeze(-1), moved, family.read()))
 
     def _evidence(self, parameter: Tensor, damping: float) -> Evidence:
         """What is known of a layer's loss; anew where a state has been loaded."""
@@ -217,23 +300,27 @@ class NaturalGradient(Optimizer):
             )
         return Slopes(state["slopes"], state["hessian"])
 
-    def _is_centred(
+    def _may_leap(self, state: dict[str, Any], group: dict[str, Any], n_batches: int) -> bool:
+        """Whether it was time to leap in the steps since the last move."""
+        # Where the rate has fallen the network settles, and has no time to follow a leap.
+        is_bold = 0 < group["lr"] >= _BOLD * state["boldest"]
+        steps = range(int(state["step"]) - n_batches + 1, int(state["step"]) + 1)
+        return is_bold and any(_is_time_to_leap(step, group["leap_every"]) for step in steps)
+
+    def _is_heeded(
         self,
-        layer: Any,
         state: dict[str, Any],
         gradient: Tensor,
         offset: Tensor,
         mean: Tensor,
         momentum: float,
     ) -> bool:
-        """Whether the loss does not mind the responses' means: a bias or a norm takes care."""
-        if layer.bias is not None and layer.bias.requires_grad and layer.output != "energy":
-            return True
+        """Whether the loss minds the responses' means; behind a norm it does not."""
         size = mean.square().sum(-1).repeat_interleave(len(offset) // len(mean))
         share = (offset.square().sum(-1) * size).sum() / gradient.square().sum().clamp_min(1e-30)
         kept = state.get("heeded", share)
         state["heeded"] = kept + (1 - momentum) * (share - kept)
-        return bool(state["heeded"] < _HEEDED)
+        return bool(state["heeded"] >= _HEEDED)
 
 
 def _groups_of(layers: Any) -> list[dict[str, Any]]:
@@ -293,15 +380,25 @@ def _check(group: dict[str, Any]) -> None:
             raise ValueError(f"{name} must be a whole number from {least} on, got {group[name]}.")
 
 
+def _is_time_to_look(step: int, every: int) -> bool:
+    """The first batches are all looked at, since one alone may be of a cloud; later, few."""
+    if step <= every:
+        return True
+    return step % (every if step <= _YOUNG else 3 * every) == 0
+
+
+def _is_time_to_move(step: int) -> bool:
+    """At every step at first; later the mean of some gradients is worth as much, and costs less."""
+    return step <= _YOUNG or step % _REST == 0
+
+
 def _is_time_to_leap(step: int, every: int) -> bool:
     """After ``every`` steps, then more and more rarely: less and less is new of the loss."""
     if every == 0 or step < every:
         return False
     if step >= _SELDOM * every:
         return step % (_SELDOM * every) == 0
-    # Each wait is half as long again as all before it: every · 1, 1.5, 2.25, 3.375, ...
-    n = round(math.log(step / every) / math.log(1.5))
-    return step == round(every * 1.5**n)
+    return step % every == 0 and (step // every).bit_count() == 1
 
 
 def _mean_patch(family: KernelFamily, inputs: list[Tensor]) -> Tensor:

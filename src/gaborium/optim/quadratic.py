@@ -34,6 +34,10 @@ _MEMORY = 0.1  # of what is known of the scale, a move as long as all before mak
 _SURE, _MUCH = 5.0, 1.5  # standard errors and times: a change of the scale that is believed
 _FARTHEST = 5.0  # lengths of the kernel: no target is believed to lie farther away
 _TINY = 1e-30
+_OF_FILTERS = (
+    *("kernel", "gradient", "level", "pull"),
+    *("spread", "slope", "gradient_spread", "known_spread", "known_slope"),
+)
 
 
 @dataclass(frozen=True)
@@ -170,6 +174,10 @@ class Evidence:
         share = self._share("looks", momentum)
         state["covariance"] = state["covariance"].lerp(covariance, share)
         self._metric = None
+        # C⁻¹ tells noise alone, for which an older one will do.
+        state["n_looks"] = n = state.get("n_looks", 0) + 1
+        if n % 8 == 0 or n in (1, 2, 4):
+            state["inverse"] = self.metric().inverse
 
     def see_gradient(
         self,
@@ -197,10 +205,12 @@ class Evidence:
             The loss as far as it is known now.
         """
         state, metric = self.state, self.metric()
-        rows = mean.repeat_interleave(len(kernels) // len(mean), 0).unsqueeze(1)
-        gradient = gradient - offset.unsqueeze(-1) * rows
-        level = rows * (rows * kernels).sum(-1, keepdim=True)
-        pull = rows * offset.unsqueeze(-1)
+        pull = pull_of_brightness(offset, mean)
+        gradient = gradient - pull
+        level = torch.zeros_like(kernels)
+        if not centred:
+            rows = mean.repeat_interleave(len(kernels) // len(mean), 0).unsqueeze(1)
+            level = rows * (rows * kernels).sum(-1, keepdim=True)
         if "kernel" not in state:
             nothing = torch.zeros_like(kernels[:, 0, 0])
             names = ("spread", "slope", "gradient_spread", "known_spread", "known_slope")
@@ -221,7 +231,7 @@ class Evidence:
         moved, turned = kernels - state["kernel"], gradient - state["gradient"]
         seen, seen_moved = metric.times(torch.stack([state["kernel"], moved], 1)).unbind(1)
         both = torch.stack([turned, state["gradient"]], 1)
-        pulled, pulled_mean = metric.divide(both).unbind(1)
+        pulled, pulled_mean = _by_group(both, state["inverse"]).unbind(1)
 
         spread, slope = inner(moved, seen_moved), inner(moved, turned)
         news = {"spread": spread, "slope": slope, "gradient_spread": inner(turned, pulled)}
@@ -231,13 +241,11 @@ class Evidence:
         kept = 1 - (spread / (state["known_spread"] + spread + _TINY)).clamp_max(_MEMORY)
         state["known_spread"] = state["known_spread"] * kept + spread
         state["known_slope"] = state["known_slope"] * kept + slope
-        for name, value in (
-            ("kernel", kernels),
-            ("gradient", gradient),
-            ("level", level),
-            ("pull", pull),
-            ("brightness", mean.unsqueeze(-1) * mean.unsqueeze(-2)),
-        ):
+        means = {"kernel": kernels, "gradient": gradient}
+        if not centred:
+            brightness = mean.unsqueeze(-1) * mean.unsqueeze(-2)
+            means |= {"level": level, "pull": pull, "brightness": brightness}
+        for name, value in means.items():
             state[name] = state[name] + share * (value - state[name])
         n = kernels[0].numel()
         self._notice_change(n, momentum, news, share)
@@ -253,6 +261,22 @@ class Evidence:
             linear = linear + state["level"] - state["pull"] / scale[:, None, None]
             metric = Metric(metric.covariance + state["brightness"])
         return Quadratic(metric, linear, scale, self._noise(n, momentum) / scale)
+
+    def keep(self) -> None:
+        """Remember what is known of every filter, for ``recall``."""
+        for name in _OF_FILTERS:
+            self.state[f"kept_{name}"] = self.state[name].clone()
+
+    def recall(self, chosen: Tensor) -> None:
+        """Know again what was known of some filters, as if nothing had come since."""
+        for name in _OF_FILTERS:
+            now, then = self.state[name], self.state[f"kept_{name}"]
+            self.state[name] = torch.where(chosen.reshape(-1, *[1] * (now.ndim - 1)), then, now)
+
+    def forget(self) -> None:
+        """Remember no more."""
+        for name in _OF_FILTERS:
+            self.state.pop(f"kept_{name}", None)
 
     def metric(self) -> Metric:
         """C, as far as it is known."""
@@ -305,6 +329,11 @@ class Evidence:
         weight = momentum * float(self.state[name]) + 1 - momentum
         self.state[name].fill_(weight)
         return (1 - momentum) / weight
+
+
+def pull_of_brightness(offset: Tensor, mean: Tensor) -> Tensor:
+    """What of a gradient belongs to the batch's mean patch: ``(filters, members, n)``."""
+    return offset.unsqueeze(-1) * mean.repeat_interleave(len(offset) // len(mean), 0).unsqueeze(1)
 
 
 def inner(a: Tensor, b: Tensor) -> Tensor:
