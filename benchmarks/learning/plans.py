@@ -117,7 +117,7 @@ def few() -> list[Unit]:
         for n, epochs, batch in _FEW:
             sizes = {"samples_per_class": n, "epochs": epochs, "batch_size": batch}
             recipe = replace(_BASE, data=data, **sizes)
-            sides = ("free", *_LEARNED, *_FIXED, "mixed, bank")
+            sides = ("free", "adam, bank", "natural, bank", *_FIXED, "mixed, bank")
             units.append(Unit(_few_name(data, n), recipe, sides, tuned_as=tuned_as))
         corrupted = replace(recipe, corruption=CORRUPTIONS)
         sides = ("free", "adam, bank", "natural, bank", "fixed, bank", "mixed, bank")
@@ -151,7 +151,7 @@ def starts() -> list[Unit]:
             replace(recipe, network=network, n_filters=n),
             ("free", *_LEARNED, "adam, equal", "natural, equal", *_FIXED),
         )
-        for network, n in (("energy", 8), ("energy", 16), ("cnn", 8), ("cnn", 16))
+        for network, n in (("energy", 8), ("energy", 16), ("cnn", 16))
     ]
 
 
