@@ -74,7 +74,7 @@ def choose(data: Path) -> list[tuple[str, int, np.ndarray]]:
         if meta["channels"].startswith("BGR") and "unknown" not in meta["channels"]:
             weights = weights[:, ::-1]
         for index in sorted(draw_from.choice(len(weights), n, replace=False).tolist()):
-            found.append((network, index, weights[index]))
+            found.append((network, index, weights[index]))  # noqa: PERF401
     draw_from.shuffle(found)
     return found
 
