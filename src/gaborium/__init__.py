@@ -24,6 +24,8 @@ _HOMES = {
     "GaborConv3d": "layers",
     "suggest_kernel_size": "layers",
     "MixedConv": "mixed",
+    "convert": "conversion",
+    "Conversion": "conversion",
     "train": "training",
     "Recipe": "training",
     "TrainResult": "training",
@@ -42,6 +44,8 @@ if TYPE_CHECKING:
     from gaborium import interop as interop
     from gaborium import optim as optim
     from gaborium import training as training
+    from gaborium.conversion import Conversion as Conversion
+    from gaborium.conversion import convert as convert
     from gaborium.fitting import FitResult as FitResult
     from gaborium.fitting import FitShards as FitShards
     from gaborium.fitting import Outcome as Outcome

@@ -23,8 +23,8 @@ _STALE = 0.05  # share of a kernel by which it may change before its derivatives
 _SELDOM = 20  # times leap_every: as rare as leaps become
 # Standard errors by which a leap must be better: the best of thousands is often better by four.
 _CERTAIN = 6.0
-# Where a leap has ended, the loss rises so many times as steeply as it fell where the leap began: it
-# ended higher. (A quadratic loss does at 1; its root is a cone, which rises as it falls.)
+# A leap has ended higher where the loss rises there so many times as steeply as it fell where the
+# leap began: a quadratic loss does at 1, but its root is a cone, which rises as it falls.
 _UPHILL = 1.25
 _BOLD = 0.5  # share of the largest rate so far, below which it is too late to leap
 _YOUNG = 100  # steps in which filters move at every one
