@@ -100,12 +100,11 @@ def embedded() -> list[Unit]:
     )
     return [
         Unit(
-            f"textures, {9 * n} samples, {network}",
-            replace(recipe, network=network, samples_per_class=n, epochs=epochs),
+            f"textures, {9 * n} samples, cnn",
+            replace(recipe, samples_per_class=n, epochs=epochs),
             ("free", *_LEARNED, *_FIXED, "mixed, bank"),
         )
         for n, epochs in ((100, 6), (20, 30))
-        for network in ("cnn", "energy")
     ]
 
 

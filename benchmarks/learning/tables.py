@@ -1,0 +1,128 @@
+"""Print the tables of the documentation from the means in benchmarks/results/learning_*.json.
+
+python benchmarks/learning/tables.py few starts
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from _report import RESULTS
+
+NAMES = {
+    "free": "free",
+    "mixed, bank": "half learned, half free, bank",
+    **{
+        f"{how}, {start}": f"{told}, {start}"
+        for how, told in (
+            ("adam", "learned by Adam"),
+            ("natural", "learned by the natural gradient"),
+            ("fixed", "fixed"),
+        )
+        for start in ("bank", "random", "equal", "mel")
+    },
+}
+HEADER = (
+    *("first layer, start", "accuracy", "over free", "over the fixed bank", "over fixed random"),
+    *("orientation, wavelength, sigma moved by", "put back", "numbers learned in it"),
+)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("experiments", nargs="+")
+    for name in parser.parse_args().experiments:
+        document = json.loads((RESULTS / f"learning_{name}.json").read_text(encoding="utf-8"))
+        for part in document["parts"]:
+            print(f"\n{part['name']}\n")
+            table([HEADER, *(row(NAMES[side], one) for side, one in ordered(part["sides"]))])
+            if any("corrupted" in one for one in part["sides"].values()):
+                print()
+                table(corrupted(part["sides"]))
+            if any("similarity" in one for one in part["sides"].values()):
+                print()
+                table(similarity(part["sides"]))
+
+
+def ordered(sides: dict[str, Any]) -> list[tuple[str, Any]]:
+    return sorted(sides.items(), key=lambda side: -side[1]["accuracy"]["mean"])
+
+
+def row(name: str, one: dict[str, Any]) -> list[str]:
+    leads = [
+        told(one.get(f"lead over {other}"), "+")
+        for other in ("free", "fixed, bank", "fixed, random")
+    ]
+    return [
+        name,
+        told(one["accuracy"]),
+        *leads,
+        moved(one.get("displacement")),
+        told(one.get("accuracy_put_back")),
+        str(one["n_first_parameters"]),
+    ]
+
+
+def told(mean: dict[str, Any] | None, sign: str = "") -> str:
+    """Percent or points, with their standard error."""
+    if not mean or not mean["n"]:
+        return ""
+    error = mean["standard_error"]
+    text = f"{100 * mean['mean']:{sign}.1f}".replace("-", "−")
+    return text if error is None else f"{text} ± {100 * error:.1f}"
+
+
+def moved(displacement: dict[str, Any] | None) -> str:
+    if not displacement or not any(one["mean"] for one in displacement.values()):
+        return ""
+    parts = [("orientation", 180 / math.pi, "°"), ("wavelength", 1, " px"), ("sigma", 1, " px")]
+    return ", ".join(
+        f"{factor * displacement[name]['mean']:.{1 if unit == '°' else 2}f}{unit}"
+        for name, factor, unit in parts
+        if name in displacement
+    )
+
+
+def corrupted(sides: dict[str, Any]) -> list[list[str]]:
+    """Mean accuracy over the five strengths of each kind."""
+    some = [(name, one) for name, one in ordered(sides) if "corrupted" in one]
+    kinds = list(some[0][1]["corrupted"])
+    rows = [["first layer, start", "clean", "mean", *kinds]]
+    for name, one in some:
+        means = [
+            sum(mean["mean"] for mean in one["corrupted"][kind]) / len(one["corrupted"][kind])
+            for kind in kinds
+        ]
+        rows.append(
+            [NAMES[name], told(one["accuracy"]), told(one["mean_corrupted"])]
+            + [f"{100 * mean:.1f}" for mean in means]
+        )
+    return rows
+
+
+def similarity(sides: dict[str, Any]) -> list[list[str]]:
+    some = [(name, one["similarity"]) for name, one in ordered(sides) if "similarity" in one]
+    epochs = [epoch for epoch in some[0][1] if int(epoch) in (0, 1, 4, 8, 12, 16, 20, 24)]
+    rows = [["filters like their neighbour, epoch", *epochs]]
+    rows += [
+        [NAMES[name], *(f"{one[epoch]['mean']:.2f}" for epoch in epochs)] for name, one in some
+    ]
+    return rows
+
+
+def table(rows: list[Any]) -> None:
+    used = [i for i in range(len(rows[0])) if any(row[i] for row in rows[1:])]
+    for number, one in enumerate(rows):
+        print("| " + " | ".join(one[i] for i in used) + " |")
+        if number == 0:
+            print("|" + "---|" * len(used))
+
+
+if __name__ == "__main__":
+    main()
