@@ -456,7 +456,7 @@ def test_gabor_parameters_have_an_optimizer_of_their_own():
     with pytest.raises(ValueError, match=r"gabor_learning_rate must be at most 1 with"):
         make_optimizers(gabor, Recipe(optimizer="natural", gabor_learning_rate=3.0))
     (default,) = make_optimizers(gabor, Recipe())
-    assert default.param_groups[0]["lr"] == 0.01
+    assert default.param_groups[0]["lr"] == 0.04
     assert make_optimizers(gabor, Recipe(optimizer="natural"))[0].param_groups[0]["lr"] == 1.0
 
 
@@ -526,7 +526,7 @@ def test_learning_rates_follow_the_schedule_to_zero(data, monkeypatch):
     assert seen == [pytest.approx([share, 1e-2 * share]) for share in shares]
     seen.clear()
     train(TINY.replace(epochs=1), dataset=data)
-    assert seen == [[0.01, 1e-2]] * 4
+    assert seen == [[0.04, 1e-2]] * 4
 
 
 def test_the_test_images_may_be_looked_at_once(data, monkeypatch):

@@ -80,7 +80,7 @@ class Recipe:
         optimizer: of the Gabor parameters: ``"adam"``, or ``"natural"``, which is
             ``gaborium.optim.NaturalGradient``. All others have Adam.
         learning_rate: of Adam, for all that is no Gabor parameter.
-        gabor_learning_rate: of the optimizer of the Gabor parameters; by default 0.01 of Adam,
+        gabor_learning_rate: of the optimizer of the Gabor parameters; by default 0.04 of Adam,
             and of the natural gradient its own.
         schedule: of all learning rates: ``"constant"``, or ``"cosine"``, half a cosine from the
             rates above at the first step to 0 after the last.

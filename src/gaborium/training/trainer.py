@@ -29,7 +29,7 @@ from gaborium.training.recipe import Recipe
 from gaborium.training.results import Run
 
 RUN_FILE = "run.safetensors"
-_ADAM_RATE = 0.01  # of Gabor parameters
+_ADAM_RATE = 0.04  # of Gabor parameters
 _N_SNAPSHOTS = 30  # of the filters
 _MOST_FILTERS = 64  # in the snapshots
 _EVALUATED = 256  # images at a time
