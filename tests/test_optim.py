@@ -6,6 +6,7 @@ import math
 import pickle
 import socket
 import warnings
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -688,3 +689,87 @@ def test_a_constant_image_gives_no_nan(bias):
         (layer(torch.full((2, 1, 16, 16), 0.5)) - 1).square().mean().backward()
         optimizer.step()
     assert all(value.isfinite().all() for value in gabor_state(layer).values())
+
+
+# -- rests and leaps ------------------------------------------------------------------------------
+
+
+def test_older_filters_move_at_every_fourth_step(monkeypatch):
+    monkeypatch.setattr("gaborium.optim.natural._YOUNG", 2)
+    model, data = small_net(bias=True), batches(9)
+    optimizer = NaturalGradient(model)
+    moved = []
+    for batch in data:
+        before = gabor_state(model)
+        train(model, optimizer, [batch])
+        moved.append(not torch.equal(before["0.even"], gabor_state(model)["0.even"]))
+    assert moved == [True, True, False, True, False, False, False, True, False]
+
+
+def test_gradients_between_two_moves_count_as_their_mean(monkeypatch):
+    monkeypatch.setattr("gaborium.optim.natural._YOUNG", 4)
+    data, ends = batches(5), []
+    for scales in ((1.0, 1.0, 1.0, 1.0), (4.0, 0.0, 0.0, 0.0)):
+        model = small_net(bias=True)
+        optimizer = NaturalGradient(model, leap_every=0)
+        train(model, optimizer, data[:4])
+        before = gabor_state(model)["0.even"]
+        images, labels = data[4]
+        for scale in scales:
+            optimizer.zero_grad()
+            (scale * nn.functional.cross_entropy(model(images), labels)).backward()
+            optimizer.step()
+        ends.append(gabor_state(model)["0.even"])
+        assert not torch.equal(ends[-1], before)
+    assert torch.allclose(*ends, atol=1e-5)
+
+
+def leaping(photograph: Tensor) -> tuple[GaborConv2d, NaturalGradient, Callable[[], None]]:
+    """A layer whose filters are about to leap, and a step of its training."""
+    image, target, layer = photograph[..., 100:180, 150:230], planted(12, 100), planted(12, 0)
+    wanted = target(image).detach()
+    optimizer = NaturalGradient(layer)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        (layer(image) - wanted).square().mean((0, 2, 3)).sum().backward()
+        optimizer.step()
+
+    return layer, optimizer, step
+
+
+def test_a_leap_that_ended_higher_is_taken_back(photograph):
+    layer, optimizer, step = leaping(photograph)
+    state = optimizer.state[layer.tap.kernel]
+    while "leapt" not in state:
+        home = layer.weight.detach().clone()
+        step()
+    leapt = state["leapt"]
+    assert leapt.any()
+    assert not leapt.all()
+    there = layer.weight.detach().clone()
+    # The loss rises steeply the way that the first of them went.
+    first = int(leapt.nonzero()[0])
+    optimizer.zero_grad()
+    rise = torch.zeros_like(there).index_copy(
+        0, torch.tensor([first]), there[[first]] - home[[first]]
+    )
+    layer(photograph[..., 100:180, 150:230]).sum().mul(0.0).backward()
+    layer.tap.kernel.grad.add_(1e6 * rise)
+    optimizer.step()
+    now = layer.weight.detach()
+    assert (now - home)[first].norm() < 0.5 * (there - home)[first].norm()
+    assert state["doubt"].tolist() == [2.0 if i == first else 1.0 for i in range(12)]
+    others = leapt.nonzero().flatten()[1:]
+    assert ((now - there)[others].norm() < (now - home)[others].norm()).all()
+    assert "leapt" not in state
+
+
+def test_no_filter_leaps_once_the_rate_has_fallen(photograph):
+    for rate, leaps in ((1.0, True), (0.6, True), (0.3, False), (0.0, False)):
+        layer, optimizer, step = leaping(photograph)
+        for _ in range(4):
+            step()
+        optimizer.param_groups[0]["lr"] = rate
+        step()
+        assert ("leapt" in optimizer.state[layer.tap.kernel]) == leaps, rate
