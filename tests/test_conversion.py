@@ -242,3 +242,22 @@ def test_silent_and_infinite_kernels_are_told():
         model[0].weight[2, 0, 0, 0] = math.nan
     with pytest.raises(ValueError, match="NaN or infinity in 1 of 6"):
         convert(model)
+
+
+def test_edges_become_waves_that_can_be_trained():
+    rows = torch.arange(9.0) - 4
+    edge = (rows[:, None] * torch.exp(-(rows[:, None] ** 2 + rows**2) / 4)).expand(1, 1, 9, 9)
+    conv = nn.Conv2d(1, 1, 9, bias=False)
+    conv.weight = nn.Parameter(edge.clone())
+    conversion = convert(conv)
+    assert conversion.is_gabor.all()
+    params = conversion.params
+    assert (params.wavelength <= 36.0 + 1e-6).all()
+    assert (params.amplitude.abs() < 10 * edge.abs().max()).all()
+    # Steps of Adam that are small for any layer are small for this one.
+    model, image = conversion.model, photographs(1)
+    before = model(image).detach()
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+    model(image).square().mean().backward()
+    optimizer.step()
+    assert (model(image) - before).std() < 0.1 * before.std()

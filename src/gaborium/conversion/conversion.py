@@ -22,6 +22,7 @@ from gaborium.params import Gabor
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 # A direction that no patch has must not become free to choose.
 _DAMPING = 1e-4
+_LONGEST = 4.0  # sizes of the kernel, of waves and envelopes
 
 
 @dataclass(frozen=True, eq=False)
@@ -153,7 +154,11 @@ def convert(
     layer: Any = whole.get_submodule(place)
     weight = _kernels(layer, place)
     n_dims = weight.ndim - 2
+    # An edge may also be an all but endless wave of all but endless amplitude, but that cannot be
+    # trained: a step that is nothing to one of them is far too much for the other.
+    longest = _LONGEST * max(weight.shape[2:])
     options: dict[str, Any] = {
+        "bounds": {"wavelength": (0.0, longest), "sigma": (0.0, longest)},
         "n_dims": n_dims, "geometry": "filter", "center": True, "n_starts": n_starts,
     }  # fmt: skip
     kernels = responses = fit(weight, **options)
