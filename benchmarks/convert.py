@@ -5,8 +5,8 @@
     python benchmarks/convert.py --quick --output /tmp/look
 
 Small CNNs with first kernels of 7, 9 and 11 px on Fashion-MNIST and CIFAR-10, and a ResNet of
-transformers with its 7 px stem on CIFAR-10, are trained as ordinary networks. Then their first layer
-is converted: where its kernels are explained to nine tenths, or the responses to 512 training
+transformers with its 7 px stem on CIFAR-10, are trained as ordinary networks. Then their first
+layer is converted: where its kernels are explained to nine tenths, or the responses to 512 training
 images (no labels), or every filter whatever it explains. Measured on the test images: the accuracy
 at once, and after one further epoch, in which the network that was not converted is trained too.
 """
