@@ -20,7 +20,7 @@ from gaborium.optim.steps import Slopes, descend, leap
 _PATCH_MOMENTUM = 0.9  # of the patches' moments, from look to look
 _HEEDED = 1e-6  # share of the gradient that the responses' means must have, to be heeded
 _STALE = 0.05  # share of a kernel by which it may change before its derivatives are found anew
-_SELDOM = 20  # times leap_every: as rare as leaps become
+_SELDOM = 200  # times leap_every: as rare as leaps become
 # Standard errors by which a leap must be better: the best of thousands is often better by four.
 _CERTAIN = 6.0
 # A leap has ended higher where the loss rises there so many times as steeply as it fell where the
@@ -62,7 +62,7 @@ class NaturalGradient(Optimizer):
         trust_radius: how far a step may change a filter's responses, as a share of their own
             standard deviation.
         damping: added to the variance of every pixel, as a share of the mean variance.
-        leap_every: steps before the first leap; the waits between leaps grow, up to twenty
+        leap_every: steps before the first leap; the waits between leaps double, up to 200
             times as many. 0: no leaps.
         look_every: steps between two looks at the input's patches.
         seed: of the choice of patches.

@@ -249,10 +249,14 @@ def _search(
     size = gram.diagonal(dim1=-2, dim2=-1)
     ridge = 1e-6 * size.amax(-1, keepdim=True).expand_as(size) + 1e-30
     root = torch.linalg.cholesky_ex(gram + torch.diag_embed(ridge))[0]
-    pairs = torch.cholesky_solve(rhs.unsqueeze(-1), root).squeeze(-1).unflatten(-1, (2, -1))
-    pairs = _allowed(layer, now, pairs, filters, part)
+    if gram.shape[1] == 1:  # all filters have these systems in common
+        flat = torch.cholesky_solve(rhs.mT, root[:, 0]).mT
+    else:
+        flat = torch.cholesky_solve(rhs.unsqueeze(-1), root).squeeze(-1)
+    pairs = _allowed(layer, now, flat.unflatten(-1, (2, -1)), filters, part)
     flat = pairs.flatten(2)
-    value = (flat * (0.5 * (gram @ flat.unsqueeze(-1)).squeeze(-1) - rhs)).sum(-1)
+    seen = flat @ gram[:, 0] if gram.shape[1] == 1 else (gram @ flat.unsqueeze(-1)).squeeze(-1)
+    value = (flat * (0.5 * seen - rhs)).sum(-1)
     value = torch.where(value.isfinite(), value, torch.inf)
     chosen = value.topk(min(n_best, len(value)), 0, largest=False).indices.T
     chosen = chosen[:, torch.arange(n_best) % chosen.shape[1]]
