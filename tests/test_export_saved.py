@@ -131,6 +131,13 @@ def test_extreme_values_come_back(tmp_path):
         torch.testing.assert_close(again.state_dict()[name], value, rtol=0, atol=0, equal_nan=True)
 
 
+def test_a_tensor_keeps_a_dtype_of_its_own(tmp_path):
+    layer = GaborConv2d(1, 2, 5)
+    layer.bias = nn.Parameter(torch.tensor([1 / 3, 2 / 3], dtype=torch.float64))
+    save_layer(layer, tmp_path / "a")
+    assert torch.equal(load_layer(tmp_path / "a").bias, layer.bias)
+
+
 def test_what_is_frozen_stays_frozen(tmp_path):
     layer = GaborConv2d(1, 2, 5)
     layer.even.requires_grad_(False)

@@ -47,17 +47,19 @@ def to_plain(model: nn.Module) -> nn.Module:
     result = copy.deepcopy(model)
     if isinstance(result, LAYERS_OF_OURS):
         return _plain(result, type(result).__name__)
-    done: dict[nn.Module, nn.Module] = {}
-    # Places are gone through from the outside in: what lies in a replaced layer is gone.
-    for name, part in list(result.named_modules(remove_duplicate=False)):
-        parent, _, last = name.rpartition(".")
-        if isinstance(part, LAYERS_OF_OURS) and not isinstance(
-            holder := result.get_submodule(parent), MixedConv
-        ):
-            if part not in done:
-                done[part] = _plain(part, name)
-            setattr(holder, last, done[part])
+    _replace_in(result, "", {})
     return result
+
+
+def _replace_in(module: nn.Module, prefix: str, done: dict[nn.Module, nn.Module]) -> None:
+    """Replace what lies in a module, from the outside in: a mixed layer before its Gabor layer."""
+    for name, part in module._modules.items():
+        if isinstance(part, LAYERS_OF_OURS):
+            if part not in done:
+                done[part] = _plain(part, prefix + name)
+            setattr(module, name, done[part])
+        elif part is not None:
+            _replace_in(part, f"{prefix}{name}.", done)
 
 
 def _plain(layer: Any, name: str) -> nn.Module:
