@@ -71,6 +71,7 @@ def test_a_layer_comes_back_exactly(kind, args, arguments, tmp_path):
     assert not again.training
     files = {path.name for path in (tmp_path / "layer").iterdir()}
     assert files == {"README.md", "config.json", "model.safetensors"}
+    assert "device" not in json.loads((tmp_path / "layer" / "config.json").read_text())
     # A second generation is the same.
     again.save_pretrained(tmp_path / "again")
     for name in ("config.json", "model.safetensors"):
