@@ -14,8 +14,9 @@ from pathlib import Path
 import pytest
 
 import gaborium
-from gaborium import diagnostics
+from gaborium import diagnostics, export
 from gaborium.cli import diagnose as diagnose_command
+from gaborium.cli import export as export_command
 from gaborium.cli import recover as recover_command
 from gaborium.cli import train as train_command
 from gaborium.diagnostics.diagnosis import _ORDER as CAUSES
@@ -24,7 +25,7 @@ ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
 EXAMPLES = ROOT / "examples"
 # Packages that a page may use and a user may lack; the development environment has them.
-OPTIONAL = {"cv2", "matplotlib", "numpy", "skimage"}
+OPTIONAL = {"cv2", "matplotlib", "numpy", "onnxruntime", "skimage"}
 
 PAGES = [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))]
 # A block of Python and, where a block of text follows at once, what it prints.
@@ -122,10 +123,11 @@ def test_the_pages_build_without_a_warning(tmp_path):
     names = {f"gaborium.{name}" for name in gaborium.__all__ if not name.startswith("_")}
     names |= {f"gaborium.interop.{name}" for name in CONVERSIONS}
     names |= {f"gaborium.diagnostics.{name}" for name in diagnostics.__all__}
+    names |= {f"gaborium.export.{name}" for name in export.__all__}
     anchors = set(re.findall(r'id="([\w.-]+)"', html["reference"]))
     # Modules, whose functions are there.
     assert names - anchors == {
-        f"gaborium.{name}" for name in ("diagnostics", "interop", "optim", "training")
+        f"gaborium.{name}" for name in ("diagnostics", "export", "interop", "optim", "training")
     }
 
 
@@ -135,6 +137,7 @@ def test_the_pages_build_without_a_warning(tmp_path):
         ("experiment", recover_command),
         ("diagnostics", diagnose_command),
         ("training", train_command),
+        ("export", export_command),
     ],
 )
 def test_options_on_a_page_exist(page, command):

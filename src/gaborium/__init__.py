@@ -37,10 +37,11 @@ _HOMES = {
     "sigma_from_bandwidth": "spectrum",
     "dc_response": "spectrum",
 }
-_NAMESPACES = ("diagnostics", "interop", "optim", "training")
+_NAMESPACES = ("diagnostics", "export", "interop", "optim", "training")
 
 if TYPE_CHECKING:
     from gaborium import diagnostics as diagnostics
+    from gaborium import export as export
     from gaborium import interop as interop
     from gaborium import optim as optim
     from gaborium import training as training

@@ -505,6 +505,59 @@ def train(
     _print_end(console, folder, begun)
 
 
+def export(
+    file: Path,
+    /,
+    *,
+    formats: tuple[Literal["json", "csv", "skimage", "opencv", "plain", "onnx"], ...] = (
+        *("json", "csv", "plain"),
+    ),
+    size: int = 64,
+    name: str = "export",
+    out: Path = Path("runs"),
+    overwrite: bool = False,
+) -> None:
+    """Write a saved Gabor layer in other forms.
+
+    Writes the chosen files, and result.json with the checksums of all.
+
+    Args:
+        file: A layer that gaborium.export.save_layer has written. Nothing in it is executed.
+        formats: "json" and "csv": the parameters, params.json and params.csv. "skimage" and
+            "opencv": tables in the words of these libraries. "plain": the kernels and the bias of
+            an ordinary convolution, plain.safetensors. "onnx": the layer as a graph, layer.onnx.
+        size: Height and width of the images that the graph takes, px.
+        name: Name of the run.
+        out: Folder of all runs.
+        overwrite: Replace an earlier run of this name.
+    """
+    console = require("rich.console", extra="cli", purpose="Commands").Console()
+    _check_least(1, size=size)
+    _check_name(name)
+
+    with console.status("Loading PyTorch"):
+        import hashlib
+
+        import torch
+
+        from gaborium.export import load_layer, write_formats
+        from gaborium.files import new_folder
+
+    torch.set_num_threads(1)  # as in recover
+    layer = load_layer(file)
+    facts = {
+        "file": file.name,
+        "SHA-256": hashlib.sha256(file.read_bytes()).hexdigest(),
+        "command": _command(),
+    }
+    folder = out / name
+    with new_folder(folder, overwrite=overwrite) as place, console.status("Writing the files"):
+        written = write_formats(layer, place, formats, size=size, facts=facts)
+    console.print(_plain(f"{file.name}: {type(layer).__name__}({layer.extra_repr()})"))
+    for path in written:
+        console.print(f"Wrote {folder / path}", soft_wrap=True, highlight=False)
+
+
 _EXPERIMENT = (
     *("image", "orientation", "wavelength", "phase", "sigma", "aspect_ratio"),
     *("start_orientation", "padding", "crop", "max_images", "loss", "learning_rate", "momentum"),
@@ -883,6 +936,7 @@ def _app(cyclopts: Any) -> Any:
             negative=None, negative_bool=(), negative_iterable=("no-",)
         ),
     )
+    app.command(export)
     app.command(fit, default_parameter=cyclopts.Parameter(negative=None, negative_bool=("no-",)))
     return app
 

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import csv
 import hashlib
+import io
 import json
 import os
+import re
 import shutil
 import stat
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from gaborium.errors import require
 
@@ -19,6 +22,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _NO_DIGEST = "0" * 64  # stands where the checksum comes, and is part of what it is taken of
+_LARGEST_HEADER = 100_000_000  # bytes, safetensors' own limit
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:
@@ -69,6 +73,20 @@ def write_bytes(path: str | os.PathLike[str], data: bytes) -> None:
             _replace_file(Path(os.path.realpath(path)), data)
     except OSError as error:
         raise _cannot_write(path, error) from None
+
+
+def csv_text(rows: Sequence[Mapping[str, object]]) -> str:
+    r"""Rows with the same keys as CSV, under a line of the keys; floats come back bit for bit.
+
+    Example:
+        >>> csv_text([{"filter": 0, "sigma (px)": 2.5}, {"filter": 1, "sigma (px)": 3.0}])
+        'filter,sigma (px)\n0,2.5\n1,3.0\n'
+    """
+    buffer = io.StringIO()
+    writer = csv.DictWriter(buffer, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return buffer.getvalue()
 
 
 def write_tensors(
@@ -127,40 +145,66 @@ def read_tensors(
         ValueError: it is cut off or damaged, is none of these files, or has a newer format.
     """
     safetensors = require("safetensors.torch", extra=extra, purpose=purpose)
-    data = Path(path).read_bytes()
+    damages = (require("safetensors", extra=extra, purpose=purpose).SafetensorError, LookupError)
     try:
-        facts = _verified_facts(data, newest, what, again)
+        # A pipe would be waited for, and a device may have no end.
+        if not stat.S_ISREG(Path(path).stat().st_mode):
+            raise ValueError(f"is no ordinary file; give {what}.")
+        with Path(path).open("rb") as file:
+            data, facts = _verified(file, newest, what, again)
+        try:
+            return safetensors.load(data), facts
+        except damages as error:
+            raise ValueError(f"is damaged ({' '.join(str(error).split())}); {again}.") from None
     except ValueError as error:
         raise ValueError(f"{os.fspath(path)!r} {error}") from None
-    return safetensors.load(data), facts
 
 
-def _verified_facts(data: bytes, newest: int, what: str, again: str) -> dict[str, Any]:
-    """What a file says about its tensors; ``ValueError`` ends a sentence on what is wrong."""
+def _verified(file: IO[bytes], newest: int, what: str, again: str) -> tuple[bytes, dict[str, Any]]:
+    """A file's bytes and what it says about its tensors.
+
+    No more is read than the file's own parts make plausible, and no more memory taken than its
+    size: of a strange one the first bytes only. ``ValueError`` ends a sentence on what is wrong.
+    """
     again = f"{again}, or take it from a copy."
+    strange = f"is not {what}, or its first bytes are damaged; give such a file."
+    size = os.fstat(file.fileno()).st_size
     # A safetensors file begins with the length of a header, and the header tells all others.
+    data = file.read(9)
     start = 8 + int.from_bytes(data[:8], "little")
-    if len(data) < 9 or (data[8:9] == b"{" and len(data) < start):
-        raise ValueError(f"is cut off after {len(data)} bytes; {again}")
+    if size < 9 or (data[8:] == b"{" and size < start):
+        raise ValueError(f"is cut off after {size} bytes; {again}")
+    if data[8:] != b"{" or start > _LARGEST_HEADER:
+        raise ValueError(strange)
+    data += file.read(start - 9)
     try:
-        header = json.loads(data[8:start])
+        header = json.loads(data[8:])
         facts = json.loads(header.pop("__metadata__")["gaborium"])
-        version, digest = facts["format"], facts["sha256"]
-        end = start + max((entry["data_offsets"][1] for entry in header.values()), default=0)
-    except (AttributeError, LookupError, TypeError, ValueError):
-        raise ValueError(
-            f"is not {what}, or its first bytes are damaged; give such a file."
-        ) from None
+        version, digest = int(facts["format"]), str(facts["sha256"])
+        end = start + max((int(entry["data_offsets"][1]) for entry in header.values()), default=0)
+    except (AttributeError, LookupError, OverflowError, RecursionError, TypeError, ValueError):
+        raise ValueError(strange) from None
     if version > newest:
         raise ValueError(
-            f"has format {version}, and this version reads up to {newest}; update gaborium."
+            f"has format {version}, and this version reads up to {newest}; update gaborium"
+            f"{_to_writer(facts)}."
         )
-    if len(data) < end:
-        raise ValueError(f"is cut off: {len(data)} of {end} bytes are there; {again}")
+    if size < end:
+        raise ValueError(f"is cut off: {size} of {end} bytes are there; {again}")
+    if size > end:
+        raise ValueError(f"is damaged: {size - end} bytes follow its end; {again}")
+    data += file.read(end - start)
     blank = data.replace(digest.encode(), _NO_DIGEST.encode(), 1)
     if hashlib.sha256(blank).hexdigest() != digest:
         raise ValueError(f"is damaged: its checksum does not agree with its content; {again}")
-    return facts
+    return data, facts
+
+
+def _to_writer(facts: Mapping[str, Any]) -> str:
+    """The version that wrote a file, as the end of an advice, where the file tells it."""
+    writer = facts.get("gaborium")
+    known = isinstance(writer, str) and re.fullmatch(r"\d[\w.+-]{0,30}", writer)
+    return f" to {writer} or newer" if known else ""
 
 
 @contextmanager

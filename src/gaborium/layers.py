@@ -126,7 +126,7 @@ class _GaborConv(nn.Module, Generic[Record]):
         self.dilation: Any = dilation
         self.padding_mode = padding_mode
         # nn.ConvNd checks its arguments and brings them to their normal form.
-        plain = self._empty_conv(bias=bias)
+        plain = _empty_conv(self, out_channels, bias=bias)
         self.stride, self.padding, self.dilation = plain.stride, plain.padding, plain.dilation
         if output == "quadrature" and (out_channels % 2 or (out_channels // 2) % groups):
             raise ValueError(
@@ -164,10 +164,7 @@ class _GaborConv(nn.Module, Generic[Record]):
         responses = self.convolve(input, *self.tapped(input))
         if self.output != "energy":
             return responses
-        energy = pair_norms(responses, dim=-self.n_dims - 1)
-        if self.bias is None:
-            return energy
-        return energy + self.bias.reshape(-1, *[1] * self.n_dims)
+        return biased(pair_norms(responses, dim=-self.n_dims - 1), self.bias, self.n_dims)
 
     def tapped(self, input: Tensor) -> tuple[Tensor, Tensor | None]:
         """The kernels and the bias to convolve with, which an optimiser may listen to."""
@@ -427,30 +424,10 @@ class _GaborConv(nn.Module, Generic[Record]):
         """
         if self.output == "energy":
             raise ValueError(
-                "An energy output is not a convolution; use output='quadrature' and take the "
-                "norm of each pair after to_conv()."
+                "An energy output is not a convolution; use gaborium.export.to_plain, which puts "
+                "the norm of each pair behind one."
             )
-        weight = self.weight.detach()
-        conv = self._empty_conv(bias=self.bias is not None)
-        conv.weight = nn.Parameter(weight.clone())
-        if self.bias is not None:
-            conv.bias = nn.Parameter(self.bias.detach().clone())
-        return conv.train(self.training)
-
-    def _empty_conv(self, *, bias: bool) -> Any:
-        """An ``nn.ConvNd`` of these arguments without memory: on the meta device."""
-        return PLAIN_LAYERS[self.n_dims](
-            self.in_channels,
-            self.out_channels,
-            self.kernel_size,
-            self.stride,
-            self.padding,
-            self.dilation,
-            self.groups,
-            bias,
-            self.padding_mode,
-            device="meta",
-        )
+        return plain_conv(self, self.weight, self.bias)
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
@@ -586,6 +563,42 @@ def suggest_kernel_size(params: Gabor, n_stds: float = 3.0) -> tuple[int, ...]:
     return tuple(2 * half + 1 for half in reversed(halves.ceil().long().tolist()))
 
 
+def plain_conv(layer: Any, weight: Tensor, bias: Tensor | None) -> Any:
+    """A new ``nn.ConvNd`` with these kernels and this bias, otherwise as a layer of ours.
+
+    Args:
+        layer: a ``GaborConvNd`` or ``MixedConv``; tells stride, padding, groups, mode and so on.
+        weight: ``(out, in / groups, *kernel_size)``, copied.
+        bias: ``(out,)``, copied; or ``None``.
+
+    Example:
+        >>> layer = GaborConv1d(1, 4, 9, stride=2)
+        >>> plain_conv(layer, layer.weight, None)
+        Conv1d(1, 4, kernel_size=(9,), stride=(2,), bias=False)
+    """
+    conv = _empty_conv(layer, len(weight), bias=bias is not None)
+    conv.weight = nn.Parameter(weight.detach().clone())
+    if bias is not None:
+        conv.bias = nn.Parameter(bias.detach().clone())
+    return conv.train(layer.training)
+
+
+def _empty_conv(layer: Any, out_channels: int, *, bias: bool) -> Any:
+    """An ``nn.ConvNd`` of a layer's arguments without memory: on the meta device."""
+    return PLAIN_LAYERS[layer.n_dims](
+        layer.in_channels,
+        out_channels,
+        layer.kernel_size,
+        layer.stride,
+        layer.padding,
+        layer.dilation,
+        layer.groups,
+        bias,
+        layer.padding_mode,
+        device="meta",
+    )
+
+
 def pair_norms(responses: Tensor, dim: int) -> Tensor:
     """Norms of the pairs that follow each other along an axis, with gradient 0 where both are 0.
 
@@ -597,6 +610,46 @@ def pair_norms(responses: Tensor, dim: int) -> Tensor:
     even, odd = responses.unflatten(dim, (-1, 2)).unbind(dim if dim < 0 else dim + 1)
     silent = (even == 0) & (odd == 0)
     return torch.hypot(even.masked_fill(silent, 1), odd).masked_fill(silent, 0)
+
+
+def biased(responses: Tensor, bias: Tensor | None, n_dims: int) -> Tensor:
+    """Responses ``(..., channels, *size)`` with each channel's bias ``(channels,)`` added."""
+    return responses if bias is None else responses + bias.reshape(-1, *[1] * n_dims)
+
+
+class PairEnergy(nn.Module):
+    """The norms of pairs of channels, as a Gabor layer's energy output gives them.
+
+    Args:
+        pairs: a convolution whose channels are pairs, one after another.
+        bias: ``(out_channels,)``, added to the norms; a parameter, which is copied.
+
+    Raises:
+        ValueError: its number of channels is odd.
+
+    Example:
+        >>> layer = PairEnergy(nn.Conv2d(1, 8, 5))
+        >>> layer(torch.rand(1, 1, 9, 9)).shape, layer.out_channels
+        (torch.Size([1, 4, 5, 5]), 4)
+    """
+
+    output = "energy"
+    bias: nn.Parameter | None
+
+    def __init__(self, pairs: nn.Module, bias: Tensor | None = None) -> None:
+        super().__init__()
+        n_channels: Any = getattr(pairs, "out_channels", None)
+        if not isinstance(n_channels, int) or n_channels % 2:
+            raise ValueError(f"pairs must give an even number of channels, got {n_channels}.")
+        self.pairs = pairs
+        self.in_channels: Any = getattr(pairs, "in_channels", None)
+        self.out_channels = n_channels // 2
+        self.bias = None if bias is None else nn.Parameter(bias.detach().clone())
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Energies ``(batch, out_channels, *size)``, or the same without batch."""
+        n_dims = len(cast(Any, self.pairs).kernel_size)
+        return biased(pair_norms(self.pairs(input), dim=-n_dims - 1), self.bias, n_dims)
 
 
 def _widened(value: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gaborium.layers import GABOR_LAYERS, PLAIN_LAYERS, GaborConv1d, GaborConv2d, GaborConv3d
+from gaborium.layers import GABOR_LAYERS, GaborConv1d, GaborConv2d, GaborConv3d, plain_conv
 
 GaborLayer = GaborConv1d | GaborConv2d | GaborConv3d
 
@@ -183,22 +183,7 @@ class MixedConv(nn.Module):
             >>> torch.equal(layer(sound), layer.to_conv()(sound))
             True
         """
-        bias = self.bias
-        conv = PLAIN_LAYERS[self.n_dims](
-            self.in_channels,
-            self.out_channels,
-            self.kernel_size,
-            self.stride,
-            self.padding,
-            self.dilation,
-            bias=bias is not None,
-            padding_mode=self.padding_mode,
-            device="meta",
-        )
-        conv.weight = nn.Parameter(self.weight.detach().clone())
-        if bias is not None:
-            conv.bias = nn.Parameter(bias.detach().clone())
-        return conv.train(self.training)
+        return plain_conv(self, self.weight, self.bias)
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import math
 import os
@@ -15,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from gaborium.files import csv_text
 from gaborium.fitting import FitResult, Outcome
 from gaborium.params import UNITS, plain
 from gaborium.plots import (
@@ -259,7 +258,7 @@ def write_fit(
     def contents() -> Iterator[tuple[str, Any]]:
         record = fit_record(result, kernels, facts=facts)
         yield "report.html", report_fit(result, kernels, title=title, limit=limit, facts=facts)
-        yield "result.csv", _table(result)
+        yield "result.csv", csv_text(result.to_table())
         yield "result.json", json.dumps(record, allow_nan=False, ensure_ascii=False) + "\n"
         yield "fit.png", plot_fit(result, kernels)
         yield "parameters.png", plot_parameters(result)
@@ -322,16 +321,6 @@ def _values(result: FitResult, index: int) -> list[tuple[str, str]]:
         text = written[0] if len(written) == 1 else f"({', '.join(written)})"
         values.append((_SYMBOLS[name], text + unit))
     return values
-
-
-def _table(result: FitResult) -> str:
-    """The result as CSV: a row for each filter and field."""
-    rows = result.to_table()
-    buffer = io.StringIO()
-    writer = csv.DictWriter(buffer, list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return buffer.getvalue()
 
 
 # -- pictures ---------------------------------------------------------------------------------

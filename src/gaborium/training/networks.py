@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gaborium.errors import as_sizes, one_of
-from gaborium.layers import LAYERS, PLAIN_LAYERS, pair_norms
+from gaborium.layers import LAYERS, PLAIN_LAYERS, PairEnergy
 from gaborium.mixed import MixedConv
 from gaborium.params import RECORDS, Gabor
 from gaborium.starts import STARTS
@@ -182,37 +182,6 @@ def _free_kernels(shape: torch.Size, output: str, seed: int) -> Tensor:
         bound /= math.sqrt(_NORM_VARIANCE)
     generator = torch.Generator().manual_seed(seed)
     return torch.empty(shape, device="cpu").uniform_(-bound, bound, generator=generator)
-
-
-class PairEnergy(nn.Module):
-    """The norms of pairs of channels, as a Gabor layer's energy output gives them.
-
-    Args:
-        pairs: a layer whose channels are pairs, one after another.
-
-    Raises:
-        ValueError: its number of channels is odd.
-
-    Example:
-        >>> layer = PairEnergy(nn.Conv2d(1, 8, 5))
-        >>> layer(torch.rand(1, 1, 9, 9)).shape, layer.out_channels
-        (torch.Size([1, 4, 5, 5]), 4)
-    """
-
-    output = "energy"
-
-    def __init__(self, pairs: nn.Module) -> None:
-        super().__init__()
-        n_channels = _n_channels(pairs)
-        if n_channels % 2:
-            raise ValueError(f"pairs must give an even number of channels, got {n_channels}.")
-        self.pairs = pairs
-        self.in_channels: Any = getattr(pairs, "in_channels", None)
-        self.out_channels = n_channels // 2
-
-    def forward(self, input: Tensor) -> Tensor:
-        """Energies ``(batch, out_channels, *size)``."""
-        return pair_norms(self.pairs(input), dim=1)
 
 
 def n_learned(module: nn.Module) -> int:
