@@ -24,6 +24,8 @@ _HOMES = {
     "GaborConv3d": "layers",
     "suggest_kernel_size": "layers",
     "MixedConv": "mixed",
+    "census": "conversion",
+    "Census": "conversion",
     "train": "training",
     "Recipe": "training",
     "TrainResult": "training",
@@ -42,6 +44,8 @@ if TYPE_CHECKING:
     from gaborium import interop as interop
     from gaborium import optim as optim
     from gaborium import training as training
+    from gaborium.conversion import Census as Census
+    from gaborium.conversion import census as census
     from gaborium.fitting import FitResult as FitResult
     from gaborium.fitting import FitShards as FitShards
     from gaborium.fitting import Outcome as Outcome

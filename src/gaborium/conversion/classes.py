@@ -1,7 +1,17 @@
-"""From numbers to a class: a list of rules, each a few thresholds, and the first that holds."""
+"""From numbers to a class: six questions in a row, each a few numbers with their weights.
+
+"Is it noise? If not, is it a Gabor function? If not, ..." Each question is a logistic function of
+at most four of the numbers in ``measures``; what no question takes is ``other``. A class's
+probability is the product along its way.
+
+The weights come from filters of trained networks that were sorted by eye in two passes, and from
+planted ones for what is rare among these. ``benchmarks/census/run.py`` makes them again, and says
+how well they do on filters that they have not seen.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -10,33 +20,200 @@ from torch import Tensor
 CLASSES = ("gabor", "edge", "blob", "centre-surround", "colour-contrast", "other", "noise")
 
 
-class Test(NamedTuple):
+class Term(NamedTuple):
+    """A number, or one less another, and how much it speaks for a class.
+
+    Args:
+        number: its name in ``NUMBERS``.
+        weight: of it in the sum.
+        less: another number that is taken from it first; empty for none.
+    """
+
     number: str
-    threshold: float
-    width: float
-    above: bool = True
+    weight: float
+    less: str = ""
 
-    def __call__(self, values: Tensor) -> Tensor:
-        z = (values - self.threshold) / self.width
-        return torch.sigmoid(z if self.above else -z)
+    def value(self, numbers: Mapping[str, Tensor]) -> Tensor:
+        """What the weight multiplies."""
+        value = numbers[self.number]
+        return value - numbers[self.less] if self.less else value
 
 
-RULES: tuple[tuple[str, tuple[Test, ...]], ...] = (
-    ("noise", (Test("noise", 0.6, 0.1), Test("structure", 4.0, 1.0, False), Test("patch", 0.8, 0.05, False))),
-    ("gabor", (Test("bar3", 0.25, 0.05), Test("osi", 0.45, 0.05), Test("explained_fair", 0.5, 0.05), Test("crossing", 0.3, 0.05, False))),
-    ("colour-contrast", (Test("opponency", 0.6, 0.05), Test("oriented_lum", 0.2, 0.05, False), Test("patch", 0.75, 0.05, False))),
-    ("edge", (Test("bar2", 0.4, 0.05), Test("osi", 0.3, 0.05), Test("explained_fair", 0.5, 0.05))),
-    ("blob", (Test("patch", 0.7, 0.05),)),
-    ("centre-surround", (Test("surround", 0.5, 0.05), Test("ring", 0.2, 0.05), Test("osi", 0.35, 0.05, False))),
+class Question(NamedTuple):
+    """Whether a filter is of a class, given that no earlier question was answered by yes."""
+
+    label: str
+    constant: float
+    terms: tuple[Term, ...]
+
+    def logit(self, numbers: Mapping[str, Tensor]) -> Tensor:
+        """Logarithm of the odds: ``(filters,)``."""
+        parts = [term.weight * term.value(numbers) for term in self.terms]
+        return self.constant + torch.stack(parts).sum(0)
+
+
+QUESTIONS: tuple[Question, ...] = (
+    Question("noise", 1.04, (Term("explained", -5.83), Term("surround", -4.9), Term("noise", 3.5))),
+    Question(
+        "gabor",
+        -7.88,
+        (
+            Term("third_bar", 7.24),
+            Term("selectivity", 5.81),
+            Term("crossing", -3.94),
+            Term("even", 3.46),
+        ),
+    ),
+    Question(
+        "colour-contrast",
+        -0.23,
+        (
+            Term("opponency", 8.6),
+            Term("constant", -5.46),
+            Term("one_colour", -5.27),
+            Term("oriented_luminance", -6.59),
+        ),
+    ),
+    Question(
+        "edge",
+        0.7,
+        (
+            Term("selectivity", 7.79),
+            Term("third_bar", -8.14),
+            Term("blob", -7.15, "gabor"),
+            Term("even", -5.05),
+        ),
+    ),
+    Question(
+        "blob", 0.43, (Term("third_bar", -6.09), Term("constant", 5.82), Term("crossing", -3.29))
+    ),
+    Question(
+        "centre-surround", 4.32, (Term("surround", 8.28, "two_waves"), Term("selectivity", -10.05))
+    ),
 )
 
 
-def probabilities(numbers: dict[str, Tensor], rules=RULES) -> Tensor:
+def probabilities(
+    numbers: Mapping[str, Tensor], questions: Sequence[Question] = QUESTIONS
+) -> Tensor:
+    """Of each class in the order of ``CLASSES``: ``(filters, classes)``, rows that sum to 1."""
     left = torch.ones_like(numbers["explained"])
-    out = {}
-    for name, tests in rules:
-        holds = torch.stack([t(numbers[t.number]) for t in tests]).prod(0)
-        out[name] = left * holds
-        left = left * (1 - holds)
-    out["other"] = left
-    return torch.stack([out[c] for c in CLASSES], -1)
+    found = {}
+    for question in questions:
+        share = question.logit(numbers).sigmoid()
+        found[question.label] = left * share
+        left = left * (1 - share)
+    found["other"] = left
+    return torch.stack([found[label] for label in CLASSES], -1)
+
+
+def reason(label: str, numbers: Mapping[str, float], probability: Sequence[float]) -> str:
+    """Why a filter got its class: a sentence or two, and the class that came next.
+
+    Args:
+        label: the class.
+        numbers: of the filter, by the names of ``NUMBERS``.
+        probability: of each class, in the order of ``CLASSES``.
+    """
+    sentence = _SENTENCES[label](numbers)
+    if 0 < numbers["strength"] < _FAINT:
+        sentence += f" Its weights are faint: {numbers['strength']:.1g} of the layer's median."
+    order = sorted(range(len(CLASSES)), key=lambda i: -probability[i])
+    nearest = next(i for i in order if CLASSES[i] != label)
+    if probability[nearest] >= _NEAR:
+        sentence += f" Next is {CLASSES[nearest]}, at {probability[nearest]:.2f}."
+    return sentence
+
+
+_FAINT = 0.01  # of the median norm
+_NEAR = 0.15  # probability from which on another class is named
+_COLOURED = 0.5  # opponency from which on stripes are called coloured
+
+
+def _share(value: float) -> str:
+    return f"{100 * value:.0f} %"
+
+
+def _gabor(numbers: Mapping[str, float]) -> str:
+    bars = round(numbers["bars"])
+    seen = (
+        f"{bars} bars of alternating sign lie within the kernel"
+        if bars > 2
+        else f"The third bar has {_share(numbers['third_bar'])} of the strength of the first"
+    )
+    color = ", in colour" if numbers["opponency"] > _COLOURED else ""
+    return (
+        f"{seen}, in one orientation (selectivity {numbers['selectivity']:.2f}){color}; a Gabor "
+        f"function explains {_share(numbers['gabor'])}."
+    )
+
+
+def _edge(numbers: Mapping[str, float]) -> str:
+    return (
+        f"Two sides of opposite sign and no stripes: a third bar would have "
+        f"{_share(numbers['third_bar'])} of the strength of the first. A Gaussian explains "
+        f"{_share(numbers['blob'])}, with a wave it is {_share(numbers['gabor'])}."
+    )
+
+
+def _blob(numbers: Mapping[str, float]) -> str:
+    if numbers["constant"] > 0.5:
+        return (
+            f"One sign nearly everywhere: {_share(numbers['constant'])} of the power is in the "
+            f"channels' means, and a Gaussian explains {_share(numbers['blob'])}."
+        )
+    return (
+        f"One patch: a Gaussian explains {_share(numbers['blob'])}, and a Gabor function's third "
+        f"bar would have {_share(numbers['third_bar'])} of the strength of the first."
+    )
+
+
+def _surround(numbers: Mapping[str, float]) -> str:
+    return (
+        f"A centre within a ring of the other sign explains {_share(numbers['surround'])} (a "
+        f"Gaussian {_share(numbers['blob'])}, two waves {_share(numbers['two_waves'])}), and no "
+        f"orientation stands out (selectivity {numbers['selectivity']:.2f})."
+    )
+
+
+def _contrast(numbers: Mapping[str, float]) -> str:
+    return (
+        f"Colours against each other: the mean of the channels holds "
+        f"{_share(1 - numbers['opponency'])} of the power, of which what has an orientation is "
+        f"{_share(numbers['oriented_luminance'])} of the whole."
+    )
+
+
+def _other(numbers: Mapping[str, float]) -> str:
+    if numbers["crossing"] > 0.1:
+        return (
+            f"Two waves that cross explain {_share(numbers['two_waves'])}, one Gabor function "
+            f"{_share(numbers['gabor'])}; the weaker has {_share(numbers['crossing'])} of the "
+            "power of the stronger."
+        )
+    return (
+        f"Structure (signal-to-noise ratio {numbers['snr']:.1f}) of no other class: a Gabor "
+        f"function explains {_share(numbers['gabor'])}, a Gaussian {_share(numbers['blob'])}, a "
+        f"centre with its surround {_share(numbers['surround'])}."
+    )
+
+
+def _noise(numbers: Mapping[str, float]) -> str:
+    if numbers["gabor"] == 0:
+        return "Its weights are zero, or nothing beside those of the others."
+    return (
+        f"Little more than noise: the floor of its spectrum is {_share(numbers['noise'])} of that "
+        f"of its own pixels in random order, and a Gabor function explains no more than "
+        f"{_share(numbers['explained'])} beyond what it would of noise."
+    )
+
+
+_SENTENCES = {
+    "gabor": _gabor,
+    "edge": _edge,
+    "blob": _blob,
+    "centre-surround": _surround,
+    "colour-contrast": _contrast,
+    "other": _other,
+    "noise": _noise,
+}
