@@ -49,10 +49,13 @@ def planted(label: str, n: int, size: int, channels: int, *, seed: int) -> Tenso
         rings = _rings(size, between(0.16, 0.25) * size, between(1.5, 2.0), center)
         kernels = torch.where((torch.arange(n) % 2 == 0)[:, None, None], rings, kernels)
     elif label == "other":
+        # Every second pair is square and even, and so has a centre like a centre with its surround.
+        square = torch.arange(n) % 2 == 0
         wavelength, across = between(2.6, max(3.0, 0.5 * size)), between(1.0, math.pi / 2)
+        across, turn = torch.where(square, math.pi / 2, across), torch.where(square, 0.0, turn)
         sigma = between(0.6, 0.9) * wavelength
         kernels = _gabor(size, theta, wavelength, sigma, turn, 0 * theta + 1, center)
-        other = between(0, 2 * math.pi)
+        other = torch.where(square, 0.0, between(0, 2 * math.pi))
         kernels = kernels + _gabor(
             size, theta + across, wavelength, sigma, other, 0 * theta + 1, center
         )

@@ -1,7 +1,7 @@
 """How well does ``census`` agree with two passes by eye, and how Gabor-like are trained networks?
 
-    python benchmarks/census/run.py               # agreement, shares, benchmarks/results/census.json
-    python benchmarks/census/run.py --calibrate   # and the weights of the questions, made again
+    python benchmarks/census/run.py                # benchmarks/results/census.json
+    python benchmarks/census/run.py --calibrate    # and the weights of the questions, made again
 
 Filters of 15 networks were sorted by eye twice (``labels.csv``; GUIDE.md says how, ``sheets.py``
 draws the pictures). Half of them, chosen by a hash of network and number, and planted filters
@@ -34,7 +34,7 @@ from gaborium import Census, census
 from gaborium.conversion.classes import CLASSES, QUESTIONS, Question, Term, probabilities
 
 LABELS = Path(__file__).resolve().parent / "labels.csv"
-PLANTED_WEIGHT = 0.15  # of a planted filter, beside 1 of a filter of a network
+PLANTED_WEIGHT = 0.2  # of a planted filter, beside 1 of one that both passes were certain of
 RIDGE = 0.002
 # What each question looks at, in the order in which they are asked.
 TERMS = {
@@ -43,7 +43,7 @@ TERMS = {
     "colour-contrast": ("opponency", "constant", "one_colour", "oriented_luminance"),
     "edge": ("selectivity", "third_bar", "blob - gabor", "even"),
     "blob": ("third_bar", "constant", "crossing"),
-    "centre-surround": ("surround - two_waves", "selectivity"),
+    "centre-surround": ("surround - two_waves", "third_bar", "selectivity"),
 }
 
 
@@ -51,6 +51,7 @@ class Label(NamedTuple):
     network: str
     filter: int
     passes: tuple[str, str]
+    sure: tuple[int, int]
     final: str
 
 
@@ -66,7 +67,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--data", type=Path, default=ROOT.parent / "shared" / "data")
     parser.add_argument("--calibrate", action="store_true", help="make the weights again")
-    parser.add_argument("--n-planted", type=int, default=12, help="of each class, size and colour")
+    parser.add_argument("--n-planted", type=int, default=6, help="of each class, size and colour")
     parser.add_argument("--keep", type=Path, help="folder of censuses, to be taken once only")
     parser.add_argument("--output", type=Path, default=RESULTS / "census.json")
     options = parser.parse_args()
@@ -79,10 +80,10 @@ def main() -> None:
     }
     first = [one for one in labels if not is_judge(one)]
     judges = [one for one in labels if is_judge(one)]
-    made = plant(options.n_planted, seed=1)
+    made = plant(options.n_planted, options.keep, seed=1)
     if options.calibrate:
         questions = calibrate([sample_of(first, found), *made])
-        print("\n".join(as_code(question) for question in questions))
+        print("\n".join(as_code(question) for question in questions), flush=True)
     else:
         questions = list(QUESTIONS)
 
@@ -113,7 +114,7 @@ def main() -> None:
         [one.final for one in first], answers_of(first, found, questions)
     )
     results["left_out_network"] = left_out(labels, found, made)
-    fresh = plant(options.n_planted, seed=2)
+    fresh = plant(options.n_planted, options.keep, seed=2)
     truth = [CLASSES[i] for part in fresh for i in part.shares.argmax(1).tolist()]
     told = [CLASSES[i] for part in fresh for i in probabilities(part.numbers, questions).argmax(1)]
     results["planted"] = agreement(truth, told) | {"by_class": by_class(truth, told)}
@@ -139,7 +140,13 @@ def main() -> None:
 def read_labels() -> list[Label]:
     with LABELS.open(newline="", encoding="utf-8") as file:
         return [
-            Label(row["network"], int(row["filter"]), (row["pass1"], row["pass2"]), row["final"])
+            Label(
+                row["network"],
+                int(row["filter"]),
+                (row["pass1"], row["pass2"]),
+                (int(row["sure1"]), int(row["sure2"])),
+                row["final"],
+            )
             for row in csv.DictReader(file)
         ]
 
@@ -151,34 +158,42 @@ def is_judge(label: Label) -> bool:
 
 
 def take(data: Path, network: str, keep: Path | None) -> Census:
-    if keep is not None and (keep / f"{network}.safetensors").is_file():
-        one = Census.load(keep / f"{network}.safetensors")
-        # Weights may be others now; the numbers are the same.
+    with np.load(data / "kernels" / f"{network}.npz") as file:
+        kernels = torch.from_numpy(file["weights"])
+    return counted(kernels, network, keep)
+
+
+def counted(kernels: Tensor, name: str, keep: Path | None) -> Census:
+    """The census, from a file where there is one."""
+    path = None if keep is None else keep / f"{name}.safetensors"
+    if path is not None and path.is_file():
+        one = Census.load(path)
+        # The questions may be others now; the numbers are the same.
         shares = probabilities(one.numbers)
         labels = tuple(CLASSES[i] for i in shares.argmax(1).tolist())
         return dataclasses.replace(one, labels=labels, probability=shares)
-    with np.load(data / "kernels" / f"{network}.npz") as file:
-        one = census(torch.from_numpy(file["weights"]))
-    if keep is not None:
-        keep.mkdir(parents=True, exist_ok=True)
-        one.save(keep / f"{network}.safetensors")
+    one = census(kernels)
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        one.save(path)
     return one
 
 
 def sample_of(labels: Sequence[Label], found: dict[str, Census]) -> Sample:
-    """Filters of networks; where the passes differ, half of each."""
+    """Filters of networks. A pass counts as it was sure: 1, 2/3, or 1/3 for a guess."""
     numbers = {
         name: torch.stack([found[one.network].numbers[name][one.filter] for one in labels])
         for name in next(iter(found.values())).numbers
     }
     shares = torch.zeros(len(labels), len(CLASSES), dtype=torch.float64)
     for i, one in enumerate(labels):
-        for label in one.passes:
-            shares[i, CLASSES.index(label)] += 0.5
-    return Sample(numbers, shares, torch.ones(len(labels), dtype=torch.float64))
+        for label, sure in zip(one.passes, one.sure, strict=True):
+            shares[i, CLASSES.index(label)] += (1 + sure) / 6
+    weight = shares.sum(1)
+    return Sample(numbers, shares / weight.unsqueeze(1), weight)
 
 
-def plant(n: int, *, seed: int) -> list[Sample]:
+def plant(n: int, keep: Path | None, *, seed: int) -> list[Sample]:
     samples = []
     for size in (5, 7, 9, 11):
         for channels in (1, 3):
@@ -192,7 +207,8 @@ def plant(n: int, *, seed: int) -> list[Sample]:
             for i in range(len(shares)):
                 shares[i, CLASSES.index(labels[i // n])] = 1.0
             weight = torch.full((len(shares),), PLANTED_WEIGHT)
-            samples.append(Sample(census(torch.cat(kernels)).numbers, shares, weight))
+            one = counted(torch.cat(kernels), f"planted-{seed}-{n}-{size}-{channels}", keep)
+            samples.append(Sample(one.numbers, shares, weight))
     return samples
 
 

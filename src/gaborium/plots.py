@@ -345,8 +345,9 @@ def plot_census(result: Census, kernels: Tensor, *, limit: int = 384) -> Figure:
         place.set_title(f"{len(result)} filters by class")
         _frame(place, visible=False)
         for label, row in rows.items():
+            shown = "noise or dead" if label == "noise" else label
             place.annotate(
-                label, (0, row), (-6, 0), textcoords="offset points", ha="right", va="center",
+                shown, (0, row), (-6, 0), textcoords="offset points", ha="right", va="center",
                 fontsize=7.5, annotation_clip=False,
             )  # fmt: skip
         shares, envelopes = below.add_subplot(1, 3, 1), below.add_subplot(1, 3, 2)
@@ -355,8 +356,9 @@ def plot_census(result: Census, kernels: Tensor, *, limit: int = 384) -> Figure:
         chosen = found["filter"].tolist()
         color = CLASS_COLORS["gabor"]
         envelopes.set(
-            xlabel="n_x, cycles along the wave", ylabel="n_y, cycles along the stripes",
-            xlim=(0, 1.5), ylim=(0, 1.5), aspect="equal", title="Envelopes of the Gabors",
+            xlabel="n_x, along the wave", ylabel="n_y, along the stripes",
+            xlim=(0, 1.5), ylim=(0, 1.5), xticks=(0, 0.5, 1, 1.5), yticks=(0, 0.5, 1, 1.5),
+            aspect="equal", title="Envelopes, in cycles",
         )  # fmt: skip
         envelopes.plot([0, 1.5], [0, 1.5], color=SHADE, linewidth=0.7, zorder=0)
         if chosen:
@@ -379,7 +381,8 @@ def _mosaic(result: Census, kernels: Tensor, limit: int) -> tuple[Tensor, dict[s
     tiles = tiles.repeat_interleave(tall, 1).repeat_interleave(up, 2)
     tiles = F.pad(tiles, (0, 0, 2, 2, 2, 2), value=1.0)
     share = min(1.0, limit / len(result))
-    n_columns = 24 if len(result) > 48 else 16
+    most = max(result.counts.values())
+    n_columns = min(max(most, 16), 28) if most <= 28 else 28
     confidence = result.confidence.tolist()
     blocks, rows, done = [], {}, 0
     for label in CLASSES:
@@ -416,7 +419,7 @@ def _orientations(figure: Any, found: dict[str, Tensor], color: str) -> None:
     if "orientation" not in found:
         place = figure.add_subplot(1, 3, 3)
         place.hist(found["wavelength"].tolist() or [0], bins=12, color=color)
-        place.set(xlabel="wavelength, px", title="Wavelengths of the Gabors")
+        place.set(xlabel="wavelength, px", title="Wavelengths")
         return
     place = figure.add_subplot(1, 3, 3, projection="polar")
     n_bins = 12
@@ -437,7 +440,7 @@ def _orientations(figure: Any, found: dict[str, Tensor], color: str) -> None:
     place.tick_params(labelsize=6.5)
     place.grid(color=SHADE, linewidth=0.5)
     place.spines["polar"].set_color(SHADE)
-    place.set_title("Orientations of the Gabors")
+    place.set_title("Orientations")
 
 
 def plot_recovery(recovery: Recovery) -> Figure:

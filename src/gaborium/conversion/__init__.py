@@ -4,8 +4,8 @@
 that are put to them, ``pairs`` who belongs to whom. ``first_conv`` finds the layer.
 """
 
-from gaborium.conversion.filter_census import Census, census
 from gaborium.conversion.classes import CLASSES
+from gaborium.conversion.filter_census import Census, census
 from gaborium.conversion.first_conv import find_first_conv, replace_first_conv
 from gaborium.conversion.measures import NUMBERS
 from gaborium.conversion.pairs import Pair

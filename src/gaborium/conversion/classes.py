@@ -17,6 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+DEAD = 1e-6  # norm beside the layer's median, below which weights are rounding
 CLASSES = ("gabor", "edge", "blob", "centre-surround", "colour-contrast", "other", "noise")
 
 
@@ -116,7 +117,7 @@ def reason(label: str, numbers: Mapping[str, float], probability: Sequence[float
         probability: of each class, in the order of ``CLASSES``.
     """
     sentence = _SENTENCES[label](numbers)
-    if 0 < numbers["strength"] < _FAINT:
+    if DEAD < numbers["strength"] < _FAINT:
         sentence += f" Its weights are faint: {numbers['strength']:.1g} of the layer's median."
     order = sorted(range(len(CLASSES)), key=lambda i: -probability[i])
     nearest = next(i for i in order if CLASSES[i] != label)
@@ -199,12 +200,13 @@ def _other(numbers: Mapping[str, float]) -> str:
 
 
 def _noise(numbers: Mapping[str, float]) -> str:
-    if numbers["gabor"] == 0:
+    if numbers["strength"] <= DEAD:
         return "Its weights are zero, or nothing beside those of the others."
     return (
         f"Little more than noise: the floor of its spectrum is {_share(numbers['noise'])} of that "
-        f"of its own pixels in random order, and a Gabor function explains no more than "
-        f"{_share(numbers['explained'])} beyond what it would of noise."
+        f"of its own pixels in random order. A Gabor function explains "
+        f"{_share(numbers['gabor'])}, of which its many parameters leave "
+        f"{_share(max(0.0, numbers['explained']))}."
     )
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gaborium.conversion.classes import CLASSES, probabilities, reason
+from gaborium.conversion.classes import CLASSES, DEAD, probabilities, reason
 from gaborium.conversion.first_conv import find_first_conv
 from gaborium.conversion.measures import NUMBERS, measure
 from gaborium.conversion.pairs import Pair, find_pairs
@@ -25,7 +25,6 @@ from gaborium.spectrum import bandwidth_from_sigma
 
 _FORMAT = 1  # of saved censuses
 _NEED = {"extra": "shards", "purpose": "Saved censuses"}
-_DEAD = 1e-6  # of the median norm: less is rounding
 _PIECE = 64  # filters between two calls of on_progress
 
 
@@ -292,7 +291,7 @@ def census(
     median = norm.median()
     whole["strength"] = norm / torch.where(median > 0, median, 1.0)
     probability = probabilities(whole)
-    dead = norm <= _DEAD * median
+    dead = whole["strength"] <= DEAD
     probability[dead] = torch.eye(len(CLASSES), dtype=probability.dtype)[CLASSES.index("noise")]
     labels = tuple(CLASSES[i] for i in probability.argmax(1).tolist())
     result = FitResult.cat(fits)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from gaborium.fitting import FitResult
-from gaborium.fitting.rivals import main_pattern, rivals, weaker_sign
+from gaborium.fitting.rivals import main_pattern, rivals
 from gaborium.kernels import gabor, offsets
 
 # What each number is, in the words of reports; the order is that of tables.

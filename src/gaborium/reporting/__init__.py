@@ -1,9 +1,10 @@
 """Reports: what was found, as a page to read, figures to print and JSON to compute with.
 
 ``recovery`` is the page of an experiment with a planted kernel, with its words in ``wording`` and
-its charts in ``charts``; ``fits`` is the page of kernels and the Gabor functions nearest to them;
-``census`` is that of their classes; ``diagnosis`` is that of a training loop that does not learn; ``training`` is that of networks which
-do. ``index`` lists the runs of a folder, and ``page`` is what all of them need.
+its charts in ``charts``; ``fits`` is the page of kernels and the Gabor functions nearest to them,
+and ``census`` that of what the kernels are; ``diagnosis`` is that of a training loop that does not
+learn; ``training`` is that of networks which do. ``index`` lists the runs of a folder, and ``page``
+is what all of them need.
 """
 
 from gaborium.reporting.census import (
