@@ -15,6 +15,7 @@ import pytest
 
 import gaborium
 from gaborium import diagnostics
+from gaborium.cli import census as census_command
 from gaborium.cli import diagnose as diagnose_command
 from gaborium.cli import recover as recover_command
 from gaborium.cli import train as train_command
@@ -135,6 +136,7 @@ def test_the_pages_build_without_a_warning(tmp_path):
         ("experiment", recover_command),
         ("diagnostics", diagnose_command),
         ("training", train_command),
+        ("census", census_command),
     ],
 )
 def test_options_on_a_page_exist(page, command):

@@ -12,8 +12,8 @@ import textwrap
 import time
 import warnings
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
@@ -299,7 +299,8 @@ def census(
         from gaborium.reporting import write_census
 
     torch.set_num_threads(1)  # as in recover
-    found = read_kernels(file, key=layer, n_dims=n_dims)
+    with _called("key (--key)", "--layer"):
+        found = read_kernels(file, key=layer, n_dims=n_dims)
     kernels = found.values.reshape(-1, *found.values.shape[-n_dims:])
     if found.values.ndim >= n_dims + 2:
         kernels = found.values.flatten(0, -n_dims - 2)
@@ -635,6 +636,19 @@ def _check_least(least: int, **options: float | None) -> None:
     for name, value in options.items():
         if value is not None and not least <= value < math.inf:
             raise ValueError(f"--{name.replace('_', '-')} must be at least {least}, got {value}.")
+
+
+@contextmanager
+def _called(option: str, ours: str) -> Iterator[None]:
+    """An option by the name that this command has for it, in errors and warnings."""
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        try:
+            yield
+        except ValueError as error:
+            raise ValueError(str(error).replace(option, ours)) from None
+    for one in told:
+        warnings.warn(str(one.message).replace(option, ours), one.category, stacklevel=3)
 
 
 def _check_name(name: str) -> None:

@@ -339,7 +339,8 @@ def plot_census(result: Census, kernels: Tensor, *, limit: int = 384) -> Figure:
     height = min(_WIDTH * 0.8 * mosaic.shape[0] / mosaic.shape[1], 7.0)
     with _style():
         figure = _figure(_WIDTH, height + 2.3)
-        above, below = figure.subfigures(2, 1, height_ratios=[height + 0.2, 2.1])
+        parts: Any = figure.subfigures(2, 1, height_ratios=[height + 0.2, 2.1])
+        above, below = parts
         place = above.subplots()
         place.imshow(mosaic.numpy(), interpolation="nearest")
         place.set_title(f"{len(result)} filters by class")

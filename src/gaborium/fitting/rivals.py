@@ -20,6 +20,7 @@ from gaborium.fitting.search import Search
 from gaborium.fitting.solver import (
     Family,
     Model,
+    Sampled,
     Solution,
     Target,
     kernels_of,
@@ -122,7 +123,7 @@ class _Blob:
 
 
 class _Even(NamedTuple):
-    pair: object
+    pair: Sampled
 
     @property
     def parts(self) -> Tensor:
