@@ -30,6 +30,7 @@ def planted(size: int, channels: int) -> dict[str, Tensor]:
     narrow = 0.14 * size
     rings = disc(size, narrow) - disc(size, 1.6 * narrow) / 1.6**2
     grating = {"wavelength": 0.36 * size + 0.8, "sigma": 0.25 * size}
+    plaid = {"wavelength": 0.25 * size + 1.1, "sigma": 0.28 * size, "phase": 0.6}
     grey = {
         "gabor": [
             wave(size, orientation=0.4, phase=0.5, **grating),
@@ -45,9 +46,9 @@ def planted(size: int, channels: int) -> dict[str, Tensor]:
         ],
         "centre-surround": [rings, -rings],
         "other": [
-            wave(size, orientation=angle, **grating)
-            + wave(size, orientation=angle + math.pi / 2, **grating)
-            for angle in (0.0, 0.7)
+            wave(size, orientation=angle, **plaid)
+            + wave(size, orientation=angle + math.pi / 2, **plaid)
+            for angle in (0.0, 0.7 if size > 5 else 0.1)
         ],
     }
     noise = torch.randn(

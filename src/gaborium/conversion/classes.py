@@ -53,44 +53,45 @@ class Question(NamedTuple):
         return self.constant + torch.stack(parts).sum(0)
 
 
+# Made by benchmarks/census/run.py --calibrate.
 QUESTIONS: tuple[Question, ...] = (
-    Question("noise", 1.04, (Term("explained", -5.83), Term("surround", -4.9), Term("noise", 3.5))),
+    Question(
+        "noise", -0.94, (Term("explained", -1.53), Term("surround", -7.21), Term("noise", 5.1))
+    ),
     Question(
         "gabor",
-        -7.88,
+        -8.87,
         (
-            Term("third_bar", 7.24),
-            Term("selectivity", 5.81),
-            Term("crossing", -3.94),
-            Term("even", 3.46),
+            Term("third_bar", 7.83),
+            Term("selectivity", 6.29),
+            Term("crossing", -4.1),
+            Term("even", 4.23),
         ),
     ),
     Question(
         "colour-contrast",
-        -0.23,
+        -0.49,
         (
-            Term("opponency", 8.6),
-            Term("constant", -5.46),
-            Term("one_colour", -5.27),
-            Term("oriented_luminance", -6.59),
+            Term("opponency", 8.46),
+            Term("constant", -5.58),
+            Term("one_colour", -4.73),
+            Term("oriented_luminance", -6.72),
         ),
     ),
     Question(
         "edge",
-        0.7,
+        0.71,
         (
-            Term("selectivity", 7.79),
-            Term("third_bar", -8.14),
-            Term("blob", -7.15, "gabor"),
-            Term("even", -5.05),
+            Term("selectivity", 7.01),
+            Term("third_bar", -7.88),
+            Term("blob", -8.59, "gabor"),
+            Term("even", -5.07),
         ),
     ),
     Question(
-        "blob", 0.43, (Term("third_bar", -6.09), Term("constant", 5.82), Term("crossing", -3.29))
+        "blob", 0.7, (Term("third_bar", -7.65), Term("constant", 5.61), Term("crossing", -4.09))
     ),
-    Question(
-        "centre-surround", 4.32, (Term("surround", 8.28, "two_waves"), Term("selectivity", -10.05))
-    ),
+    Question("centre-surround", 4.2, (Term("surround", 14, "two_waves"),)),
 )
 
 
