@@ -31,7 +31,7 @@ from _report import RESULTS, ROOT, print_table, write_json
 from planted import planted
 
 from gaborium import Census, census
-from gaborium.conversion.classes import CLASSES, QUESTIONS, Question, Term, probabilities
+from gaborium.conversion.classes import CLASSES, DEAD, QUESTIONS, Question, Term, probabilities
 
 LABELS = Path(__file__).resolve().parent / "labels.csv"
 PLANTED_WEIGHT = 0.2  # of a planted filter, beside 1 of one that both passes were certain of
@@ -173,7 +173,9 @@ def counted(kernels: Tensor, name: str, keep: Path | None) -> Census:
         one = Census.load(path)
         # The questions may be others now; the numbers are the same.
         shares = probabilities(one.numbers)
-        labels = tuple(CLASSES[i] for i in shares.argmax(1).tolist())
+        dead = one.numbers["strength"] <= DEAD
+        chosen = shares.argmax(1).masked_fill(dead, CLASSES.index("noise"))
+        labels = tuple(CLASSES[i] for i in chosen.tolist())
         return dataclasses.replace(one, labels=labels, probability=shares)
     one = census(kernels)
     if path is not None:
@@ -291,6 +293,7 @@ def as_code(question: Question) -> str:
 def answers_of(
     labels: Sequence[Label], found: dict[str, Census], questions: Sequence[Question]
 ) -> list[str]:
+    """Classes by the questions alone: the pictures that were sorted do not show dead weights."""
     shares = probabilities(sample_of(labels, found).numbers, questions)
     return [CLASSES[i] for i in shares.argmax(1).tolist()]
 
