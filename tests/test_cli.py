@@ -328,3 +328,60 @@ def test_an_interrupted_fit_leaves_nothing(empty_folder, capsys, monkeypatch):
     assert run("bank.pt", command="fit") == 130
     assert one_line(capsys) == "Interrupted; nothing was written.\n"
     assert not (empty_folder / "runs").exists()
+
+
+# -- census -----------------------------------------------------------------------------------
+
+
+def test_census_writes_result_table_report_and_figures(empty_folder, capsys):
+    path = bank(empty_folder / "bank.pt", 2, orientation=[0.1, 1.3])
+    assert run(str(path), "--n-starts", "2", command="census") == 0
+    folder = empty_folder / "runs" / "census"
+    record = result_of(folder)
+    assert record["format"] == "gaborium.census"
+    assert record["facts"]["SHA-256"] == hashlib.sha256(path.read_bytes()).hexdigest()
+    assert record["result"]["labels"] == ["gabor", "gabor"]
+    with (folder / "result.csv").open(encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["class"] for row in rows] == ["gabor", "gabor"]
+    assert [row["why"] for row in rows] == record["result"]["why"]
+    page = (folder / "report.html").read_text(encoding="utf-8")
+    assert "</html>" in page
+    assert page.count('alt="residual"') == 2
+    kinds = {"pdf": b"%PDF", "svg": b"<?xml", "png": b"\x89PNG"}
+    for kind, start in kinds.items():
+        assert (folder / f"census.{kind}").read_bytes().startswith(start)
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "2 of 2 filters (100 %) are Gabor functions." in shown
+    assert "Census of filters" in (empty_folder / "runs/index.html").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("tokens", "words"),
+    [
+        (["empty.pt"], ["empty.pt", "is empty (0 bytes)"]),
+        (["small.pt"], ["one pixel"]),
+        (["complex.pt"], ["complex64", "real"]),
+        (["nan.pt"], ["1 of 2 filters hold NaN", "filter 1"]),
+        (["bank.pt", "--layer", "wieght"], ["no array 'wieght'", "'weight'"]),
+        (["two.pt"], ["several arrays", "choose one with --layer"]),
+        (["bank.pt", "--n-starts", "0"], ["--n-starts", "at least 1"]),
+    ],
+)
+def test_census_refuses_in_one_line_and_writes_nothing(empty_folder, capsys, tokens, words):
+    (empty_folder / "empty.pt").touch()
+    bank(empty_folder / "bank.pt", 2, orientation=[0.5, 1.0])
+    broken = torch.ones(2, 1, 3, 3)
+    broken[1, 0, 0, 0] = torch.nan
+    kinds = {
+        "small": {"weight": torch.ones(4, 3, 1, 1)},
+        "complex": {"weight": torch.ones(2, 1, 3, 3, dtype=torch.complex64)},
+        "nan": {"weight": broken},
+        "two": {"a": torch.ones(2, 4, 3, 3), "b": torch.ones(2, 4, 3, 3)},
+    }
+    for name, content in kinds.items():
+        torch.save(content, empty_folder / f"{name}.pt")
+    assert run(*tokens, command="census") == 2
+    line = one_line(capsys)
+    assert all(word in line for word in words), line
+    assert not (empty_folder / "runs").exists()

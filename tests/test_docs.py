@@ -15,6 +15,7 @@ import pytest
 
 import gaborium
 from gaborium import diagnostics, export
+from gaborium.cli import census as census_command
 from gaborium.cli import diagnose as diagnose_command
 from gaborium.cli import export as export_command
 from gaborium.cli import recover as recover_command
@@ -138,6 +139,7 @@ def test_the_pages_build_without_a_warning(tmp_path):
         ("diagnostics", diagnose_command),
         ("training", train_command),
         ("export", export_command),
+        ("census", census_command),
     ],
 )
 def test_options_on_a_page_exist(page, command):

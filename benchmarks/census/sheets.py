@@ -73,8 +73,8 @@ def choose(data: Path) -> list[tuple[str, int, np.ndarray]]:
             weights, meta = file["weights"], json.loads(str(file["meta"]))
         if meta["channels"].startswith("BGR") and "unknown" not in meta["channels"]:
             weights = weights[:, ::-1]
-        for index in sorted(draw_from.choice(len(weights), n, replace=False).tolist()):
-            found.append((network, index, weights[index]))  # noqa: PERF401
+        chosen = sorted(draw_from.choice(len(weights), n, replace=False).tolist())
+        found += [(network, index, weights[index]) for index in chosen]
     draw_from.shuffle(found)
     return found
 

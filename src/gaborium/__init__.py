@@ -26,6 +26,8 @@ _HOMES = {
     "MixedConv": "mixed",
     "convert": "conversion",
     "Conversion": "conversion",
+    "census": "conversion",
+    "Census": "conversion",
     "train": "training",
     "Recipe": "training",
     "TrainResult": "training",
@@ -45,7 +47,9 @@ if TYPE_CHECKING:
     from gaborium import interop as interop
     from gaborium import optim as optim
     from gaborium import training as training
+    from gaborium.conversion import Census as Census
     from gaborium.conversion import Conversion as Conversion
+    from gaborium.conversion import census as census
     from gaborium.conversion import convert as convert
     from gaborium.fitting import FitResult as FitResult
     from gaborium.fitting import FitShards as FitShards

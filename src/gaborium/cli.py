@@ -12,8 +12,8 @@ import textwrap
 import time
 import warnings
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
@@ -256,6 +256,68 @@ def fit(
             }
             write_fit(result, kernels, folder, limit=limit, facts=facts)
     _print_fit(console, result, found.name)
+    _print_end(console, out / name, begun)
+
+
+def census(
+    file: Path,
+    /,
+    *,
+    layer: str | None = None,
+    n_dims: Literal[1, 2, 3] = 2,
+    n_starts: int = 12,
+    name: str = "census",
+    out: Path = Path("runs"),
+    overwrite: bool = False,
+) -> None:
+    """Say of every filter in a file what it is: a Gabor function, an edge, a blob, noise, ...
+
+    Writes result.json, result.csv with a row for each filter, report.html, and a figure as PDF,
+    SVG and PNG.
+
+    Args:
+        file: A .npy, .npz, .safetensors, .pt or .pth file, or a folder of images. Axes are
+            (filters, height, width) or (filters, channels, height, width). Nothing is unpickled.
+        layer: Name of the array in a file with several, as "conv1.weight".
+        n_dims: Spatial dimensions of a kernel.
+        n_starts: Candidates that the fit follows for each filter at most.
+        name: Name of the run.
+        out: Folder of all runs.
+        overwrite: Replace an earlier run of this name.
+    """
+    begun = time.monotonic()
+    console = require("rich.console", extra="cli", purpose="Commands").Console()
+    _check_least(1, n_starts=n_starts)
+    _check_name(name)
+
+    with console.status("Loading PyTorch"):
+        import torch
+
+        from gaborium.conversion import census as look_at
+        from gaborium.files import new_folder
+        from gaborium.kernel_files import read_kernels
+        from gaborium.reporting import write_census
+
+    torch.set_num_threads(1)  # as in recover
+    with _called("key (--key)", "--layer"):
+        found = read_kernels(file, key=layer, n_dims=n_dims)
+    kernels = found.values.reshape(-1, *found.values.shape[-n_dims:])
+    if found.values.ndim >= n_dims + 2:
+        kernels = found.values.flatten(0, -n_dims - 2)
+    with new_folder(out / name, overwrite=overwrite) as folder:
+        with _progress(console) as on_progress:
+            result = look_at(kernels, n_dims=n_dims, n_starts=n_starts, on_progress=on_progress)
+        with console.status("Writing the report"):
+            facts = {
+                "file": found.name,
+                **({"array": found.key} if found.key else {}),
+                "shape": " × ".join(map(str, found.values.shape)),
+                "SHA-256": found.sha256,
+                "command": _command(),
+                "starts": str(n_starts),
+            }
+            write_census(result, kernels, folder, facts=facts)
+    _print_census(console, result, found.name)
     _print_end(console, out / name, begun)
 
 
@@ -629,6 +691,19 @@ def _check_least(least: int, **options: float | None) -> None:
             raise ValueError(f"--{name.replace('_', '-')} must be at least {least}, got {value}.")
 
 
+@contextmanager
+def _called(option: str, ours: str) -> Iterator[None]:
+    """An option by the name that this command has for it, in errors and warnings."""
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        try:
+            yield
+        except ValueError as error:
+            raise ValueError(str(error).replace(option, ours)) from None
+    for one in told:
+        warnings.warn(str(one.message).replace(option, ours), one.category, stacklevel=3)
+
+
 def _check_name(name: str) -> None:
     if not name or Path(name).name != name or name.startswith("."):
         raise ValueError(f"--name must be a plain folder name, got {name!r}.")
@@ -803,6 +878,23 @@ def _print_fit(console: Any, result: Any, name: str) -> None:
         )
 
 
+def _print_census(console: Any, result: Any, name: str) -> None:
+    from gaborium.reporting import census_headline
+
+    console.print(f"{name}: {census_headline(result)}", highlight=False)
+    table = _table("", ("filters", "share", "confidence"), first=("class",))
+    for label, count in result.counts.items():
+        if count:
+            sure = result.confidence[result.filters(label)].mean().item()
+            share = f"{100 * count / len(result):.0f} %"
+            table.add_row(label, str(count), share, f"{sure:.2f}")
+    console.print(table)
+    kinds = Counter(pair.kind for pair in result.pairs)
+    if kinds:
+        told = ", ".join(f"{n} {kind}" for kind, n in kinds.most_common())
+        console.print(f"Pairs: {told}.", highlight=False)
+
+
 def _print_diagnosis(console: Any, result: Any) -> None:
     from gaborium.reporting import (
         diagnosis_headline,
@@ -937,6 +1029,7 @@ def _app(cyclopts: Any) -> Any:
         ),
     )
     app.command(export)
+    app.command(census)
     app.command(fit, default_parameter=cyclopts.Parameter(negative=None, negative_bool=("no-",)))
     return app
 

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from gaborium.conversion import CLASSES, Census
 from gaborium.diagnostics import Identifiability, Landscape, StepLimit
 from gaborium.errors import require
 from gaborium.experiments import Descent, Recovery
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from gaborium.training import TrainResult
 
 __all__ = [
+    "plot_census",
     "plot_fit",
     "plot_identifiability",
     "plot_kernels",
@@ -48,6 +50,16 @@ INK, MUTED, SHADE = "#222222", "#666666", "#d9d9d9"
 TRAINED = "#009E73"
 _RATES = ("#0072B2", "#56B4E9", "#E69F00", "#D55E00")
 DIVERGING = "RdBu_r"
+# Of the classes of a census.
+CLASS_COLORS = {
+    "gabor": "#0072B2",
+    "edge": "#56B4E9",
+    "blob": "#E69F00",
+    "centre-surround": "#F0E442",
+    "colour-contrast": "#CC79A7",
+    "other": "#009E73",
+    "noise": "#999999",
+}
 SEQUENTIAL = "viridis"
 
 _WIDTH = 7.2  # inches: both columns of a paper
@@ -283,6 +295,153 @@ def plot_parameters(result: FitResult) -> Figure:
             bar = figure.colorbar(image, ax=place, shrink=0.6, pad=0.12, label="explained variance")
             bar.outline.set_visible(False)
     return figure
+
+
+def plot_census(result: Census, kernels: Tensor, *, limit: int = 384) -> Figure:
+    """Draw all filters by class, the share of each class, and what the Gabor functions are like.
+
+    Convention:
+        - every filter has its own colour scale, symmetric about 0; three channels are drawn as
+          red, green and blue, one from blue through white to red
+        - within a class the surest stand first
+        - of more filters than ``limit`` the surest of each class are drawn, in its share
+        - n_x and n_y are cycles in a standard deviation of the envelope, along the wave and along
+          the stripes; larger dots are surer
+        - the fan shows how many Gabor functions have an orientation of the wave; angles grow
+          clockwise, as they do in an image whose y runs down
+
+    Args:
+        result: from ``census``.
+        kernels: what it was given.
+        limit: filters to draw at most.
+
+    Returns:
+        The figure, as wide as both columns of a paper.
+
+    Raises:
+        ValueError: ``kernels`` are not those of ``result``.
+        ImportError: matplotlib is not installed.
+
+    Example:
+        >>> from gaborium import Gabor2d, census, gabor
+        >>> bank = gabor(Gabor2d.of(wavelength=[4.0, 5.0], sigma=3.0), 11)
+        >>> figure = plot_census(census(bank), bank)
+        >>> figure.axes[0].get_title(loc="left")
+        '2 filters by class'
+    """
+    if len(kernels) != len(result):
+        raise ValueError(
+            f"kernels must be those of the {len(result)} filters of the result, got shape "
+            f"{tuple(kernels.shape)}."
+        )
+    counts = {label: n for label, n in result.counts.items() if n}
+    mosaic, rows = _mosaic(result, kernels, limit)
+    height = min(_WIDTH * 0.8 * mosaic.shape[0] / mosaic.shape[1], 7.0)
+    with _style():
+        figure = _figure(_WIDTH, height + 2.3)
+        parts: Any = figure.subfigures(2, 1, height_ratios=[height + 0.2, 2.1])
+        above, below = parts
+        place = above.subplots()
+        place.imshow(mosaic.numpy(), interpolation="nearest")
+        place.set_title(f"{len(result)} filters by class")
+        _frame(place, visible=False)
+        for label, row in rows.items():
+            shown = "noise or dead" if label == "noise" else label
+            place.annotate(
+                shown, (0, row), (-6, 0), textcoords="offset points", ha="right", va="center",
+                fontsize=7.5, annotation_clip=False,
+            )  # fmt: skip
+        shares, envelopes = below.add_subplot(1, 3, 1), below.add_subplot(1, 3, 2)
+        _class_bars(shares, counts, len(result))
+        found = result.distribution()
+        chosen = found["filter"].tolist()
+        color = CLASS_COLORS["gabor"]
+        envelopes.set(
+            xlabel="n_x, along the wave", ylabel="n_y, along the stripes",
+            xlim=(0, 1.5), ylim=(0, 1.5), xticks=(0, 0.5, 1, 1.5), yticks=(0, 0.5, 1, 1.5),
+            aspect="equal", title="Envelopes, in cycles",
+        )  # fmt: skip
+        envelopes.plot([0, 1.5], [0, 1.5], color=SHADE, linewidth=0.7, zorder=0)
+        if chosen:
+            envelopes.scatter(
+                found["n_x"].clamp_max(1.47), found["n_y"].clamp_max(1.47),
+                s=4 + 14 * result.confidence[chosen], color=color, alpha=0.7, linewidths=0,
+            )  # fmt: skip
+        _orientations(below, found, color)
+    return figure
+
+
+def _mosaic(result: Census, kernels: Tensor, limit: int) -> tuple[Tensor, dict[str, float]]:
+    """All filters as one picture, a block of rows for each class, and the middle of each block."""
+    n_dims = result.fit.params.n_dims
+    images = kernel_images(kernels.reshape(1, len(result), -1, *kernels.shape[-n_dims:]))[0]
+    scale = images.abs().flatten(1).amax(1).clamp_min(1e-300)
+    tiles = colored(images / scale[:, None, None, None])
+    up = max(1, math.ceil(24 / max(tiles.shape[1:3])))
+    tall = max(up, math.ceil(8 / tiles.shape[1]))
+    tiles = tiles.repeat_interleave(tall, 1).repeat_interleave(up, 2)
+    tiles = F.pad(tiles, (0, 0, 2, 2, 2, 2), value=1.0)
+    share = min(1.0, limit / len(result))
+    most = max(result.counts.values())
+    n_columns = min(max(most, 16), 28) if most <= 28 else 28
+    confidence = result.confidence.tolist()
+    blocks, rows, done = [], {}, 0
+    for label in CLASSES:
+        chosen = sorted(result.filters(label), key=lambda i: -confidence[i])
+        chosen = chosen[: math.ceil(share * len(chosen))]
+        if not chosen:
+            continue
+        n_rows = math.ceil(len(chosen) / n_columns)
+        block = torch.ones(n_rows * n_columns, *tiles.shape[1:], dtype=tiles.dtype)
+        block[: len(chosen)] = tiles[chosen]
+        block = block.unflatten(0, (n_rows, n_columns)).permute(0, 2, 1, 3, 4).flatten(2, 3)
+        blocks.append(F.pad(block.flatten(0, 1), (0, 0, 0, 0, 0, 6), value=1.0))
+        rows[label] = done + blocks[-1].shape[0] / 2 - 3
+        done += blocks[-1].shape[0]
+    return torch.cat(blocks), rows
+
+
+def _class_bars(place: Axes, counts: dict[str, int], n: int) -> None:
+    labels = list(counts)
+    shares = [100 * counts[label] / n for label in labels]
+    place.barh(
+        range(len(labels)), shares, color=[CLASS_COLORS[label] for label in labels], height=0.7
+    )
+    for index, share in enumerate(shares):
+        place.text(share + 1.5, index, f"{share:.0f} %", va="center", fontsize=7)
+    place.set_yticks(range(len(labels)), labels)
+    place.tick_params(axis="y", size=0)
+    place.invert_yaxis()
+    place.set(xlabel="share of the filters, %", title="Classes", xlim=(0, 1.25 * max(shares)))
+
+
+def _orientations(figure: Any, found: dict[str, Tensor], color: str) -> None:
+    """Counts of orientations on a half circle; without a plane, wavelengths."""
+    if "orientation" not in found:
+        place = figure.add_subplot(1, 3, 3)
+        place.hist(found["wavelength"].tolist() or [0], bins=12, color=color)
+        place.set(xlabel="wavelength, px", title="Wavelengths")
+        return
+    place = figure.add_subplot(1, 3, 3, projection="polar")
+    n_bins = 12
+    # Half a bin off, so that 0 and 90 degrees lie in the middle of theirs.
+    bins = (found["orientation"] * n_bins / math.pi).round().long() % n_bins
+    counts = torch.bincount(bins, minlength=n_bins)
+    angles = [math.pi * i / n_bins for i in range(2 * n_bins)]
+    place.bar(angles, counts.repeat(2).tolist(), width=0.9 * math.pi / n_bins, color=color)
+    place.set_theta_direction(-1)
+    place.set_xticks(
+        [math.radians(angle) for angle in range(0, 360, 45)],
+        [f"{angle % 180}°" for angle in range(0, 360, 45)],
+    )
+    top = max(1, int(counts.max()))
+    place.set_ylim(0, top)
+    place.set_yticks([top], [str(top)])
+    place.set_rlabel_position(-22.5)
+    place.tick_params(labelsize=6.5)
+    place.grid(color=SHADE, linewidth=0.5)
+    place.spines["polar"].set_color(SHADE)
+    place.set_title("Orientations")
 
 
 def plot_recovery(recovery: Recovery) -> Figure:

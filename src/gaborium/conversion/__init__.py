@@ -1,6 +1,25 @@
-"""Trained layers and Gabor layers: finding a first convolution, replacing it, converting it."""
+"""Trained layers and Gabor layers: what the filters of a first layer are, and converting it.
 
+``census`` says of every filter what it is: ``measures`` has the numbers, ``classes`` the questions
+that are put to them, ``pairs`` who belongs to whom. ``first_conv`` finds the layer and replaces it;
+``convert`` does so with the Gabor functions nearest to its filters.
+"""
+
+from gaborium.conversion.classes import CLASSES
 from gaborium.conversion.conversion import Conversion, convert
+from gaborium.conversion.filter_census import Census, census
 from gaborium.conversion.first_conv import find_first_conv, replace_first_conv
+from gaborium.conversion.measures import NUMBERS
+from gaborium.conversion.pairs import Pair
 
-__all__ = ["Conversion", "convert", "find_first_conv", "replace_first_conv"]
+__all__ = [
+    "CLASSES",
+    "NUMBERS",
+    "Census",
+    "Conversion",
+    "Pair",
+    "census",
+    "convert",
+    "find_first_conv",
+    "replace_first_conv",
+]

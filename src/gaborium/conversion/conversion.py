@@ -117,7 +117,7 @@ def convert(
         threshold: share of a filter's variance (of its responses' where there are images) that
             its Gabor function must explain, in (0, 1].
         filters: which filters to convert, by number, whatever they explain; such as
-            ``(census.labels == "gabor").nonzero()``.
+            ``census(model).filters("gabor")``.
         name: of the layer, as ``model.get_submodule`` takes it; by default the first convolution.
         fold_norm: fold the batch norm that follows the layer into it first; it becomes an
             identity. By default it is kept.

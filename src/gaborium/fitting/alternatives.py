@@ -93,7 +93,7 @@ class TwoGabors:
             turned[..., columns["aspect_ratio"]] = 0.0
             between.append(turned.flatten(1))
         likely = torch.stack([torch.cat(pair, 1) for pair in pairs], 1)
-        likely = _likeliest(self, target, likely, max(1, n_starts - len(between)))
+        likely = likeliest(self, target, likely, max(1, n_starts - len(between)))
         return torch.cat([likely, torch.stack(between, 1)], 1)
 
     def at(self, z: Tensor) -> _Both:
@@ -173,7 +173,7 @@ class CentreSurround:
             shapes = near.new_tensor([(width, math.log(ratio)) for width in widths])
             table = shapes.repeat(centers.shape[1], 1).expand(len(near), -1, -1)
             z = torch.cat([centers.repeat_interleave(len(widths), 1), table], -1)
-            rows.append(_likeliest(self, target, z, 1))
+            rows.append(likeliest(self, target, z, 1))
         return torch.cat(rows, 1)
 
 
@@ -192,7 +192,7 @@ class _Rings(NamedTuple):
         )
 
 
-def _likeliest(model: Model, target: Target, z: Tensor, n: int) -> Tensor:
+def likeliest(model: Model, target: Target, z: Tensor, n: int) -> Tensor:
     """Of geometries ``(batch, several, columns)`` those of least misfit, best first."""
     several = z.shape[1]
     cost = misfit(target.repeat(several), model, z.flatten(0, 1)).reshape(-1, several)

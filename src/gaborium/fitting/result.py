@@ -6,8 +6,9 @@ import enum
 import json
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -158,26 +159,8 @@ class FitResult:
             ...     FitResult.load(f"{folder}/fit.safetensors")
             FitResult(2 x Gabor2d: 2 CONVERGED)
         """
-        # The codes count the names that are stored beside them, not the places in the enum, which
-        # may change.
-        names = list(dict.fromkeys(outcome.name for outcome in self.outcome))
-        tensors = {
-            "outcome": torch.tensor(
-                [names.index(outcome.name) for outcome in self.outcome], dtype=torch.uint8
-            ),
-            "explained_variance": self.explained_variance,
-            "correlation": self.correlation,
-            "n_iterations": self.n_iterations,
-            **{f"params.{name}": value for name, value in self.params.as_dict().items()},
-            **{f"standard_error.{name}": value for name, value in self.standard_error.items()},
-        }
-        facts = {
-            "format": _FORMAT,
-            "record": type(self.params).__name__,
-            "names": self.names,
-            "outcomes": names,
-        }
-        write_tensors(path, tensors, facts, **_NEED)
+        tensors, facts = fit_tensors(self)
+        write_tensors(path, tensors, {"format": _FORMAT, **facts}, **_NEED)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> FitResult:
@@ -198,18 +181,7 @@ class FitResult:
             path, newest=_FORMAT, what="a result of FitResult.save", again="fit again", **_NEED
         )
         try:
-            record = {record.__name__: record for record in RECORDS.values()}[facts["record"]]
-            fields = record.field_names()
-            outcomes = [Outcome[name] for name in facts["outcomes"]]
-            return cls(
-                params=record(**{name: tensors[f"params.{name}"] for name in fields}),
-                outcome=tuple(outcomes[code] for code in tensors["outcome"].tolist()),
-                explained_variance=tensors["explained_variance"],
-                standard_error={name: tensors[f"standard_error.{name}"] for name in fields},
-                correlation=tensors["correlation"],
-                names=tuple(facts["names"]),
-                n_iterations=tensors["n_iterations"],
-            )
+            return fit_from_tensors(tensors, facts)
         except LookupError as error:
             raise ValueError(
                 f"{os.fspath(path)!r} has no {error} that this version knows; update gaborium."
@@ -237,3 +209,42 @@ class FitResult:
                         }
                     )
         return rows
+
+
+def fit_tensors(result: FitResult) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """A result as named tensors, and facts for the file that holds them."""
+    # The codes count the names that are stored beside them, not the places in the enum, which may
+    # change.
+    names = list(dict.fromkeys(outcome.name for outcome in result.outcome))
+    tensors = {
+        "outcome": torch.tensor(
+            [names.index(outcome.name) for outcome in result.outcome], dtype=torch.uint8
+        ),
+        "explained_variance": result.explained_variance,
+        "correlation": result.correlation,
+        "n_iterations": result.n_iterations,
+        **{f"params.{name}": value for name, value in result.params.as_dict().items()},
+        **{f"standard_error.{name}": value for name, value in result.standard_error.items()},
+    }
+    facts = {"record": type(result.params).__name__, "names": result.names, "outcomes": names}
+    return tensors, facts
+
+
+def fit_from_tensors(tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> FitResult:
+    """The result that ``fit_tensors`` took apart.
+
+    Raises:
+        LookupError: a name is missing, or of another version.
+    """
+    record = {record.__name__: record for record in RECORDS.values()}[facts["record"]]
+    fields = record.field_names()
+    outcomes = [Outcome[name] for name in facts["outcomes"]]
+    return FitResult(
+        params=record(**{name: tensors[f"params.{name}"] for name in fields}),
+        outcome=tuple(outcomes[code] for code in tensors["outcome"].tolist()),
+        explained_variance=tensors["explained_variance"],
+        standard_error={name: tensors[f"standard_error.{name}"] for name in fields},
+        correlation=tensors["correlation"],
+        names=tuple(facts["names"]),
+        n_iterations=tensors["n_iterations"],
+    )

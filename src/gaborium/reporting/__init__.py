@@ -1,11 +1,18 @@
 """Reports: what was found, as a page to read, figures to print and JSON to compute with.
 
 ``recovery`` is the page of an experiment with a planted kernel, with its words in ``wording`` and
-its charts in ``charts``; ``fits`` is the page of kernels and the Gabor functions nearest to them;
-``diagnosis`` is that of a training loop that does not learn; ``training`` is that of networks which
-do. ``index`` lists the runs of a folder, and ``page`` is what all of them need.
+its charts in ``charts``; ``fits`` is the page of kernels and the Gabor functions nearest to them,
+and ``census`` that of what the kernels are; ``diagnosis`` is that of a training loop that does not
+learn; ``training`` is that of networks which do. ``index`` lists the runs of a folder, and ``page``
+is what all of them need.
 """
 
+from gaborium.reporting.census import (
+    census_headline,
+    census_record,
+    report_census,
+    write_census,
+)
 from gaborium.reporting.diagnosis import (
     diagnosis_headline,
     diagnosis_record,
@@ -29,6 +36,8 @@ from gaborium.reporting.training import (
 from gaborium.reporting.wording import headline, outcome_sentences, percent
 
 __all__ = [
+    "census_headline",
+    "census_record",
     "diagnosis_headline",
     "diagnosis_record",
     "fit_headline",
@@ -40,6 +49,7 @@ __all__ = [
     "outcome_sentences",
     "percent",
     "recovery_record",
+    "report_census",
     "report_diagnosis",
     "report_fit",
     "report_recovery",
@@ -49,6 +59,7 @@ __all__ = [
     "training_sentences",
     "trial_sentence",
     "worded_numbers",
+    "write_census",
     "write_diagnosis",
     "write_fit",
     "write_index",

@@ -327,7 +327,6 @@ def _values(result: FitResult, index: int) -> list[tuple[str, str]]:
 
 
 def _rows(result: FitResult, kernels: Tensor, numbers: Sequence[int]) -> list[Row]:
-    images = panels(result, kernels, numbers)
     return [
         Row(
             number=index,
@@ -336,12 +335,19 @@ def _rows(result: FitResult, kernels: Tensor, numbers: Sequence[int]) -> list[Ro
                 "" if result.outcome[index] is Outcome.CONVERGED
                 else _OUTCOMES[result.outcome[index].name]
             ),
-            pictures=[
-                data_uri((255 * colors).round().byte()) for colors in colored(_small(three))],
+            pictures=three,
             values=_values(result, index),
         )
-        for index, three in zip(numbers, images, strict=True)
+        for index, three in zip(numbers, pictures(result, kernels, numbers), strict=True)
     ]  # fmt: skip
+
+
+def pictures(result: FitResult, kernels: Tensor, numbers: Sequence[int]) -> list[list[str]]:
+    """Kernel, fit and residual of some filters as ``data:`` URIs of PNG."""
+    return [
+        [data_uri((255 * colors).round().byte()) for colors in colored(_small(three))]
+        for three in panels(result, kernels, numbers)
+    ]
 
 
 def _small(images: Tensor) -> Tensor:

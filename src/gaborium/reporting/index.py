@@ -145,9 +145,21 @@ def _diagnosis(record: Mapping[str, Any]) -> _Told:
     )
 
 
+def _census(record: Mapping[str, Any]) -> _Told:
+    result = record["result"]
+    n = len(result["labels"])
+    return (
+        "Census of filters",
+        f"{100 * result['counts']['gabor'] / n:.0f} %",
+        [f"Gabor functions, of {counted(n, 'filter')}"],
+        record["headline"],
+    )
+
+
 _TOLD = {
     "gaborium.recovery": _recovery,
     "gaborium.train": _training,
     "gaborium.fit": _fit,
+    "gaborium.census": _census,
     "gaborium.diagnosis": _diagnosis,
 }

@@ -59,7 +59,8 @@ def write_files(
 
     Args:
         folder: where to; it exists, and files of the same names are replaced.
-        contents: the files by name, texts or matplotlib figures; not asked for without a folder.
+        contents: the files by name, texts or matplotlib figures, which are drawn as the name's
+            ending says: ``png``, ``pdf`` or ``svg``; not asked for without a folder.
 
     Returns:
         The names of the files.
@@ -70,7 +71,10 @@ def write_files(
     """
     if not Path(folder).is_dir():
         raise FileNotFoundError(f"There is no folder {os.fspath(folder)!r}; make it first.")
-    made = {name: item if isinstance(item, str) else png(item) for name, item in contents}
+    made = {
+        name: item if isinstance(item, str) else drawn(item, name.rpartition(".")[2])
+        for name, item in contents
+    }
     for name, content in made.items():
         path = Path(folder, name)
         if isinstance(content, str):
@@ -82,8 +86,14 @@ def write_files(
 
 def png(figure: Any) -> bytes:
     """A matplotlib figure as the content of a file."""
+    return drawn(figure, "png")
+
+
+def drawn(figure: Any, kind: str) -> bytes:
+    """A matplotlib figure as the content of a ``png``, ``pdf`` or ``svg`` file, without a date."""
+    dated = {"pdf": {"CreationDate": None}, "svg": {"Date": None}}
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
+    figure.savefig(buffer, format=kind, metadata=dated.get(kind))
     return buffer.getvalue()
 
 

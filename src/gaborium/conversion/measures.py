@@ -1,0 +1,193 @@
+"""The numbers that tell what a filter is: its bars, signs, colours, orientation and noise.
+
+All of them are shares or ratios: neither the kernel's scale nor its sign, neither the order of its
+channels nor a flip or transposition changes them. None needs more than the kernel itself, and the
+fit of a Gabor function to it.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from gaborium.fitting import FitResult
+from gaborium.fitting.rivals import main_pattern, rivals
+from gaborium.kernels import gabor, offsets
+
+# What each number is, in the words of reports; the order is that of tables.
+NUMBERS = {
+    "gabor": "share of the power that a Gabor function explains",
+    "explained": "the same, less what its parameters would explain of noise",
+    "bars": "visible bars of alternating sign",
+    "second_bar": "strength of the second bar beside the strongest",
+    "third_bar": "strength of the third bar beside the strongest",
+    "n_x": "cycles in a standard deviation of the envelope along the wave",
+    "n_y": "the same across the wave, of the stripes' length",
+    "selectivity": "for orientation: 1 is one orientation, 0 is none",
+    "opponency": "share of the power that the mean of the channels does not hold",
+    "oriented_luminance": "share of the power in the channels' mean, times its selectivity",
+    "one_colour": "share of the power in one pattern that all channels have in common",
+    "constant": "share of the power in the channels' means over the pixels",
+    "even": "symmetry about the best point: correlation with the reversed pattern",
+    "blob": "share of the power that one Gaussian explains",
+    "surround": "share that a centre with its surround explains",
+    "ring": "strength of that surround beside its centre",
+    "two_waves": "share that two Gabor functions explain",
+    "crossing": "power of the weaker of these two beside the stronger, if they cross",
+    "noise": "floor of the spectrum, as a share of what it is with the pixels in random order",
+    "snr": "signal-to-noise ratio of power that follows from it",
+    "strength": "norm beside the layer's median",
+}
+_SHUFFLES = 40
+_VISIBLE = 0.2  # of the strongest bar
+_ABOVE_NOISE = 2.0  # of a bar's norm, in standard deviations of a pixel's noise
+_HIGHEST = 1e4  # signal-to-noise ratio; beyond, rounding is measured
+
+
+@torch.no_grad()
+def measure(kernels: Tensor, result: FitResult, *, n_dims: int) -> dict[str, Tensor]:
+    """The numbers of filters, each ``(filters,)`` and in float64; ``NUMBERS`` says what they are.
+
+    Args:
+        kernels: ``(filters, channels, *kernel_size)``, finite.
+        result: of ``fit`` with ``geometry="filter"`` and ``center=True``.
+        n_dims: spatial dimensions of a kernel.
+
+    Returns:
+        A number for each name but ``strength``, which takes the whole layer. Of filters that are
+        zero everywhere all but ``noise`` are 0.
+    """
+    sizes = tuple(kernels.shape[-n_dims:])
+    w = kernels.detach().double().flatten(2)
+    largest = w.abs().amax((1, 2), keepdim=True)
+    w = w / torch.where(largest > 0, largest, 1.0)
+    w = w / w.flatten(1).norm(dim=1).clamp_min(1e-300)[:, None, None]
+    channels, pixels = w.shape[1:]
+    power = w.square().sum((1, 2))
+
+    fitted = torch.nan_to_num(gabor(result.params, sizes).double().flatten(2))
+    scale = kernels.detach().double().flatten(1).norm(dim=1)
+    fitted = fitted / torch.where(scale > 0, scale, 1.0)[:, None, None]
+    n_data = channels * pixels
+    n_parameters = 2 * channels + {1: 3, 2: 6, 3: 8}[n_dims]
+    noise = (w - fitted).square().sum((1, 2)) / max(1, n_data - n_parameters)
+    strengths = _bars(result, sizes, fitted)
+    ordered = torch.nn.functional.pad(strengths.sort(dim=1, descending=True).values, (0, 3))
+    first = ordered[:, :1].clamp_min(1e-300)
+    visible = (strengths >= _VISIBLE * first) & (
+        strengths > _ABOVE_NOISE * noise.sqrt().unsqueeze(1)
+    )
+
+    pattern, luminance = main_pattern(w), w.mean(1)
+    in_luminance = channels * luminance.square().sum(1)
+    floor = _floor_beside_shuffled(w, sizes)
+    params = result.params
+    cycles = torch.nan_to_num(params.sigma.flatten() / params.wavelength.flatten())
+    across = params.as_dict().get("aspect_ratio", torch.ones_like(params.sigma)).flatten()
+    others = rivals(kernels, result, n_dims=n_dims)
+    numbers = {
+        "gabor": torch.nan_to_num(result.explained_variance.double()),
+        "explained": 1 - noise * n_data,
+        "bars": visible.sum(1).double(),
+        "second_bar": ordered[:, 1] / first[:, 0],
+        "third_bar": ordered[:, 2] / first[:, 0],
+        "n_x": cycles,
+        "n_y": torch.nan_to_num(cycles / across),
+        "selectivity": _selectivity(pattern, sizes),
+        "opponency": (1 - in_luminance).clamp(0.0, 1.0),
+        "oriented_luminance": in_luminance * _selectivity(luminance, sizes),
+        "one_colour": torch.linalg.svdvals(w)[:, 0].square(),
+        "constant": w.mean(2).square().sum(1) * pixels,
+        "even": _even(pattern, sizes),
+        "blob": others.blob,
+        "surround": others.surround,
+        "ring": others.ring,
+        "two_waves": others.two_waves,
+        "crossing": others.crossing,
+    }
+    numbers = {name: torch.where(power > 0, value, 0.0) for name, value in numbers.items()}
+    numbers["noise"] = torch.where(power > 0, floor, 1.0)
+    numbers["snr"] = (1 / numbers["noise"].clamp_min(1 / _HIGHEST) - 1).clamp_min(0.0)
+    return numbers
+
+
+def _bars(result: FitResult, sizes: tuple[int, ...], fitted: Tensor) -> Tensor:
+    """Norms of the bars: of the fitted function's pixels in each half cycle, ``(filters, bars)``.
+
+    Of several channels the pattern that they have in common, which is a Gabor function too. What
+    lies beyond the kernel's border is not counted, as nobody sees it.
+    """
+    params, n = result.params, len(result)
+    k = (params.direction * params.frequency.unsqueeze(-1)).double().reshape(n, -1)
+    u = offsets(sizes, torch.float64, k.device)
+    away = u.unsqueeze(0) - params.center.double().reshape(n, -1, 1)
+    cycles = (k.unsqueeze(-1) * away).sum(1)
+    pattern = main_pattern(fitted)
+    of_channel = (fitted @ pattern.unsqueeze(-1)).squeeze(-1)
+    even = (of_channel * params.amplitude * params.phase.cos()).sum(1)
+    odd = (of_channel * params.amplitude * params.phase.sin()).sum(1)
+    phase = torch.atan2(odd, even).unsqueeze(1) / (2 * math.pi)
+    number = torch.nan_to_num(2 * (cycles + phase) + 0.5).floor().long()
+    number = number - number.amin(1, keepdim=True)
+    power = pattern.square() * fitted.square().sum((1, 2)).unsqueeze(1)
+    bars = power.new_zeros(n, int(number.max()) + 1)
+    return bars.scatter_add(1, number, power).sqrt()
+
+
+def _spectrum(patterns: Tensor, sizes: tuple[int, ...], padded: int) -> Tensor:
+    """Power at every frequency, ``(..., frequencies)``."""
+    axes = tuple(range(-len(sizes), 0))
+    size = [padded * n for n in sizes]
+    found = torch.fft.fftn(patterns.unflatten(-1, sizes), s=size, dim=axes)
+    return found.abs().square().flatten(-len(sizes))
+
+
+def _selectivity(patterns: Tensor, sizes: tuple[int, ...]) -> Tensor:
+    """How much of the power lies along one axis of frequencies, 0 to 1; in 1-D always 1.
+
+    In the plane it is one less the circular variance of doubled angles, with the power as weight.
+    """
+    d = len(sizes)
+    if d == 1:
+        return torch.ones_like(patterns[:, 0])
+    axes = [torch.fft.fftfreq(2 * n, dtype=torch.float64, device=patterns.device) for n in sizes]
+    f = torch.stack([grid.flatten() for grid in torch.meshgrid(*axes, indexing="ij")])
+    size = f.norm(dim=0)
+    # The highest frequency stands for both of its signs, and so has no direction.
+    counts = (size > 0) & (f.abs() < 0.5 - 1e-9).all(0)
+    power = _spectrum(patterns, sizes, 2) * counts
+    unit = f / torch.where(size > 0, size, 1.0)
+    spread = torch.einsum("bf,if,jf->bij", power, unit, unit)
+    total = power.sum(-1)
+    share = torch.linalg.eigvalsh(spread)[:, -1] / torch.where(total > 0, total, 1.0)
+    return ((d * share - 1) / (d - 1)).clamp(0.0, 1.0)
+
+
+def _even(patterns: Tensor, sizes: tuple[int, ...]) -> Tensor:
+    axes = tuple(range(-len(sizes), 0))
+    found = torch.fft.fftn(patterns.unflatten(-1, sizes), s=[2 * n for n in sizes], dim=axes)
+    both = torch.fft.ifftn(found.square(), dim=axes).real.flatten(1)
+    return both.amax(1) / patterns.square().sum(-1).clamp_min(1e-300)
+
+
+def _floor_beside_shuffled(w: Tensor, sizes: tuple[int, ...]) -> Tensor:
+    """Median of the spectrum beside what it is with the pixels shuffled, and their signs.
+
+    With their signs, because a constant has nothing but one frequency however it is shuffled.
+    """
+    # In an order that no flip or transposition changes, so that the same shuffles come out.
+    order = w.square().sum(1).sort(dim=1, stable=True).indices
+    pixels = w.gather(2, order.unsqueeze(1).expand_as(w))
+    draw = torch.Generator().manual_seed(0)
+
+    def floor(kernels: Tensor, size: tuple[int, ...]) -> Tensor:
+        return _spectrum(kernels, size, 1).sum(1).quantile(0.5, dim=1)
+
+    total = torch.zeros_like(w[:, 0, 0])
+    for _ in range(_SHUFFLES):
+        place = torch.randperm(w.shape[-1], generator=draw).to(w.device)
+        sign = 2.0 * torch.randint(2, (w.shape[-1],), generator=draw).to(w) - 1
+        total += floor((pixels * sign)[:, :, place], tuple(sorted(sizes)))
+    return floor(w, sizes) * _SHUFFLES / torch.where(total > 0, total, 1.0)
