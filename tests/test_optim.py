@@ -773,3 +773,43 @@ def test_no_filter_leaps_once_the_rate_has_fallen(photograph):
         optimizer.param_groups[0]["lr"] = rate
         step()
         assert ("leapt" in optimizer.state[layer.tap.kernel]) == leaps, rate
+
+
+def test_means_that_do_not_matter_are_not_asked_for(monkeypatch):
+    data, ends, heard = batches(12), [], []
+    for spared in (True, False):
+        if not spared:
+            monkeypatch.setattr(NaturalGradient, "_listen", lambda *_: None)
+        torch.manual_seed(0)
+        model = nn.Sequential(
+            layer_of(2, 2, bias=False),
+            nn.BatchNorm2d(4),
+            nn.Tanh(),
+            nn.Flatten(),
+            nn.Linear(144, 3),
+        )
+        optimizer = NaturalGradient(model, look_every=2)
+        for batch in data:
+            train(model, optimizer, [batch])
+            heard.append(model[0].tap.offset.grad is not None)
+        ends.append(gabor_state(model))
+    assert heard == [step in (1, 2, 4, 6, 8, 10, 12) for step in range(1, 13)] + [True] * 12
+    for name, value in ends[0].items():
+        assert torch.allclose(value, ends[1][name], atol=1e-5), name
+
+
+def test_a_loaded_state_hears_as_the_saved_one_did():
+    data = batches(6)
+    model, other = (
+        nn.Sequential(
+            layer_of(2, 2, bias=False), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(144, 3)
+        )
+        for _ in range(2)
+    )
+    optimizer = NaturalGradient(model, look_every=2)
+    train(model, optimizer, data)
+    assert not model[0].tap.hears_offset
+    loaded = NaturalGradient(other, look_every=2)
+    assert other[0].tap.hears_offset
+    loaded.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    assert not other[0].tap.hears_offset

@@ -42,7 +42,8 @@ class KernelTap:
     ``kernel`` and ``offset`` are zeros that are added to the kernels and to the responses, at
     least in single precision. They never change; but after ``loss.backward()`` their gradients
     are those of the loss with respect to the kernels and to each response's mean, accumulated,
-    scaled and reduced as any parameter's. A module makes room for one as ``tap``.
+    scaled and reduced as any parameter's. A module makes room for one as ``tap``. Where there is
+    no bias and ``hears_offset`` is false, the responses are left alone.
 
     Args:
         weight: kernels of the shape to come, ``(out, in / groups, *kernel_size)``.
@@ -62,10 +63,16 @@ class KernelTap:
         # What the layer saw since an optimiser last stepped; one that never steps must not fill
         # the memory.
         self.inputs: deque[Tensor] = deque(maxlen=_MOST_INPUTS)
+        # A sum over all responses, which a layer without bias can be spared.
+        self.hears_offset = True
 
-    def __call__(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    def __call__(
+        self, input: Tensor, weight: Tensor, bias: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
         """The same kernels and bias, with the zeros added."""
         self.inputs.append(input.detach())
+        if bias is None and not self.hears_offset:
+            return weight + self.kernel.to(weight), None
         offset = self.offset.to(weight)
         return weight + self.kernel.to(weight), offset if bias is None else bias + offset
 

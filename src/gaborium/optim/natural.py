@@ -157,6 +157,22 @@ class NaturalGradient(Optimizer):
         news = self._news(family, state, group)
         if news is not None:
             self._move(family, state, group, news)
+        self._listen(family, group)
+
+    def _listen(self, family: KernelFamily, group: dict[str, Any]) -> None:
+        """Ask for what the next step needs to know of the responses' means."""
+        state = self.state[family.layer.tap.kernel]
+        step = int(state.get("step", 0)) + 1
+        looks = _is_time_to_look(step, group["look_every"])
+        family.layer.tap.hears_offset = looks or not state.get("centred", False)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from what ``state_dict`` gave."""
+        super().load_state_dict(state_dict)
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter in self._families:
+                    self._listen(self._families[parameter], group)
 
     def _news(
         self, family: KernelFamily, state: dict[str, Any], group: dict[str, Any]
