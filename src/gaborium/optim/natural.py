@@ -64,7 +64,8 @@ class NaturalGradient(Optimizer):
         damping: added to the variance of every pixel, as a share of the mean variance.
         leap_every: steps before the first leap; the waits between leaps double, up to 200
             times as many. 0: no leaps.
-        look_every: steps between two looks at the input's patches.
+        look_every: steps between two looks at the input's patches, after as many in a row; from
+            the hundredth step on three times as many.
         seed: of the choice of patches.
 
     Raises:
@@ -161,7 +162,7 @@ class NaturalGradient(Optimizer):
 
     def _listen(self, family: KernelFamily, group: dict[str, Any]) -> None:
         """Ask for what the next step needs to know of the responses' means."""
-        state = self.state[family.layer.tap.kernel]
+        state = self.state.get(family.layer.tap.kernel, {})
         step = int(state.get("step", 0)) + 1
         looks = _is_time_to_look(step, group["look_every"])
         family.layer.tap.hears_offset = looks or not state.get("centred", False)
@@ -202,6 +203,7 @@ class NaturalGradient(Optimizer):
             self._evidence(tap.kernel, group["damping"]).see_patches(covariance, _PATCH_MOMENTUM)
             state.pop("slopes", None)
 
+        # With a bias or a norm behind it, the loss does not mind the responses' means.
         has_bias = layer.bias is not None and layer.bias.requires_grad and layer.output != "energy"
         mean = None
         if looks or has_bias or not state.get("centred", False):
