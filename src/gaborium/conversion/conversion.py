@@ -17,6 +17,7 @@ from gaborium.fitting import FitResult, Outcome, fit
 from gaborium.layers import GABOR_LAYERS, LAYERS
 from gaborium.mixed import MixedConv
 from gaborium.optim.inputs import draw_patches, moments_of
+from gaborium.optim.quadratic import Metric
 from gaborium.params import Gabor
 
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
@@ -162,9 +163,8 @@ def convert(
         "n_dims": n_dims, "geometry": "filter", "center": True, "n_starts": n_starts,
     }  # fmt: skip
     kernels = responses = fit(weight, **options)
-    seen = None if calibrate is None else _Seen(whole, place, calibrate)
+    seen = None if calibrate is None else _Seen(whole, place, calibrate, seed)
     if seen is not None:
-        seen.look(layer, weight, seed)
         responses = fit(weight, metric=seen.metric(), **options)
     chosen = _chosen(responses, threshold, filters)
     result = whole
@@ -195,30 +195,30 @@ def _n_learned(layer: nn.Module) -> int:
 class _Seen:
     """What a layer sees of some images: mean and covariance of its patches."""
 
-    def __init__(self, network: nn.Module, name: str, images: Tensor | Iterable[Tensor]) -> None:
+    def __init__(
+        self, network: nn.Module, name: str, images: Tensor | Iterable[Tensor], seed: int
+    ) -> None:
         self.batches = [images] if isinstance(images, Tensor) else list(images)
         if not self.batches:
             raise ValueError("calibrate needs at least one batch of images, got none.")
-        self.inputs: list[Tensor] = []
+        inputs: list[Tensor] = []
         trial = copy.deepcopy(network).eval()
         trial.get_submodule(name).register_forward_pre_hook(
-            lambda _, arguments: self.inputs.append(arguments[0].detach())
+            lambda _, arguments: inputs.append(arguments[0].detach())
         )
         with torch.no_grad():
             for batch in self.batches:
                 trial(batch)
-        if not self.inputs:
+        if not inputs:
             raise ValueError(f"The network does not run {name!r} on these images.")
-
-    def look(self, layer: Any, weight: Tensor, seed: int) -> None:
-        """Take some patches of every batch as the layer's kernels see them."""
-        twin = LAYERS[weight.ndim - 2](
+        layer: Any = network.get_submodule(name)
+        twin = LAYERS[layer.weight.ndim - 2](
             *(layer.in_channels, 1, layer.kernel_size, layer.stride, layer.padding),
             dilation=layer.dilation,
             padding_mode=layer.padding_mode,
         )
         draw = torch.Generator().manual_seed(seed)
-        drawn = torch.cat([draw_patches(twin, part, draw) for part in self.inputs]).cpu().double()
+        drawn = torch.cat([draw_patches(twin, part, draw) for part in inputs]).cpu().double()
         if not drawn.isfinite().all():
             raise ValueError("calibrate must lead to finite inputs, got NaN or infinity.")
         mean, second = moments_of(drawn)
@@ -232,8 +232,7 @@ class _Seen:
 
     def metric(self) -> Tensor:
         """The covariance, and a little of every pixel."""
-        C = self.covariance
-        return C + _DAMPING * C.diagonal().mean() * torch.eye(len(C), dtype=C.dtype)
+        return Metric.of(self.covariance[None], _DAMPING).covariance[0]
 
     def shift(self, change: Tensor) -> Tensor:
         """How much kernels ``(filters, channels, *size)`` change the responses' means."""
@@ -241,11 +240,9 @@ class _Seen:
 
     def error(self, weight: Tensor, new: Tensor) -> Tensor:
         """Root mean squared difference of the responses over their deviation, ``(filters,)``."""
-        power, left = (
-            ((rows @ self.covariance) * rows).sum(1).clamp_min(0)
-            for rows in (weight.flatten(1), (weight - new).flatten(1))
-        )
-        return (left / power.clamp_min(1e-300)).sqrt()
+        metric = Metric(self.covariance[None])
+        whole, left = (metric.length(k.flatten(1)[:, None]) for k in (weight, weight - new))
+        return left / whole.clamp_min(1e-150)
 
     @torch.no_grad()
     def output_error(self, old: nn.Module, new: nn.Module) -> float:
