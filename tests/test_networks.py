@@ -12,12 +12,15 @@ from torch import Tensor, nn
 from gaborium import GaborConv2d, MixedConv
 from gaborium.layers import GABOR_LAYERS
 from gaborium.training.networks import (
+    FIRST_OUTPUTS,
     FIRST_STARTS,
     KINDS,
+    NETWORKS,
     EnergyClassifier,
     GridPool,
     PairEnergy,
     SmallCNN,
+    TextureClassifier,
     build_network,
     first_layer,
     n_learned,
@@ -152,13 +155,13 @@ def test_first_layers_refuse_in_one_clear_line():
 # -- networks ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["cnn", "energy"])
+@pytest.mark.parametrize("name", NETWORKS)
 @pytest.mark.parametrize(
     ("n_channels", "size", "kernel_size", "stride"),
     [(1, (8, 8), 5, 1), (3, (24, 24), 7, 1), (1, (28, 28), 7, 1), (3, (64, 48), 11, 2)],
 )
 def test_images_of_all_sizes_give_logits(name, n_channels, size, kernel_size, stride):
-    output = "energy" if name == "energy" else "real"
+    output = FIRST_OUTPUTS[name]
     first = layer_of(
         "gabor", in_channels=n_channels, kernel_size=kernel_size, stride=stride, output=output
     )
@@ -168,9 +171,9 @@ def test_images_of_all_sizes_give_logits(name, n_channels, size, kernel_size, st
     assert n_learned(network.classifier) < 8000
 
 
-@pytest.mark.parametrize("name", ["cnn", "energy"])
+@pytest.mark.parametrize("name", NETWORKS)
 def test_waveforms_and_clips_give_logits(name):
-    output = "energy" if name == "energy" else "real"
+    output = FIRST_OUTPUTS[name]
     for n_dims, size, kernel_size, stride in ((1, (8000,), 65, 4), (3, (8, 16, 16), 5, 1)):
         first = layer_of(
             "mixed", n_dims=n_dims, kernel_size=kernel_size, stride=stride, output=output
@@ -202,14 +205,14 @@ def test_building_does_not_touch_the_first_layer():
     assert first.training
 
 
-@pytest.mark.parametrize("name", ["cnn", "energy"])
+@pytest.mark.parametrize("name", NETWORKS)
 def test_every_kind_learns_to_tell_stripes_apart(name):
     wave = (torch.arange(24) * (2 * math.pi / 6)).sin()
     images = torch.stack([wave.expand(24, 24), wave[:, None].expand(24, 24)])[:, None]
     images = images.repeat(8, 1, 1, 1) + 0.1 * torch.randn(16, 1, 24, 24)
     labels = torch.arange(2).repeat(8)
     for kind in KINDS:
-        first = layer_of(kind, start="random", output="energy" if name == "energy" else "real")
+        first = layer_of(kind, start="random", output=FIRST_OUTPUTS[name])
         network = build_network(name, first=first, image_size=(24, 24), n_classes=2)
         optimizer = torch.optim.Adam(network.parameters(), 0.02)
         for _ in range(12):
@@ -225,6 +228,28 @@ def test_grid_pooling_averages_whole_and_cut_cells():
     assert GridPool(3, 1)(image).flatten().tolist() == [0.5, 2.5, 4.0]
     assert GridPool(9, 1)(image).flatten().tolist() == [0, 1, 2, 3, 4]
     assert GridPool(1, 1)(image).flatten().tolist() == [2]
+
+
+def test_texture_statistics_are_logarithms_of_mean_and_deviation():
+    energy = torch.rand(2, 3, 12, 12) + 0.2
+    network = TextureClassifier(layer_of("gabor", output="energy"), 4, image_size=(12, 12))
+    found = network.statistics(energy)
+    cell = energy[:, :, 6:, :6].flatten(2)
+    wanted = torch.cat([cell.mean(2), cell.std(2, correction=0)], 1).log()
+    torch.testing.assert_close(found[:, :, 1, 0], wanted, atol=0.01, rtol=0)
+    # Contrast is an offset, the same for all.
+    change = network.statistics(2 * energy) - found
+    torch.testing.assert_close(change, torch.full_like(change, math.log(2)), atol=0.01, rtol=0)
+
+
+def test_texture_statistics_have_a_gradient_where_nothing_varies():
+    energy = torch.full((1, 8, 8, 8), 0.5, requires_grad=True)
+    network = TextureClassifier(layer_of("gabor", output="energy"), 4, image_size=(8, 8))
+    network.statistics(energy).sum().backward()
+    assert energy.grad.isfinite().all()
+    assert (energy.grad > 0).all()
+    half = network.statistics(energy.detach().bfloat16())
+    assert half.dtype == torch.float32
 
 
 def test_energy_of_pairs_is_what_a_gabor_layer_gives_and_has_a_gradient_at_zero():

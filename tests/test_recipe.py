@@ -80,7 +80,7 @@ def test_what_is_left_out_has_its_default(tmp_path):
         ("seeds = []", "seeds must hold at least one number, got none."),
         ("seeds = [1, 1]", "seeds must differ from one another, got [1, 1]."),
         ("data = ''", "data must be the name of a data set, got an empty text."),
-        ("network = 'vgg'", "network must be one of 'cnn', 'energy', got 'vgg'."),
+        ("network = 'vgg'", "network must be one of 'cnn', 'energy', 'texture', got 'vgg'."),
         ("corruption = ['fuzz']", "corruption must be one of 'noise', "),
         ("beside = ['gabour']", "beside must be one of 'free', 'gabor', "),
         ("epochs = ", "is no TOML file: "),

@@ -155,15 +155,18 @@ def starts() -> list[Unit]:
 
 
 def textures() -> list[Unit]:
-    sides = ("free", "adam, bank", "natural, bank", "natural, random", *_FIXED)
     photographs = replace(
         _BASE, data="kth-tips", kernel_size=11, stride=2, epochs=20, batch_size=25
     )
     patches = replace(_BASE, data="brodatz", epochs=5, batch_size=64)
-    return [
-        Unit(f"{one.data}, energy", replace(one, network="energy"), sides, n_seeds=5)
+    sides = ("free", *_LEARNED, *_FIXED)
+    units = [
+        Unit(f"{one.data}, texture", replace(one, network="texture"), sides, n_seeds=5)
         for one in (photographs, patches)
     ]
+    # The same without the deviations, on the grid that is for objects.
+    means = replace(photographs, network="energy")
+    return [*units, Unit("kth-tips, energy", means, ("adam, bank", *_FIXED), n_seeds=5)]
 
 
 def twelve() -> list[Unit]:

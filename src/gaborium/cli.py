@@ -493,7 +493,8 @@ def train(
             "spoken-digits", a folder of images, or an .npz file.
         data_folder: Where the files of a named data set are.
         samples_per_class: Training images of each class; by default all.
-        network: "cnn", or "energy": a linear classifier on pooled Gabor energy.
+        network: "cnn", "energy": a linear classifier on pooled Gabor energy, or "texture": one on
+            its mean and spread.
         first_layer: "gabor", "gabor-fixed", "mixed" or "free".
         beside: First layers to train the same network with, for comparison.
         n_filters: Filters of the first layer.

@@ -20,7 +20,9 @@ from gaborium.starts import STARTS
 
 KINDS = ("free", "gabor", "gabor-fixed", "mixed")
 FIRST_STARTS = (*STARTS, "equal")
-NETWORKS = ("cnn", "energy")
+# Networks, and what each wants of its first layer.
+FIRST_OUTPUTS = {"cnn": "real", "energy": "energy", "texture": "energy"}
+NETWORKS = tuple(FIRST_OUTPUTS)
 
 _NORMS: dict[int, Any] = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
 _AVERAGES = {1: F.avg_pool1d, 2: F.avg_pool2d, 3: F.avg_pool3d}
@@ -28,6 +30,9 @@ _LARGEST: dict[int, Any] = {1: nn.MaxPool1d, 2: nn.MaxPool2d, 3: nn.MaxPool3d}
 # Cells of the grid on which responses are pooled, along each axis.
 _CNN_GRID = {1: 16, 2: 4, 3: 2}
 _ENERGY_GRID = {1: 16, 2: 7, 3: 4}
+_TEXTURE_GRID = {1: 4, 2: 2, 3: 2}  # a texture looks the same everywhere
+# Energies are told apart down to this, where white input of unit variance gives some 0.5.
+_FAINT = 1e-3
 # The variance of the norm of a pair of independent normal responses, in that of one of them.
 _NORM_VARIANCE = 2 - math.pi / 2
 
@@ -203,7 +208,8 @@ def build_network(
     """A classifier of images or sounds behind a given first layer.
 
     Args:
-        name: ``"cnn"``, see ``SmallCNN``, or ``"energy"``, see ``EnergyClassifier``.
+        name: ``"cnn"``, see ``SmallCNN``, ``"energy"``, see ``EnergyClassifier``, or
+            ``"texture"``, see ``TextureClassifier``.
         first: the first layer, as from ``first_layer``; it becomes the network's ``first``.
         image_size: ``(height, width)`` of images, ``(samples,)`` of sounds.
         n_classes: how many classes to tell apart.
@@ -225,9 +231,14 @@ def build_network(
     one_of("network", name, NETWORKS)
     if not n_classes >= 2:
         raise ValueError(f"n_classes must be at least 2, got {n_classes}.")
-    kind = SmallCNN if name == "cnn" else EnergyClassifier
+    kinds: dict[str, Any] = {
+        "cnn": SmallCNN,
+        "energy": EnergyClassifier,
+        "texture": TextureClassifier,
+    }
     with _seeded(seed):
-        return kind(first, n_classes, image_size=tuple(image_size))
+        network: nn.Module = kinds[name](first, n_classes, image_size=tuple(image_size))
+    return network
 
 
 class SmallCNN(nn.Module):
@@ -298,6 +309,9 @@ class EnergyClassifier(nn.Module):
         ValueError: the first layer's output is no energy, or leaves no pixel.
     """
 
+    grids = _ENERGY_GRID
+    n_statistics = 1  # of each channel in each cell
+
     def __init__(
         self,
         first: nn.Module,
@@ -309,19 +323,66 @@ class EnergyClassifier(nn.Module):
         super().__init__()
         if getattr(first, "output", None) != "energy":
             raise ValueError(
-                "EnergyClassifier needs a first layer with output='energy', got "
+                f"{type(self).__name__} needs a first layer with output='energy', got "
                 f"{getattr(first, 'output', type(first).__name__)!r}."
             )
         n_dims = len(image_size)
         self.first = first
-        self.pool = GridPool(grid or _ENERGY_GRID[n_dims], n_dims)
-        self.norm = _NORMS[n_dims](first.out_channels)
+        self.pool = GridPool(self.grids[n_dims] if grid is None else grid, n_dims)
+        n_numbers = self.n_statistics * _n_channels(first)
+        self.norm = _NORMS[n_dims](n_numbers)
         cells = [_cells(side, self.pool.grid) for side in _size_after(first, image_size)]
-        self.classifier = nn.Linear(_n_channels(first) * math.prod(cells), n_classes)
+        self.classifier = nn.Linear(n_numbers * math.prod(cells), n_classes)
+
+    def statistics(self, energy: Tensor) -> Tensor:
+        """What is kept of the energies in each cell, ``(batch, numbers, *cells)``."""
+        return self.pool(energy)
 
     def forward(self, input: Tensor) -> Tensor:
         """Logits ``(batch, n_classes)``."""
-        return self.classifier(self.norm(self.pool(self.first(input))).flatten(1))
+        return self.classifier(self.norm(self.statistics(self.first(input))).flatten(1))
+
+
+class TextureClassifier(EnergyClassifier):
+    """A linear classifier of the mean and the spread of a first layer's energies.
+
+    Of each channel, in each cell of a grid, the logarithms of the mean and of the standard
+    deviation. The mean is how much of a wave there is; the deviation tells whether it is everywhere
+    or in places, and the logarithm makes contrast an offset.
+
+    Args:
+        first: a layer with ``output="energy"``.
+        n_classes: how many classes to tell apart.
+        image_size: of the input.
+        grid: cells along each axis; by default 2, in 1-D 4.
+
+    Raises:
+        ValueError: the first layer's output is no energy, or leaves no pixel.
+
+    Reference:
+        Manjunath & Ma (1996), IEEE Trans. Pattern Anal. Mach. Intell. 18(8),
+        doi:10.1109/34.531803: mean and deviation of the energy as features, there of the whole
+        image and without the logarithm.
+
+    Example:
+        >>> first = first_layer(
+        ...     "gabor", n_dims=2, in_channels=1, n_filters=8, kernel_size=9, output="energy"
+        ... )
+        >>> network = TextureClassifier(first, 10, image_size=(64, 64))
+        >>> network.statistics(torch.rand(3, 8, 64, 64)).shape
+        torch.Size([3, 16, 2, 2])
+    """
+
+    grids = _TEXTURE_GRID
+    n_statistics = 2
+
+    def statistics(self, energy: Tensor) -> Tensor:
+        """Logarithms of mean and deviation in each cell, ``(batch, 2 channels, *cells)``."""
+        # Under autocast energies may come in half precision, too coarse for differences of squares.
+        energy = energy if energy.dtype == torch.float64 else energy.float()
+        mean = self.pool(energy)
+        variance = (self.pool(energy.square()) - mean.square()).clamp_min(0.0)
+        return torch.cat([(mean + _FAINT).log(), (variance + _FAINT**2).log() / 2], dim=1)
 
 
 class GridPool(nn.Module):

@@ -24,7 +24,7 @@ from gaborium.training.checkpoints import Checkpoints, load_state, save_state
 from gaborium.training.corruptions import N_STRENGTHS, corrupt
 from gaborium.training.datasets import Dataset
 from gaborium.training.journal import Journal
-from gaborium.training.networks import build_network, first_layer, n_learned
+from gaborium.training.networks import FIRST_OUTPUTS, build_network, first_layer, n_learned
 from gaborium.training.recipe import Recipe
 from gaborium.training.results import Run
 
@@ -526,7 +526,7 @@ def make_network(
         n_filters=recipe.n_filters,
         kernel_size=recipe.kernel_size,
         stride=recipe.stride,
-        output="energy" if recipe.network == "energy" else "real",
+        output=FIRST_OUTPUTS[recipe.network],
     )
     network = build_network(
         recipe.network,
