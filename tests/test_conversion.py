@@ -216,7 +216,7 @@ def test_networks_from_transformers_are_converted():
         (lambda: nn.Conv2d(4, 4, 5, groups=2), {}, "groups=2"),
         (lambda: GaborConv2d(1, 2, 5), {}, "a Gabor layer already"),
         (lambda: nn.Conv2d(1, 2, 5, dtype=torch.complex64), {}, "complex"),
-        (network, {"threshold": 0.0}, r"threshold must be in \(0, 1\]"),
+        (network, {"threshold": 1.5}, r"threshold must be in \[0, 1\]"),
         (network, {"filters": [6]}, "filters must be numbers from 0 to 5"),
         (network, {"filters": [0.5]}, "filters must be numbers"),
         (network, {"calibrate": []}, "at least one batch"),

@@ -68,6 +68,8 @@ class Unit:
         n_test: test images, evenly from all of them; ``None`` for all.
         similarity: whether to measure how much alike the filters become.
         tuned_as: another part of the same experiment, whose rates are taken.
+        rate_factor: of all learning rates but those of Gabor parameters. A linear classifier of
+            few numbers can take long steps.
     """
 
     name: str
@@ -78,6 +80,14 @@ class Unit:
     n_test: int | None = None
     similarity: bool = False
     tuned_as: str = ""
+    rate_factor: float = 1.0
+
+    def rates(self, side: Side) -> tuple[Rates, ...]:
+        """What the rates of a first layer are chosen from."""
+        return tuple(
+            {**rates, "learning_rate": rates["learning_rate"] * self.rate_factor}
+            for rates in side.rates
+        )
 
     @property
     def rates_of(self) -> str:
@@ -144,13 +154,22 @@ def full() -> list[Unit]:
 
 def starts() -> list[Unit]:
     recipe = replace(_BASE, data="cifar10", samples_per_class=100)
-    return [
+    units = [
         Unit(
             f"cifar10, 1000 samples, {network}, {n} filters",
             replace(recipe, network=network, n_filters=n),
             ("free", *_LEARNED, "adam, equal", "natural, equal", *_FIXED),
         )
         for network, n in (("energy", 8), ("energy", 16), ("cnn", 16))
+    ]
+    # 8000 weights behind 16 filters remember 1000 images by heart if nothing holds them back.
+    return units + [
+        Unit(
+            f"cifar10, 1000 samples, {network}, 16 filters, weight decay",
+            replace(recipe, network=network, n_filters=16, weight_decay=3.0),
+            ("free", "adam, bank", "adam, random", *_FIXED),
+        )
+        for network in ("energy", "cnn")
     ]
 
 
@@ -161,7 +180,13 @@ def textures() -> list[Unit]:
     patches = replace(_BASE, data="brodatz", epochs=5, batch_size=64)
     sides = ("free", *_LEARNED, *_FIXED)
     units = [
-        Unit(f"{one.data}, texture", replace(one, network="texture"), sides, n_seeds=5)
+        Unit(
+            f"{one.data}, texture",
+            replace(one, network="texture"),
+            sides,
+            n_seeds=5,
+            rate_factor=10.0,
+        )
         for one in (photographs, patches)
     ]
     # The same without the deviations, on the grid that is for objects.

@@ -163,7 +163,7 @@ class Experiment:
         choice = piece.choice if tuning else self._chosen(unit, piece.side)
         recipe = unit.recipe.replace(
             **side.fields,
-            **side.rates[choice],
+            **unit.rates(side)[choice],
             **(unit.tuning if tuning else {}),
             beside=(),
             seeds=(piece.seed,),
@@ -185,7 +185,7 @@ class Experiment:
         (run,) = result.runs
         line = {
             **piece._asdict(),
-            "rates": side.rates[choice],
+            "rates": unit.rates(side)[choice],
             "accuracy": run.accuracy,
             "accuracy_put_back": run.accuracy_put_back,
             "train_accuracy": run.curve[-1].get("accuracy") if run.curve else None,
@@ -227,7 +227,7 @@ class Experiment:
                 name: getattr(unit.recipe, name)
                 for name in (
                     *("data", "network", "samples_per_class", "n_filters", "kernel_size", "stride"),
-                    *("epochs", "batch_size", "schedule"),
+                    *("epochs", "batch_size", "schedule", "weight_decay"),
                 )
             }
             parts.append({"name": unit.name, "recipe": recipe, "sides": sides})

@@ -321,6 +321,101 @@ def census(
     _print_end(console, out / name, begun)
 
 
+def convert(
+    file: Path,
+    /,
+    *,
+    layer: str | None = None,
+    images: Path | None = None,
+    max_images: int = 64,
+    threshold: float = 0.9,
+    filters: tuple[int, ...] = (),
+    stride: int = 1,
+    padding: int | None = None,
+    n_dims: Literal[1, 2, 3] = 2,
+    n_starts: int = 12,
+    name: str = "convert",
+    out: Path = Path("runs"),
+    overwrite: bool = False,
+) -> None:
+    """Replace the filters of a trained layer by Gabor functions, where they are good enough.
+
+    Writes layer.safetensors, the new layer for gaborium.export.load_layer; weights.safetensors,
+    all that the file holds with the new kernels in it, for the network as it was; result.json,
+    result.csv, report.html, and a figure as PDF, SVG and PNG.
+
+    Args:
+        file: Weights of a network or of a layer: .safetensors, .pt, .pth, .npz or .npy. Nothing is
+            unpickled.
+        layer: Name of the array in a file with several, as "conv1.weight".
+        images: A photograph, or a folder of them. With it the responses to these images are kept,
+            and not the kernels; the images are brought to mean 0 and deviation 1.
+        max_images: Photographs to take of a folder.
+        threshold: Share of a filter's variance that its Gabor function must explain, from 0 to 1.
+        filters: Numbers of the filters to convert, whatever is explained.
+        stride: Of the layer, which weights do not tell.
+        padding: Of the layer; by default half a kernel.
+        n_dims: Spatial dimensions of a kernel.
+        n_starts: Candidates that the fit follows for each filter at most.
+        name: Name of the run.
+        out: Folder of all runs.
+        overwrite: Replace an earlier run of this name.
+    """
+    begun = time.monotonic()
+    console = require("rich.console", extra="cli", purpose="Commands").Console()
+    _check_least(1, n_starts=n_starts, max_images=max_images, stride=stride)
+    _check_least(0, padding=padding)
+    _check_name(name)
+    if not 0 <= threshold <= 1:
+        raise ValueError(f"--threshold must be from 0 to 1, got {threshold}.")
+
+    with console.status("Loading PyTorch"):
+        import torch
+
+        from gaborium.conversion import convert as convert_layer
+        from gaborium.export import save_layer
+        from gaborium.files import new_folder, write_tensors
+        from gaborium.kernel_files import read_layer
+        from gaborium.reporting import write_conversion
+
+    torch.set_num_threads(1)  # as in recover
+    with _called("key (--key)", "--layer"):
+        found = read_layer(file, key=layer, n_dims=n_dims, stride=stride, padding=padding)
+    calibrate = None if images is None else _calibration(images, max_images, found.layer)
+    with new_folder(out / name, overwrite=overwrite) as folder:
+        with console.status("Looking for Gabor functions"), _called("filters", "--filters"):
+            conversion = convert_layer(
+                found.layer,
+                calibrate=calibrate,
+                threshold=threshold,
+                filters=filters or None,
+                n_starts=n_starts,
+            )
+        with console.status("Writing the report"):
+            facts = {
+                "file": found.name,
+                "array": found.key,
+                "shape": " × ".join(map(str, found.layer.weight.shape)),
+                "SHA-256": found.sha256,
+                **({"images": f"{len(calibrate)} from {images}"} if calibrate else {}),
+                "command": _command(),
+                "starts": str(n_starts),
+            }
+            if conversion.is_gabor.any():
+                save_layer(conversion.layer, folder / "layer.safetensors")
+            weights = found.weights_with(conversion.layer)
+            write_tensors(
+                folder / "weights.safetensors",
+                weights,
+                {"name": "gaborium.weights", "format": 1, "file": found.name, "array": found.key},
+                extra="cli",
+                purpose=".safetensors files",
+            )
+            write_conversion(conversion, found.layer.weight.detach(), folder, facts=facts)
+    _print_conversion(console, conversion, found, set(weights) - set(found.arrays))
+    _print_end(console, out / name, begun)
+
+
 def diagnose(
     file: Path | None = None,
     /,
@@ -714,8 +809,10 @@ def _command() -> str:
     return shlex.join(["gaborium", *sys.argv[1:]])
 
 
-def _photographs(image: Path | None, crop: int, max_images: int) -> list[tuple[str, Any]]:
-    """Names and pixels, cut to one size so that they make a batch."""
+def _photographs(
+    image: Path | None, crop: int, max_images: int, *, alike: bool = True
+) -> list[tuple[str, Any]]:
+    """Names and pixels, cut to one size so that they make a batch, or each as it is."""
     from gaborium.images import camera, center_crop, read_images
 
     if image is None:
@@ -728,12 +825,33 @@ def _photographs(image: Path | None, crop: int, max_images: int) -> list[tuple[s
                 f"{image}; --max-images takes more."
             )
             photographs = photographs[:max_images]
+        if not alike:
+            return photographs
         if len({pixels.shape[0] for _, pixels in photographs}) > 1:
             # Grey photographs among coloured ones have three equal channels.
             photographs = [(title, p.expand(3, -1, -1)) for title, p in photographs]
     smallest = [min(pixels.shape[axis] for _, pixels in photographs) for axis in (1, 2)]
     side = [min(crop or axis, axis) for axis in smallest]
     return [(title, center_crop(pixels, (side[0], side[1]))) for title, pixels in photographs]
+
+
+def _calibration(path: Path, max_images: int, layer: Any) -> list[Any]:
+    """Photographs as batches of one, as networks are fed: mean 0 and deviation 1."""
+    import torch
+
+    n_channels, n_dims = layer.weight.shape[1], layer.weight.ndim - 2
+    if n_channels not in (1, 3) or n_dims != 2:
+        raise ValueError(
+            f"--images is for kernels of 1 or 3 channels and 2 dimensions, got {n_channels} and "
+            f"{n_dims}; convert the network in Python, with calibrate."
+        )
+    photographs = [pixels for _, pixels in _photographs(path, 0, max_images, alike=False)]
+    if n_channels == 1:
+        photographs = [pixels.mean(0, keepdim=True) for pixels in photographs]
+    photographs = [pixels.expand(n_channels, -1, -1) for pixels in photographs]
+    values = torch.cat([pixels.flatten(1) for pixels in photographs], 1)
+    mean, deviation = values.mean(1)[:, None, None], values.std()
+    return [((pixels - mean) / deviation)[None].to(layer.weight) for pixels in photographs]
 
 
 class _progress:  # noqa: N801  (used like a function)
@@ -896,6 +1014,21 @@ def _print_census(console: Any, result: Any, name: str) -> None:
         console.print(f"Pairs: {told}.", highlight=False)
 
 
+def _print_conversion(console: Any, conversion: Any, found: Any, added: set[str]) -> None:
+    from gaborium.reporting import conversion_headline, conversion_sentences
+
+    console.print(f"{found.name}: {conversion_headline(conversion)}", highlight=False)
+    for sentence in conversion_sentences(conversion):
+        console.print(sentence, highlight=False)
+    for key in sorted(added):
+        console.print(
+            _plain(
+                f"weights.safetensors has {key!r}, a bias that keeps the responses' means; a network "
+                "that takes these weights needs one in this layer."
+            )
+        )
+
+
 def _print_diagnosis(console: Any, result: Any) -> None:
     from gaborium.reporting import (
         diagnosis_headline,
@@ -1031,6 +1164,7 @@ def _app(cyclopts: Any) -> Any:
     )
     app.command(export)
     app.command(census)
+    app.command(convert)
     app.command(fit, default_parameter=cyclopts.Parameter(negative=None, negative_bool=("no-",)))
     return app
 

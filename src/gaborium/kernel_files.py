@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from gaborium.errors import require
 from gaborium.images import cannot_read, read_images
+from gaborium.layers import PLAIN_LAYERS
 
 _IMAGES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 _MAX_SIDE = 256  # px; what is larger is a photograph, or a table of flattened kernels
@@ -139,6 +140,109 @@ def read_arrays(path: str | os.PathLike[str]) -> dict[str, Any]:
         return {}
     with _reading(file, shown):
         return reader(file)
+
+
+@dataclass(frozen=True, eq=False)
+class LayerFile:
+    """A convolution with the weights of a file, and all else that the file holds.
+
+    Args:
+        layer: ``nn.ConvNd`` on the CPU.
+        arrays: everything in the file that is numbers, by name.
+        name: of the file, without its parents.
+        key: of the kernels among the arrays.
+        bias_key: of the bias among the arrays, where one is or would be.
+        sha256: of the file's bytes.
+    """
+
+    layer: nn.Module
+    arrays: dict[str, Tensor]
+    name: str
+    key: str
+    bias_key: str
+    sha256: str
+
+    def weights_with(self, layer: Any) -> dict[str, Tensor]:
+        """The file's arrays with kernels and bias of another layer in their places."""
+        old = self.arrays[self.key]
+        values = {self.key: layer.weight.detach()}
+        if layer.bias is not None:
+            values[self.bias_key] = layer.bias.detach()
+        return self.arrays | {name: value.to(old.dtype) for name, value in values.items()}
+
+
+def read_layer(
+    path: str | os.PathLike[str],
+    *,
+    key: str | None = None,
+    n_dims: int = 2,
+    stride: int = 1,
+    padding: int | None = None,
+) -> LayerFile:
+    """Read the kernels of a file as a convolution, with the bias that lies beside them.
+
+    Args:
+        path: of a file, as for ``read_kernels``, but no images.
+        key: name of the kernels' array, as for ``read_kernels``. The bias is looked for under the
+            same name with ``bias`` in place of ``weight``.
+        n_dims: spatial dimensions of a kernel: 1, 2 or 3.
+        stride: of the layer; weights do not tell.
+        padding: of the layer; by default half a kernel.
+
+    Returns:
+        The layer, in the floating type of the file or at least float32.
+
+    Raises:
+        ValueError: as for ``read_kernels``; or the kernels have no axes ``(filters, channels,
+            *size)``, or a bias is not one number for each filter.
+        OSError: as for ``read_kernels``.
+        ImportError: as for ``read_kernels``.
+
+    Example:
+        >>> from tempfile import TemporaryDirectory
+        >>> with TemporaryDirectory() as folder:
+        ...     file = Path(folder, "model.pt")
+        ...     torch.save({"conv1": nn.Conv2d(3, 8, 5).state_dict()}, file)
+        ...     found = read_layer(file)
+        >>> found.key, found.layer
+        ('conv1.weight', Conv2d(3, 8, kernel_size=(5, 5), stride=(1, 1), padding=(2, 2)))
+    """
+    kernels = read_kernels(path, key=key, n_dims=n_dims)
+    shown = repr(os.fspath(path))
+    weight = kernels.values
+    if Path(path).is_dir() or Path(path).suffix.lower() in _IMAGES:
+        raise ValueError(f"{shown} holds images, which are no layer; give a file of weights.")
+    if weight.ndim == n_dims + 1:
+        weight = weight.unsqueeze(1)
+    if weight.ndim != n_dims + 2:
+        raise ValueError(
+            f"{shown} must hold kernels (filters, channels, *size), got shape "
+            f"{tuple(kernels.values.shape)}."
+        )
+    arrays = {
+        name or "weight": array if isinstance(array, Tensor) else _tensor(array)
+        for name, array in read_arrays(path).items()
+        if isinstance(array, Tensor) or _kind(array) in ("floating", "whole")
+    }
+    own = kernels.key or "weight"
+    stem, _, last = own.rpartition("weight")
+    bias_key = f"{stem}bias" if last in ("", "s") and stem != own else f"{own}_bias"
+    bias = arrays.get(bias_key)
+    if bias is not None and tuple(bias.shape) != (len(weight),):
+        raise ValueError(
+            f"{bias_key!r} of {shown} must be a number for each of {len(weight)} filters, got "
+            f"shape {tuple(bias.shape)}."
+        )
+    size = tuple(weight.shape[2:])
+    around = tuple(side // 2 for side in size) if padding is None else padding
+    layer: Any = PLAIN_LAYERS[n_dims](
+        weight.shape[1], len(weight), size, stride, around, bias=bias is not None, device="meta"
+    )
+    # Half precision is for storage; not every machine convolves in it.
+    layer.weight = nn.Parameter(weight.to(torch.promote_types(weight.dtype, torch.float32)))
+    if bias is not None:
+        layer.bias = nn.Parameter(bias.to(layer.weight))
+    return LayerFile(layer, arrays, kernels.name, own, bias_key, kernels.sha256)
 
 
 # -- before reading ---------------------------------------------------------------------------
@@ -355,10 +459,7 @@ def _floating(array: Any, what: str) -> Tensor:
     if isinstance(array, Tensor):
         values = array
     else:
-        numpy = require("numpy", extra="cli", purpose="Kernel files")
-        native = array.dtype.newbyteorder("=")
-        wide = numpy.float64 if kind == "whole" or array.dtype.itemsize > 8 else native
-        values = torch.from_numpy(numpy.array(array, wide, order="C"))
+        values = _tensor(array)
     if kind == "whole":
         warnings.warn(
             f"{what} holds {_dtype(array)}: its values are taken as they are, so that 0 is 0; if "
@@ -367,6 +468,14 @@ def _floating(array: Any, what: str) -> Tensor:
         )
         values = values.double()
     return values
+
+
+def _tensor(array: Any) -> Tensor:
+    """NumPy's numbers as torch's; those that are wider than torch has them as float64."""
+    numpy = require("numpy", extra="cli", purpose="Kernel files")
+    native = array.dtype.newbyteorder("=")
+    wide = native.kind == "f" and native.itemsize > 8
+    return torch.from_numpy(numpy.array(array, numpy.float64 if wide else native, order="C"))
 
 
 def _check_kernels(values: Tensor, n_dims: int, what: str) -> None:

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gaborium.conversion import CLASSES, Census
+from gaborium.conversion import CLASSES, Census, Conversion
 from gaborium.diagnostics import Identifiability, Landscape, StepLimit
 from gaborium.errors import require
 from gaborium.experiments import Descent, Recovery
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "plot_census",
+    "plot_conversion",
     "plot_fit",
     "plot_identifiability",
     "plot_kernels",
@@ -442,6 +443,97 @@ def _orientations(figure: Any, found: dict[str, Tensor], color: str) -> None:
     place.grid(color=SHADE, linewidth=0.5)
     place.spines["polar"].set_color(SHADE)
     place.set_title("Orientations")
+
+
+def plot_conversion(conversion: Conversion, kernels: Tensor, *, limit: int = 96) -> Figure:
+    """Draw filters above the Gabor functions that replace them, and what these explain.
+
+    Convention:
+        - every pair has its own colour scale, symmetric about 0; three channels are drawn as
+          red, green and blue, one from blue through white to red
+        - the pairs stand by what is explained, the best first; of more than ``limit`` the best,
+          those in the middle and the worst are drawn
+
+    Args:
+        conversion: from ``convert``.
+        kernels: of the layer before, ``(filters, channels, *kernel_size)``.
+        limit: pairs to draw at most.
+
+    Returns:
+        The figure, as wide as both columns of a paper.
+
+    Raises:
+        ValueError: ``kernels`` are not those of the conversion.
+        ImportError: matplotlib is not installed.
+
+    Example:
+        >>> from torch import nn
+        >>> from gaborium import Gabor2d, convert
+        >>> layer = nn.Conv2d(1, 2, 9)
+        >>> planted = Gabor2d.of(wavelength=4.0, sigma=1.6)
+        >>> with torch.no_grad():
+        ...     layer.weight[0, 0] = gabor(planted, 9)
+        >>> figure = plot_conversion(convert(layer), layer.weight)
+        >>> figure.axes[0].get_title(loc="left")
+        '1 of 2 filters (above) and its Gabor function (below)'
+    """
+    after = conversion.layer.weight
+    if not isinstance(after, Tensor) or kernels.shape != after.shape:
+        raise ValueError(
+            f"kernels must be those of the {len(conversion.is_gabor)} filters before, got shape "
+            f"{tuple(kernels.shape)}."
+        )
+    chosen = conversion.is_gabor.tolist()
+    order = [i for i in best_first(conversion.fit) if chosen[i]]
+    shown = [i for _, part in gallery(order, limit) for i in part]
+    n = len(chosen)
+    with _style():
+        mosaic = _pairs_mosaic(torch.stack([kernels.cpu(), after.cpu()]), shown) if shown else None
+        height = 0.3 if mosaic is None else _WIDTH * mosaic.shape[0] / mosaic.shape[1]
+        figure = _figure(_WIDTH, min(height, 8.0) + 2.3)
+        above, below = figure.subplots(2, 1, height_ratios=[min(height, 8.0), 2.0])
+        if mosaic is not None:
+            above.imshow(mosaic.numpy(), interpolation="nearest")
+        _frame(above, visible=False)
+        whose = "its Gabor function" if len(order) == 1 else "their Gabor functions"
+        above.set_title(f"{len(order)} of {n} filters (above) and {whose} (below)")
+        for result, color, label in (
+            (conversion.kernels, CLASS_COLORS["gabor"], "kernels"),
+            (conversion.responses, CLASS_COLORS["blob"], "responses"),
+        ):
+            if result is not None:
+                explained = result.explained_variance.nan_to_num(0.0).sort(descending=True).values
+                below.plot(range(1, n + 1), explained, ".-", color=color, label=label, ms=3.5)
+        if conversion.threshold:
+            below.axhline(conversion.threshold, color=MUTED, linewidth=0.7, linestyle="--")
+        below.set(
+            xlabel="filters, the best explained first", ylim=(0, 1.03), xlim=(0, n + 1),
+            title="Explained by a Gabor function, share of the variance",
+        )  # fmt: skip
+        below.xaxis.get_major_locator().set_params(integer=True)
+        if conversion.responses is not None:
+            below.legend(loc="lower left", ncols=2)
+    return figure
+
+
+def _pairs_mosaic(kernels: Tensor, chosen: Sequence[int]) -> Tensor:
+    """Some filters before and after, ``(2, n, channels, *size)``, as one picture of pairs."""
+    images = kernel_images(kernels[:, list(chosen)])
+    scale = images.abs().flatten(2).amax((0, 2)).clamp_min(1e-300)
+    images = images / scale[:, None, None, None]
+    tiles = colored(images.flatten(0, 1)).unflatten(0, images.shape[:2])
+    up = max(1, math.ceil(24 / max(tiles.shape[2:4])))
+    tall = max(up, math.ceil(8 / tiles.shape[2]))
+    tiles = tiles.repeat_interleave(tall, 2).repeat_interleave(up, 3)
+    tiles = F.pad(tiles, (0, 0, 2, 2, 1, 1), value=1.0)
+    pairs = F.pad(torch.cat([tiles[0], tiles[1]], 1), (0, 0, 0, 0, 0, 10), value=1.0)
+    n_columns = min(max(len(pairs), 12), 24)
+    n_rows = math.ceil(len(pairs) / n_columns)
+    whole = torch.ones(n_rows * n_columns, *pairs.shape[1:], dtype=pairs.dtype)
+    whole[: len(pairs)] = pairs
+    return (
+        whole.unflatten(0, (n_rows, n_columns)).permute(0, 2, 1, 3, 4).flatten(2, 3).flatten(0, 1)
+    )
 
 
 def plot_recovery(recovery: Recovery) -> Figure:

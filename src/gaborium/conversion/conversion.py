@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import math
 import warnings
 from collections.abc import Collection, Iterable, Sequence
@@ -18,7 +19,7 @@ from gaborium.layers import GABOR_LAYERS, LAYERS
 from gaborium.mixed import MixedConv
 from gaborium.optim.inputs import draw_patches, moments_of
 from gaborium.optim.quadratic import Metric
-from gaborium.params import Gabor
+from gaborium.params import Gabor, plain
 
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 # A direction that no patch has must not become free to choose.
@@ -42,6 +43,7 @@ class Conversion:
         output_error: the same of the network's outputs, all together; ``nan`` where they are no
             tensor.
         n_first_parameters: numbers learned in the layer, before and after.
+        threshold: what a filter's Gabor function had to explain; ``None`` where filters were named.
     """
 
     model: nn.Module
@@ -52,6 +54,12 @@ class Conversion:
     response_error: Tensor | None
     output_error: float | None
     n_first_parameters: tuple[int, int]
+    threshold: float | None
+
+    @property
+    def layer(self) -> nn.Module:
+        """The converted layer of the network."""
+        return self.model.get_submodule(self.name)
 
     @property
     def fit(self) -> FitResult:
@@ -74,7 +82,17 @@ class Conversion:
         )
 
     def to_table(self) -> list[dict[str, Any]]:
-        """A row per filter: whether it is a Gabor function now, and what it explains."""
+        """A row per filter: whether it is a Gabor function now, what it explains, its geometry.
+
+        ``explained_variance`` is of the kernel by the Gabor function nearest to it,
+        ``explained_response`` of the responses by the one nearest to them; the geometry is that of
+        the Gabor function that replaces the filter, or would.
+        """
+        geometry = {
+            name: value.reshape(len(self.is_gabor), -1)
+            for name, value in self.fit.params.as_dict().items()
+            if name not in ("phase", "amplitude", "center")
+        }
         rows = []
         for i, outcome in enumerate(self.fit.outcome):
             row = {
@@ -86,8 +104,20 @@ class Conversion:
             if self.responses is not None and self.response_error is not None:
                 row["explained_response"] = self.responses.explained_variance[i].item()
                 row["response_error"] = self.response_error[i].item()
-            rows.append(row)
+            rows.append(row | {name: value[i, 0].item() for name, value in geometry.items()})
         return rows
+
+    def to_json(self, *, indent: int | None = None) -> str:
+        """All that was found as JSON text; infinities and missing numbers are inf and nan."""
+        document = {
+            "name": self.name,
+            "threshold": self.threshold,
+            "n_first_parameters": self.n_first_parameters,
+            "output_error": self.output_error,
+            "filters": self.to_table(),
+            "params": json.loads(self.params.to_json()),
+        }
+        return json.dumps(plain(document), indent=indent, allow_nan=False)
 
 
 def convert(
@@ -116,7 +146,8 @@ def convert(
         calibrate: images as the network takes them, ``(batch, channels, *size)``, or an iterable
             of such batches.
         threshold: share of a filter's variance (of its responses' where there are images) that
-            its Gabor function must explain, in (0, 1].
+            its Gabor function must explain, in [0, 1]; with 0 all filters are converted that are
+            not silent.
         filters: which filters to convert, by number, whatever they explain; such as
             ``census(model).filters("gabor")``.
         name: of the layer, as ``model.get_submodule`` takes it; by default the first convolution.
@@ -146,8 +177,8 @@ def convert(
         >>> type(conversion.model[0]).__name__
         'MixedConv'
     """
-    if not 0 < threshold <= 1:
-        raise ValueError(f"threshold must be in (0, 1], got {threshold}.")
+    if not 0 <= threshold <= 1:
+        raise ValueError(f"threshold must be in [0, 1], got {threshold}.")
     place, found = find_first_conv(model, name)
     whole = copy.deepcopy(model)
     if fold_norm:
@@ -185,6 +216,7 @@ def convert(
         response_error=error,
         output_error=output_error,
         n_first_parameters=(_n_learned(found), _n_learned(converted)),
+        threshold=threshold if filters is None else None,
     )
 
 

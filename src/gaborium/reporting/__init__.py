@@ -2,9 +2,9 @@
 
 ``recovery`` is the page of an experiment with a planted kernel, with its words in ``wording`` and
 its charts in ``charts``; ``fits`` is the page of kernels and the Gabor functions nearest to them,
-and ``census`` that of what the kernels are; ``diagnosis`` is that of a training loop that does not
-learn; ``training`` is that of networks which do. ``index`` lists the runs of a folder, and ``page``
-is what all of them need.
+``census`` that of what the kernels are, and ``conversion`` of what became of them; ``diagnosis`` is
+that of a training loop that does not learn; ``training`` is that of networks which do. ``index``
+lists the runs of a folder, and ``page`` is what all of them need.
 """
 
 from gaborium.reporting.census import (
@@ -12,6 +12,13 @@ from gaborium.reporting.census import (
     census_record,
     report_census,
     write_census,
+)
+from gaborium.reporting.conversion import (
+    conversion_headline,
+    conversion_record,
+    conversion_sentences,
+    report_conversion,
+    write_conversion,
 )
 from gaborium.reporting.diagnosis import (
     diagnosis_headline,
@@ -38,6 +45,9 @@ from gaborium.reporting.wording import headline, outcome_sentences, percent
 __all__ = [
     "census_headline",
     "census_record",
+    "conversion_headline",
+    "conversion_record",
+    "conversion_sentences",
     "diagnosis_headline",
     "diagnosis_record",
     "fit_headline",
@@ -50,6 +60,7 @@ __all__ = [
     "percent",
     "recovery_record",
     "report_census",
+    "report_conversion",
     "report_diagnosis",
     "report_fit",
     "report_recovery",
@@ -60,6 +71,7 @@ __all__ = [
     "trial_sentence",
     "worded_numbers",
     "write_census",
+    "write_conversion",
     "write_diagnosis",
     "write_fit",
     "write_index",

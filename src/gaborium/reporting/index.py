@@ -156,10 +156,22 @@ def _census(record: Mapping[str, Any]) -> _Told:
     )
 
 
+def _conversion(record: Mapping[str, Any]) -> _Told:
+    filters = record["result"]["filters"]
+    share = sum(bool(row["is_gabor"]) for row in filters) / len(filters)
+    return (
+        "Conversion to Gabor functions",
+        f"{100 * share:.0f} %",
+        [f"converted, of {counted(len(filters), 'filter')}"],
+        record["headline"],
+    )
+
+
 _TOLD = {
     "gaborium.recovery": _recovery,
     "gaborium.train": _training,
     "gaborium.fit": _fit,
     "gaborium.census": _census,
+    "gaborium.conversion": _conversion,
     "gaborium.diagnosis": _diagnosis,
 }

@@ -30,7 +30,7 @@ _LARGEST: dict[int, Any] = {1: nn.MaxPool1d, 2: nn.MaxPool2d, 3: nn.MaxPool3d}
 # Cells of the grid on which responses are pooled, along each axis.
 _CNN_GRID = {1: 16, 2: 4, 3: 2}
 _ENERGY_GRID = {1: 16, 2: 7, 3: 4}
-_TEXTURE_GRID = {1: 4, 2: 2, 3: 2}  # a texture looks the same everywhere
+_TEXTURE_GRID = {1: 4, 2: 3, 3: 2}  # few: a texture looks much the same everywhere
 # Energies are told apart down to this, where white input of unit variance gives some 0.5.
 _FAINT = 1e-3
 # The variance of the norm of a pair of independent normal responses, in that of one of them.
@@ -354,7 +354,7 @@ class TextureClassifier(EnergyClassifier):
         first: a layer with ``output="energy"``.
         n_classes: how many classes to tell apart.
         image_size: of the input.
-        grid: cells along each axis; by default 2, in 1-D 4.
+        grid: cells along each axis; by default 3, in 1-D 4 and in 3-D 2.
 
     Raises:
         ValueError: the first layer's output is no energy, or leaves no pixel.
@@ -370,7 +370,7 @@ class TextureClassifier(EnergyClassifier):
         ... )
         >>> network = TextureClassifier(first, 10, image_size=(64, 64))
         >>> network.statistics(torch.rand(3, 8, 64, 64)).shape
-        torch.Size([3, 16, 2, 2])
+        torch.Size([3, 16, 3, 3])
     """
 
     grids = _TEXTURE_GRID
