@@ -2,6 +2,7 @@
 
 import hashlib
 import pickle
+import re
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 import torch
 
 from gaborium import Outcome, fit
-from gaborium.kernel_files import read_kernels
+from gaborium.kernel_files import read_kernels, read_layer
 
 np = pytest.importorskip("numpy")
 
@@ -321,3 +322,63 @@ def test_measured_receptive_fields_are_read(shared):
     path = shared / "v1" / "macaque_v1_rf.npz"
     refused(path, "'rf32' (5 × 32 × 32, float32)", "'rf24' (23 × 24 × 24, float32)")
     assert read_kernels(path, key="rf24").values.shape == (23, 24, 24)
+
+
+# -- layers -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["net.pt", "net.safetensors"])
+def test_a_layer_has_the_kernels_and_the_bias_that_lies_beside_them(tmp_path, name):
+    weights = {
+        "stem.conv.weight": bank(4, 3, 5, 5),
+        "stem.conv.bias": bank(4),
+        "body.weight": bank(6, 4, 3, 3),
+    }
+    found = read_layer(save(tmp_path / name, **weights), key="stem.conv.weight", stride=2)
+    assert (found.key, found.bias_key) == ("stem.conv.weight", "stem.conv.bias")
+    assert torch.equal(found.layer.weight, weights["stem.conv.weight"])
+    assert torch.equal(found.layer.bias, weights["stem.conv.bias"])
+    assert found.layer.stride == (2, 2)
+    assert found.layer(torch.rand(1, 3, 20, 20)).shape == (1, 4, 10, 10)
+    changed = torch.nn.Conv2d(3, 4, 5)
+    after = found.weights_with(changed)
+    assert set(after) == set(weights)
+    assert torch.equal(after["stem.conv.weight"], changed.weight)
+    assert torch.equal(after["stem.conv.bias"], changed.bias)
+    assert torch.equal(after["body.weight"], weights["body.weight"])
+
+
+def test_a_layer_without_a_bias_can_get_one_under_the_name_that_belongs_to_it(tmp_path):
+    half = {"conv.weight": bank(4, 1, 5, 5).half()}
+    found = read_layer(save(tmp_path / "net.pt", **half))
+    assert found.layer.bias is None
+    assert found.layer.weight.dtype == torch.float32  # half precision is for storage
+    after = found.weights_with(torch.nn.Conv2d(1, 4, 5))
+    assert set(after) == {"conv.weight", "conv.bias"}
+    assert {value.dtype for value in after.values()} == {torch.float16}
+    np.save(tmp_path / "bank.npy", bank(4, 7, 7).numpy())
+    found = read_layer(tmp_path / "bank.npy")
+    assert found.layer.weight.shape == (4, 1, 7, 7)
+    assert (found.key, found.bias_key) == ("weight", "bias")
+    named = read_layer(save(tmp_path / "named.npz", kernels=bank(4, 1, 5, 5), note="mine"))
+    assert (named.key, named.bias_key, set(named.arrays)) == (
+        "kernels",
+        "kernels_bias",
+        {"kernels"},
+    )
+
+
+def test_what_is_no_layer_is_told_in_a_line(tmp_path):
+    np.save(tmp_path / "one.npy", bank(7, 7).numpy())
+    from PIL import Image
+
+    Image.new("L", (5, 5)).save(tmp_path / "kernel.png")
+    wrong = save(tmp_path / "wrong.pt", **{"a.weight": bank(4, 1, 5, 5), "a.bias": bank(3)})
+    for path, words in (
+        (tmp_path / "one.npy", "(filters, channels, *size), got shape (7, 7)"),
+        (tmp_path / "kernel.png", "holds images"),
+        (wrong, "a number for each of 4 filters, got shape (3,)"),
+    ):
+        with pytest.raises(ValueError, match=re.escape(words)) as caught:
+            read_layer(path)
+        assert "\n" not in str(caught.value)

@@ -1023,8 +1023,8 @@ def _print_conversion(console: Any, conversion: Any, found: Any, added: set[str]
     for key in sorted(added):
         console.print(
             _plain(
-                f"weights.safetensors has {key!r}, a bias that keeps the responses' means; a network "
-                "that takes these weights needs one in this layer."
+                f"weights.safetensors has {key!r}, a bias that keeps the responses' means; a "
+                "network that takes these weights needs one in this layer."
             )
         )
 

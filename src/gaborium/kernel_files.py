@@ -155,7 +155,7 @@ class LayerFile:
         sha256: of the file's bytes.
     """
 
-    layer: nn.Module
+    layer: Any
     arrays: dict[str, Tensor]
     name: str
     key: str
@@ -207,11 +207,11 @@ def read_layer(
         >>> found.key, found.layer
         ('conv1.weight', Conv2d(3, 8, kernel_size=(5, 5), stride=(1, 1), padding=(2, 2)))
     """
-    kernels = read_kernels(path, key=key, n_dims=n_dims)
     shown = repr(os.fspath(path))
-    weight = kernels.values
     if Path(path).is_dir() or Path(path).suffix.lower() in _IMAGES:
         raise ValueError(f"{shown} holds images, which are no layer; give a file of weights.")
+    kernels = read_kernels(path, key=key, n_dims=n_dims)
+    weight = kernels.values
     if weight.ndim == n_dims + 1:
         weight = weight.unsqueeze(1)
     if weight.ndim != n_dims + 2:
@@ -456,10 +456,7 @@ def _floating(array: Any, what: str) -> Tensor:
     kind = _kind(array)
     if kind not in ("floating", "whole"):
         raise ValueError(f"{what} holds {kind}, expected plain real numbers; convert it.")
-    if isinstance(array, Tensor):
-        values = array
-    else:
-        values = _tensor(array)
+    values = array if isinstance(array, Tensor) else _tensor(array)
     if kind == "whole":
         warnings.warn(
             f"{what} holds {_dtype(array)}: its values are taken as they are, so that 0 is 0; if "

@@ -57,8 +57,8 @@ class Conversion:
     threshold: float | None
 
     @property
-    def layer(self) -> nn.Module:
-        """The converted layer of the network."""
+    def layer(self) -> Any:
+        """The converted layer of the network; the old one where nothing was converted."""
         return self.model.get_submodule(self.name)
 
     @property

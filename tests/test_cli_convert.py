@@ -1,0 +1,130 @@
+"""``gaborium convert`` as a person meets it: a layer of a file, before and after."""
+
+from __future__ import annotations
+
+import csv
+import json
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("cyclopts", reason="the command line needs the cli extra")
+from gaborium import Gabor2d, GaborConv2d, MixedConv, gabor
+from gaborium.cli import main
+from gaborium.export import load_layer
+
+pytest.importorskip("safetensors")
+
+
+def run(*tokens: object) -> int:
+    with pytest.raises(SystemExit) as stop:
+        main(["convert", "--n-starts", "2", *map(str, tokens)])
+    return int(stop.value.code)
+
+
+@pytest.fixture(autouse=True)
+def empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    handler = signal.getsignal(signal.SIGTERM)
+    yield tmp_path
+    signal.signal(signal.SIGTERM, handler)
+
+
+@pytest.fixture
+def weights(empty_folder: Path) -> dict[str, torch.Tensor]:
+    """A network's, of whose three filters the first two are Gabor functions."""
+    shapes = Gabor2d.of(orientation=[0.3, 1.4], wavelength=[4.0, 5.0], sigma=1.7)
+    draw = torch.Generator().manual_seed(0)
+    kernels = torch.cat([gabor(shapes, 9), torch.randn(1, 9, 9, generator=draw)]).unsqueeze(1)
+    state = {
+        "stem.weight": kernels.expand(-1, 3, -1, -1).clone(),
+        "head.weight": torch.randn(5, 3, 3, 3, generator=draw),
+    }
+    torch.save(state, "net.pt")
+    return state
+
+
+def photographs(folder: Path) -> Path:
+    from PIL import Image
+    from skimage import data
+
+    folder.mkdir()
+    Image.fromarray(data.camera()[:90, :120]).save(folder / "grey.png")
+    Image.fromarray(data.astronaut()[:128, :100]).save(folder / "colour.png")
+    return folder
+
+
+def test_waves_are_converted_and_the_weights_are_those_of_the_network(weights, capsys):
+    assert run("net.pt", "--layer", "stem.weight", "--stride", 2) == 0
+    folder = Path("runs", "convert")
+    layer = load_layer(folder / "layer.safetensors")
+    assert isinstance(layer, MixedConv)
+    assert layer.is_gabor.tolist() == [True, True, False]
+    assert layer.stride == (2, 2)
+    from safetensors.torch import load_file
+
+    after = load_file(folder / "weights.safetensors")
+    assert set(after) == set(weights)
+    assert torch.equal(after["head.weight"], weights["head.weight"])
+    assert torch.equal(after["stem.weight"], layer.weight.detach())
+    assert torch.allclose(after["stem.weight"], weights["stem.weight"], atol=1e-4)
+    record = json.loads((folder / "result.json").read_text(encoding="utf-8"))
+    assert record["format"] == "gaborium.conversion"
+    assert [row["is_gabor"] for row in record["result"]["filters"]] == [True, True, False]
+    with (folder / "result.csv").open(encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [float(row["wavelength"]) for row in rows[:2]] == pytest.approx([4.0, 5.0], abs=1e-3)
+    page = (folder / "report.html").read_text(encoding="utf-8")
+    assert page.count('alt="residual"') == 3
+    for suffix in ("pdf", "svg", "png"):
+        assert (folder / f"conversion.{suffix}").stat().st_size > 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "2 of 3 filters (67 %) are Gabor functions now" in shown
+    assert "Conversion to Gabor functions" in Path("runs/index.html").read_text(encoding="utf-8")
+
+
+def test_with_images_the_responses_are_kept_and_a_new_bias_is_told(weights, empty_folder, capsys):
+    folder = photographs(empty_folder / "pictures")
+    assert run("net.pt", "--layer", "stem.weight", "--images", folder, "--threshold", 0) == 0
+    layer = load_layer("runs/convert/layer.safetensors")
+    assert isinstance(layer, GaborConv2d)
+    assert layer.bias is not None
+    record = json.loads(Path("runs/convert/result.json").read_text(encoding="utf-8"))
+    errors = [row["response_error"] for row in record["result"]["filters"]]
+    assert max(errors[:2]) < 1e-2 < errors[2]
+    assert record["facts"]["images"].startswith("2 from ")
+    assert "'stem.bias'" in capsys.readouterr().out
+
+
+def test_where_nothing_is_converted_all_stays_and_it_is_said(weights, capsys):
+    assert run("net.pt", "--layer", "head.weight") == 0
+    assert not Path("runs/convert/layer.safetensors").exists()
+    from safetensors.torch import load_file
+
+    after = load_file("runs/convert/weights.safetensors")
+    assert all(torch.equal(after[name], weights[name]) for name in weights)
+    assert "None of 5 filters became a Gabor function." in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("tokens", "words"),
+    [
+        (["none.pt"], ["none.pt"]),
+        (["net.pt", "--layer", "stem.wieght"], ["no array 'stem.wieght'", "'stem.weight'"]),
+        (["net.pt", "--layer", "stem.weight", "--threshold", "90"], ["--threshold", "90"]),
+        (["net.pt", "--layer", "stem.weight", "--filters", "3"], ["--filters", "0 to 2"]),
+        (["net.pt", "--layer", "stem.weight", "--stride", "0"], ["--stride", "at least 1"]),
+        (["net.pt", "--layer", "stem.weight", "--images", "none"], ["none"]),
+        (["five.pt", "--images", "net.pt"], ["1 or 3 channels", "got 5"]),
+    ],
+)
+def test_bad_input_is_told_in_one_line_and_nothing_is_written(weights, capsys, tokens, words):
+    torch.save({"weight": torch.ones(2, 5, 3, 3)}, "five.pt")
+    assert run(*tokens) == 2
+    told = capsys.readouterr().err
+    assert told.count("\n") == 1, told
+    assert "Traceback" not in told
+    assert all(word in told for word in words), told
+    assert not Path("runs").exists()
