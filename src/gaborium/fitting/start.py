@@ -145,9 +145,11 @@ def _windows(family: Family, width: float, like: Tensor, covariance: Tensor | No
         n = math.ceil(reach / (1.5 * width))
         axes.append([reach * i / max(n, 1) for i in range(-n, n + 1)])
     centers = torch.tensor(list(itertools.product(*axes))).to(like)
-    # A narrow window has a wide spectrum: there is no need to look at it as closely.
-    step = max(0.5 / max(family.sizes), 0.1 / width)
-    k = _wave_vectors(family, step).to(like)
+    # A narrow window has a wide spectrum, and so has an axis of few pixels: there is no need to look
+    # at it as closely.
+    steps = [max(0.5 / size, 0.1 / width) for size in family.sizes]
+    k = _wave_vectors(family, steps).to(like)
+    in_steps = k / torch.tensor(steps[::-1]).to(like)
     u = offsets(family.sizes, like.dtype, like.device)
     envelope = (-0.5 * (u - centers.unsqueeze(-1)).square().sum(1) / width**2).exp()
     angle = 2 * math.pi * k @ u
@@ -157,7 +159,7 @@ def _windows(family: Family, width: float, like: Tensor, covariance: Tensor | No
         width,
         centers,
         k,
-        near=torch.cdist(k, k) < 1.9 * step,
+        near=torch.cdist(in_steps, in_steps) < 1.9,
         close=torch.cdist(centers, centers) < 2.0 * width,
         pairs=pairs,
         covariance=covariance,
@@ -208,11 +210,12 @@ def _pick(rows: Tensor, chosen: Tensor) -> Tensor:
     return rows.gather(1, chosen.unsqueeze(-1).expand(-1, -1, rows.shape[-1]))
 
 
-def _wave_vectors(family: Family, step: float) -> Tensor:
-    """Half of the wave vectors up to 0.5 cycles/px, on a grid of this step."""
-    n = math.floor(0.5 / step + 1e-9)
-    line = torch.arange(-n, n + 1, dtype=torch.float64) * step
-    axes = [line if size > 1 else torch.zeros(1, dtype=line.dtype) for size in family.sizes]
+def _wave_vectors(family: Family, steps: list[float]) -> Tensor:
+    """Half of the wave vectors up to 0.5 cycles/px, on a grid of these steps along the axes."""
+    axes = []
+    for size, step in zip(family.sizes, steps, strict=True):
+        n = math.floor(0.5 / step + 1e-9) if size > 1 else 0
+        axes.append(torch.arange(-n, n + 1, dtype=torch.float64) * step)
     grid = torch.stack([axis.flatten() for axis in torch.meshgrid(*axes, indexing="ij")], -1)
     k = grid.flip(-1)  # x first
     # k and -k are the same wave: keep the one whose last non-zero component is positive.
