@@ -4,40 +4,20 @@ from __future__ import annotations
 
 import hashlib
 import json
-import signal
 from pathlib import Path
 
 import pytest
 import torch
 
 pytest.importorskip("cyclopts", reason="the command line needs the cli extra")
+from commands import one_line, run
 from gaborium import GaborConv1d, GaborConv2d, GaborConv3d, MixedConv
-from gaborium.cli import main
 from gaborium.export import folders as forms
 from gaborium.export import read_params, save_layer, to_plain
 
+pytestmark = pytest.mark.usefixtures("empty_folder")
+
 safetensors = pytest.importorskip("safetensors.torch")
-
-
-def run(*tokens: object) -> int:
-    with pytest.raises(SystemExit) as stop:
-        main(["export", *map(str, tokens)])
-    return int(stop.value.code)
-
-
-def one_line(capsys: pytest.CaptureFixture[str]) -> str:
-    text = capsys.readouterr().err
-    assert text.count("\n") == 1, text
-    assert "Traceback" not in text
-    return text
-
-
-@pytest.fixture(autouse=True)
-def empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.chdir(tmp_path)
-    handler = signal.getsignal(signal.SIGTERM)
-    yield tmp_path
-    signal.signal(signal.SIGTERM, handler)
 
 
 @pytest.fixture
@@ -51,7 +31,7 @@ def test_every_form_is_written(layer, capsys):
     pytest.importorskip("onnx")
     pytest.importorskip("onnxscript")
     every = [*forms.FORMATS]
-    assert run("first.safetensors", "--formats", *every, "--size", 20) == 0
+    assert run("export", "first.safetensors", "--formats", *every, "--size", 20) == 0
     folder = Path("runs", "export")
     assert {path.name for path in folder.iterdir()} == {*forms.FORMATS.values(), "result.json"}
     printed = capsys.readouterr()
@@ -82,7 +62,7 @@ def test_every_form_is_written(layer, capsys):
 )
 def test_other_layers_are_written(layer):
     save_layer(layer, "layer")
-    assert run("layer", "--name", "mine", "--out", "there") == 0
+    assert run("export", "layer", "--name", "mine", "--out", "there") == 0
     names = {path.name for path in Path("there", "mine").iterdir()}
     assert names == {"params.json", "params.csv", "plain.safetensors", "result.json"}
 
@@ -98,28 +78,28 @@ def test_bad_input_is_one_line_and_leaves_nothing(layer, capsys):
         ("first.safetensors", "--formats", "png"): 'Invalid value "png" for --formats',
         ("sound", "--formats", "json", "opencv"): "OpenCV has two-dimensional Gabor functions",
     }.items():
-        assert run(*tokens) == 2
+        assert run("export", *tokens) == 2
         assert message in one_line(capsys)
         assert not Path("runs").exists()
 
 
 def test_a_graph_of_images_too_small_is_told(layer, capsys):
     pytest.importorskip("onnxscript")
-    assert run("first.safetensors", "--formats", "json", "onnx", "--size", "5") == 2
+    assert run("export", "first.safetensors", "--formats", "json", "onnx", "--size", "5") == 2
     assert "does not run on the example" in one_line(capsys)
     assert not Path("runs").exists()
 
 
 def test_an_earlier_run_stays_unless_it_is_to_be_replaced(layer, capsys):
-    assert run("first.safetensors", "--formats", "json") == 0
+    assert run("export", "first.safetensors", "--formats", "json") == 0
     before = {path.name: path.read_bytes() for path in Path("runs/export").iterdir()}
-    assert run("first.safetensors") == 2
+    assert run("export", "first.safetensors") == 2
     assert "--overwrite" in one_line(capsys)
     save_layer(GaborConv2d(1, 1, 5, unit_norm=True), "unit")
-    assert run("unit", "--formats", "json", "opencv", "--overwrite") == 2
+    assert run("export", "unit", "--formats", "json", "opencv", "--overwrite") == 2
     assert "give layer.params" in one_line(capsys)
     assert {path.name: path.read_bytes() for path in Path("runs/export").iterdir()} == before
-    assert run("unit", "--overwrite") == 0
+    assert run("export", "unit", "--overwrite") == 0
     assert {path.name for path in Path("runs/export").iterdir()} > {"params.csv"}
 
 
@@ -128,6 +108,6 @@ def test_an_interrupted_run_leaves_nothing(layer, capsys, monkeypatch):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(forms, "_write_plain", interrupted)
-    assert run("first.safetensors") == 130
+    assert run("export", "first.safetensors") == 130
     assert "Interrupted" in one_line(capsys)
     assert not Path("runs").exists()
