@@ -85,6 +85,11 @@ def test_the_callers_model_is_left_alone():
     assert not held & {value.data_ptr() for value in conversion.model.parameters()}
 
 
+def test_a_frozen_network_is_counted_as_one_that_learns():
+    conversion = convert(network().requires_grad_(False), filters=[0])
+    assert conversion.n_first_parameters == (6 * 243, (6 + 6) + 5 * 243)
+
+
 def test_the_list_decides_whatever_is_explained():
     conversion = convert(network(), filters=[1, 3])
     assert conversion.is_gabor.nonzero().flatten().tolist() == [1, 3]

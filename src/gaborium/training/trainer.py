@@ -17,14 +17,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gaborium.conversion import replace_first_conv
-from gaborium.layers import GABOR_LAYERS, PairEnergy
+from gaborium.layers import GABOR_LAYERS, PairEnergy, n_learned
 from gaborium.optim import NaturalGradient
 from gaborium.params import Gabor
 from gaborium.training.checkpoints import Checkpoints, load_state, save_state
 from gaborium.training.corruptions import N_STRENGTHS, corrupt
 from gaborium.training.datasets import Dataset
 from gaborium.training.journal import Journal
-from gaborium.training.networks import FIRST_OUTPUTS, build_network, first_layer, n_learned
+from gaborium.training.networks import FIRST_OUTPUTS, build_network, first_layer
 from gaborium.training.recipe import Recipe
 from gaborium.training.results import Run
 
