@@ -145,7 +145,7 @@ def load_trained(
         >>> abs(hits.double().mean().item() - result.accuracy("free").mean) < 1e-9
         True
     """
-    file = _found(Path(path), side, seed)
+    file = find_network(Path(path), side, seed)
     shown = repr(os.fspath(file))
     tensors, facts = read_tensors(file, newest=_FORMAT, what=_WHAT, again=_AGAIN, **_NEED)
     if facts.get("name") != _NAME:
@@ -164,6 +164,34 @@ def load_trained(
         whose = "this model" if model is not None else "a whole network"
         raise ValueError(f"{shown} does not hold {whose} ({why:.300}); {_AGAIN}.") from None
     raise ValueError(told)
+
+
+def find_network(path: Path, side: str | None = None, seed: int | None = None) -> Path:
+    """The file of a network that is named as for ``load_trained``, which tells what is raised."""
+    shown = repr(os.fspath(path))
+    if not path.is_dir() or (path / NETWORK_FILE).is_file():
+        if not path.exists():
+            raise FileNotFoundError(f"No trained network at {shown}; check the path.")
+        return path / NETWORK_FILE if path.is_dir() else path
+    if not (path / RECIPE_FILE).is_file():
+        raise FileNotFoundError(
+            f"{shown} holds neither {RECIPE_FILE} nor {NETWORK_FILE}; give the folder that "
+            "gaborium train has written."
+        )
+    recipe = Recipe.from_toml(path / RECIPE_FILE)
+    side = one_of("side", recipe.first_layer if side is None else side, recipe.sides)
+    seed = recipe.seeds[0] if seed is None else seed
+    if seed not in recipe.seeds:
+        seeds = ", ".join(map(str, recipe.seeds))
+        raise ValueError(f"seed must be one of {seeds}, for which {shown} has runs; got {seed}.")
+    place = path / f"{side}-{seed}"
+    if (place / NETWORK_FILE).is_file():
+        return place / NETWORK_FILE
+    which = f"{shown} holds no trained network of side {side!r} and seed {seed}"
+    if not (place / RUN_FILE).is_file():
+        raise ValueError(f"{which}: its training has not ended; train again, and it goes on.")
+    stopped = load_state(place / RUN_FILE)["run"]["stopped"]
+    raise ValueError(f"{which}: {stopped or 'its file is gone; train again with --overwrite.'}")
 
 
 def is_trained(path: Path) -> bool:
@@ -270,34 +298,6 @@ def make_network(
 def unit(images: Tensor) -> Tensor:
     """Images of bytes as numbers in [0, 1]; sounds as they are."""
     return images if images.is_floating_point() else images.float() / 255
-
-
-def _found(path: Path, side: str | None, seed: int | None) -> Path:
-    """The file of a network that is named by its folder, or by that of all runs of a recipe."""
-    shown = repr(os.fspath(path))
-    if not path.is_dir() or (path / NETWORK_FILE).is_file():
-        if not path.exists():
-            raise FileNotFoundError(f"No trained network at {shown}; check the path.")
-        return path / NETWORK_FILE if path.is_dir() else path
-    if not (path / RECIPE_FILE).is_file():
-        raise FileNotFoundError(
-            f"{shown} holds neither {RECIPE_FILE} nor {NETWORK_FILE}; give the folder that "
-            "gaborium train has written."
-        )
-    recipe = Recipe.from_toml(path / RECIPE_FILE)
-    side = one_of("side", recipe.first_layer if side is None else side, recipe.sides)
-    seed = recipe.seeds[0] if seed is None else seed
-    if seed not in recipe.seeds:
-        seeds = ", ".join(map(str, recipe.seeds))
-        raise ValueError(f"seed must be one of {seeds}, for which {shown} has runs; got {seed}.")
-    place = path / f"{side}-{seed}"
-    if (place / NETWORK_FILE).is_file():
-        return place / NETWORK_FILE
-    which = f"{shown} holds no trained network of side {side!r} and seed {seed}"
-    if not (place / RUN_FILE).is_file():
-        raise ValueError(f"{which}: its training has not ended; train again, and it goes on.")
-    stopped = load_state(place / RUN_FILE)["run"]["stopped"]
-    raise ValueError(f"{which}: {stopped or 'its file is gone; train again with --overwrite.'}")
 
 
 def _built(tensors: dict[str, Tensor], facts: dict[str, Any], model: nn.Module | None) -> Trained:
