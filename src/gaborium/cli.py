@@ -575,7 +575,8 @@ def export(
     *,
     side: str | None = None,
     seed: int | None = None,
-    formats: tuple[Literal["layer", "json", "csv", "skimage", "opencv", "plain", "onnx"], ...] = (),
+    formats: tuple[Literal["layer", "json", "csv", "skimage", "opencv", "plain", "onnx"], ...]
+    | None = None,
     size: int | None = None,
     name: str = "export",
     out: Path = Path("runs"),
@@ -636,7 +637,7 @@ def export(
     }
     folder = out / name
     with new_folder(folder, overwrite=overwrite) as place, console.status("Writing the files"):
-        written = write_export(source, place, formats or None, size=size, facts=facts)
+        written = write_export(source, place, formats, size=size, facts=facts)
     record = json.loads((folder / "result.json").read_text(encoding="utf-8"))
     console.print(_plain(export_headline(record)))
     for path in written:

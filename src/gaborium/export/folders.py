@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import os
@@ -59,9 +60,10 @@ def write_formats(
         formats: of the Gabor layer, the first one of a network, ``"layer"``: a file of
             ``save_layer``; ``"json"`` and ``"csv"``: the parameters; ``"skimage"`` and
             ``"opencv"``: tables in these libraries' words. Of the whole: ``"plain"``: the state
-            dict of ``to_plain(source)``; ``"onnx"``: the graph. By default ``"json"``, ``"csv"``
-            and ``"plain"`` of a layer; of a network ``"layer"`` and ``"onnx"`` too, the last where
-            ONNX is installed, and without a Gabor layer in it ``"plain"`` and ``"onnx"`` alone.
+            dict of ``to_plain(source)``; ``"onnx"``: the graph, in single precision. By default
+            ``"json"``, ``"csv"`` and ``"plain"`` of a layer; of a network ``"layer"`` and
+            ``"onnx"`` too, the last where ONNX is installed, and without a Gabor layer in it
+            ``"plain"`` and ``"onnx"`` alone.
         size: px along each axis of the images that the graph of a layer takes, by default 64.
         facts: where it came from, by name.
 
@@ -104,7 +106,8 @@ def write_formats(
         "skimage": lambda path: write_params(layer, path, "skimage"),
         "opencv": lambda path: write_params(layer, path, "opencv"),
         "plain": lambda path: _write_plain(model, path),
-        "onnx": lambda path: to_onnx(model, path, example),
+        # Not every runtime has convolutions in other precisions.
+        "onnx": lambda path: to_onnx(copy.deepcopy(model).float(), path, example),
     }
     written = {}
     for name in chosen:
@@ -161,15 +164,17 @@ def _default(source: Any, layer: nn.Module | None) -> list[str]:
 def _example(source: Any, size: int | None) -> torch.Tensor:
     """Two images as the graph takes them."""
     if not isinstance(source, Trained):
-        like = next(source.parameters(), next(source.buffers(), torch.empty(0)))
-        return like.new_zeros(2, source.in_channels, *[size or _SIZE] * source.n_dims)
+        place = next(source.parameters(), next(source.buffers(), torch.empty(0))).device
+        shape = (2, source.in_channels, *[size or _SIZE] * source.n_dims)
+        return torch.zeros(shape, device=place)
     own = source.inputs.image_size
     if size is not None:
         raise ValueError(
             f"size is for a layer; this network takes images of {' x '.join(map(str, own))} px, "
             "with which it was trained. Leave it out."
         )
-    return next(source.network.parameters()).new_zeros(2, source.inputs.n_channels, *own)
+    place = next(source.network.parameters()).device
+    return torch.zeros(2, source.inputs.n_channels, *own, device=place)
 
 
 def _input(trained: Trained) -> dict[str, Any]:
