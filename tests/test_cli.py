@@ -17,31 +17,12 @@ import pytest
 import torch
 
 pytest.importorskip("cyclopts", reason="the command line needs the cli extra")
-from gaborium.cli import main
+from commands import one_line, run
+
+pytestmark = pytest.mark.usefixtures("empty_folder")
 
 FAST = ["--crop", "40", "--kernel-size", "9", "--sigma", "1.5", "--wavelength", "4"]
 FAST += ["--steps", "2", "--learning-rate", "0.1", "--momentum", "0"]
-
-
-def run(*tokens: str, command: str = "recover") -> int:
-    with pytest.raises(SystemExit) as stop:
-        main([command, *tokens])
-    return int(stop.value.code)
-
-
-def one_line(capsys: pytest.CaptureFixture[str]) -> str:
-    text = capsys.readouterr().err
-    assert text.count("\n") == 1, text
-    assert "Traceback" not in text
-    return text
-
-
-@pytest.fixture(autouse=True)
-def empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.chdir(tmp_path)
-    handler = signal.getsignal(signal.SIGTERM)
-    yield tmp_path
-    signal.signal(signal.SIGTERM, handler)
 
 
 def save(pixels: torch.Tensor, path: Path) -> Path:
@@ -56,7 +37,7 @@ def noise(*shape: int) -> torch.Tensor:
 
 
 def test_recover_writes_result_report_and_figures(empty_folder, capsys):
-    assert run(*FAST) == 0
+    assert run("recover", *FAST) == 0
     folder = empty_folder / "runs" / "recover"
     result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
     assert result["target"]["fields"]["wavelength"] == [[4.0]]
@@ -74,7 +55,7 @@ def test_recover_writes_result_report_and_figures(empty_folder, capsys):
 
 def test_a_colour_photograph_with_one_amplitude_per_channel(empty_folder):
     photo = save(noise(50, 60, 3), empty_folder / "photo.png")
-    assert run(*FAST, "--image", str(photo), "--amplitude", "1", "-0.5", "0.25") == 0
+    assert run("recover", *FAST, "--image", str(photo), "--amplitude", "1", "-0.5", "0.25") == 0
     text = (empty_folder / "runs/recover/result.json").read_text(encoding="utf-8")
     rows = {row["parameter"]: row for row in json.loads(text)["table"]}
     assert rows["amplitude[2]"]["found"] == pytest.approx(0.25, abs=1e-6)
@@ -85,7 +66,7 @@ def test_a_folder_of_photographs_of_different_sizes(empty_folder, capsys):
     folder.mkdir()
     for i, shape in enumerate([(50, 60), (44, 48), (64, 41, 3)]):
         save(noise(*shape), folder / f"{i}.png")
-    assert run(*FAST, "--image", str(folder), "--max-images", "2") == 0
+    assert run("recover", *FAST, "--image", str(folder), "--max-images", "2") == 0
     assert "first 2 of 3" in capsys.readouterr().err
 
 
@@ -108,7 +89,7 @@ def test_a_folder_of_photographs_of_different_sizes(empty_folder, capsys):
 )
 def test_bad_input_is_one_line_and_writes_nothing(empty_folder, capsys, tokens, words):
     (empty_folder / "file").write_text("in the way", encoding="utf-8")
-    assert run(*tokens) == 2
+    assert run("recover", *tokens) == 2
     line = one_line(capsys)
     assert all(word in line for word in words), line
     assert not (empty_folder / "runs").exists()
@@ -128,25 +109,25 @@ def test_files_that_are_no_photographs(empty_folder, capsys, name, content, word
         whole = save(noise(64, 64), path).read_bytes()
         content = whole[: len(whole) // 2]
     path.write_bytes(content)
-    assert run(*FAST, "--image", str(path)) == 2
+    assert run("recover", *FAST, "--image", str(path)) == 2
     assert words in one_line(capsys)
 
 
 def test_a_constant_photograph_says_that_nothing_can_be_recovered(empty_folder, capsys):
     photo = save(torch.full((50, 50), 0.5), empty_folder / "grey.png")
-    assert run(*FAST, "--image", str(photo)) == 2
+    assert run("recover", *FAST, "--image", str(photo)) == 2
     assert "nothing can be recovered" in one_line(capsys)
     assert not list(empty_folder.glob("runs/*"))
 
 
 def test_an_earlier_run_is_kept_unless_told_otherwise(empty_folder, capsys):
-    assert run(*FAST) == 0
+    assert run("recover", *FAST) == 0
     before = (empty_folder / "runs/recover/result.json").read_bytes()
     capsys.readouterr()
-    assert run(*FAST, "--seed", "5") == 2
+    assert run("recover", *FAST, "--seed", "5") == 2
     assert "--overwrite" in one_line(capsys)
     assert (empty_folder / "runs/recover/result.json").read_bytes() == before
-    assert run(*FAST, "--seed", "5", "--overwrite") == 0
+    assert run("recover", *FAST, "--seed", "5", "--overwrite") == 0
     assert (empty_folder / "runs/recover/result.json").read_bytes() != before
 
 
@@ -176,7 +157,7 @@ def test_an_interrupted_run_leaves_nothing(empty_folder, kind):
 
 def test_without_the_extra_it_says_what_to_install(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "cyclopts", None)
-    assert run() == 2
+    assert run("recover") == 2
     assert 'pip install "gaborium[cli]"' in one_line(capsys)
 
 
@@ -199,7 +180,7 @@ def result_of(folder: Path) -> dict[str, object]:
 
 def test_fit_writes_result_table_report_and_figures(empty_folder, capsys):
     path = bank(empty_folder / "bank.pt", 5, orientation=[0.1, 0.7, 1.3, 1.9, 2.5])
-    assert run(str(path), command="fit") == 0
+    assert run("fit", str(path)) == 0
     folder = empty_folder / "runs" / "fit"
     record = result_of(folder)
     assert record["facts"]["file"] == "bank.pt"
@@ -226,8 +207,8 @@ def test_fit_writes_result_table_report_and_figures(empty_folder, capsys):
 
 def test_channels_share_a_geometry_unless_told_otherwise(empty_folder):
     path = bank(empty_folder / "bank.pt", 2, 3, orientation=[[0.5], [1.0]], phase=[0.0, 1.0, 2.0])
-    assert run(str(path), command="fit") == 0
-    assert run(str(path), "--geometry", "pair", "--name", "pair", command="fit") == 0
+    assert run("fit", str(path)) == 0
+    assert run("fit", str(path), "--geometry", "pair", "--name", "pair") == 0
     runs = empty_folder / "runs"
     assert len(result_of(runs / "fit")["result"]["outcome"]) == 2
     assert len(result_of(runs / "pair")["result"]["outcome"]) == 6
@@ -235,7 +216,7 @@ def test_channels_share_a_geometry_unless_told_otherwise(empty_folder):
 
 def test_switches_reach_the_fit(empty_folder):
     path = bank(empty_folder / "bank.pt", 2, orientation=[0.5, 1.0], aspect_ratio=1.5)
-    assert run(str(path), "--no-center", "--isotropic", "--key", "weight", command="fit") == 0
+    assert run("fit", str(path), "--no-center", "--isotropic", "--key", "weight") == 0
     fields = result_of(empty_folder / "runs" / "fit")["result"]["params"]["fields"]
     assert fields["center"] == [[0.0, 0.0]] * 2
     assert fields["aspect_ratio"] == [1.0] * 2
@@ -243,9 +224,9 @@ def test_switches_reach_the_fit(empty_folder):
 
 def test_pieces_of_a_file_give_what_the_whole_gives(empty_folder, monkeypatch):
     path = bank(empty_folder / "bank.pt", 5, orientation=[0.1, 0.7, 1.3, 1.9, 2.5])
-    assert run(str(path), command="fit") == 0
+    assert run("fit", str(path)) == 0
     monkeypatch.setattr("gaborium.cli._PIECE", 2)
-    assert run(str(path), "--name", "pieces", command="fit") == 0
+    assert run("fit", str(path), "--name", "pieces") == 0
     whole, pieces = (result_of(empty_folder / "runs" / name) for name in ("fit", "pieces"))
     assert pieces["shape"] == whole["shape"]
     assert pieces["result"]["outcome"] == whole["result"]["outcome"]
@@ -260,7 +241,7 @@ def test_kernels_that_are_no_gabor_functions_are_told_apart(empty_folder, capsys
     kernels = torch.randn(3, 9, 9, generator=torch.Generator().manual_seed(0))
     kernels[1], kernels[2, 0, 0] = 0.0, torch.nan
     torch.save(kernels, empty_folder / "bank.pt")
-    assert run("bank.pt", command="fit") == 0
+    assert run("fit", "bank.pt") == 0
     shown = " ".join(capsys.readouterr().out.split())
     assert "BAD_INPUT 2 The target is zero or not finite" in shown
     assert "No Gabor function was found for any of 3 filters" in shown
@@ -272,7 +253,7 @@ def test_a_folder_of_images_and_its_note(empty_folder, capsys):
     (empty_folder / "images").mkdir()
     for i in range(2):
         save(noise(9, 9), empty_folder / "images" / f"{i}.png")
-    assert run("images", "--no-center", "--n-starts", "1", command="fit") == 0
+    assert run("fit", "images", "--no-center", "--n-starts", "1") == 0
     assert one_line(capsys).startswith("Note: Each image in 'images'")
     assert result_of(empty_folder / "runs" / "fit")["shape"] == [2, 1, 9, 9]
 
@@ -299,7 +280,7 @@ def test_fit_refuses_in_one_line_and_writes_nothing(empty_folder, capsys, tokens
     (empty_folder / "notes.txt").write_text("words", encoding="utf-8")
     bank(empty_folder / "bank.pt", 2, orientation=[0.5, 1.0])
     torch.save(torch.nn.Conv2d(1, 2, 3), empty_folder / "model.pt")
-    assert run(*tokens, command="fit") == 2
+    assert run("fit", *tokens) == 2
     line = one_line(capsys)
     assert all(word in line for word in words), line
     assert not (empty_folder / "runs").exists()
@@ -307,13 +288,13 @@ def test_fit_refuses_in_one_line_and_writes_nothing(empty_folder, capsys, tokens
 
 def test_an_earlier_fit_is_kept_unless_told_otherwise(empty_folder, capsys):
     bank(empty_folder / "bank.pt", 2, orientation=[0.5, 1.0])
-    assert run("bank.pt", command="fit") == 0
+    assert run("fit", "bank.pt") == 0
     before = (empty_folder / "runs/fit/result.json").read_bytes()
     capsys.readouterr()
-    assert run("bank.pt", "--isotropic", command="fit") == 2
+    assert run("fit", "bank.pt", "--isotropic") == 2
     assert "--overwrite" in one_line(capsys)
     assert (empty_folder / "runs/fit/result.json").read_bytes() == before
-    assert run("bank.pt", "--isotropic", "--overwrite", command="fit") == 0
+    assert run("fit", "bank.pt", "--isotropic", "--overwrite") == 0
     assert (empty_folder / "runs/fit/result.json").read_bytes() != before
 
 
@@ -325,7 +306,7 @@ def test_an_interrupted_fit_leaves_nothing(empty_folder, capsys, monkeypatch):
         raise KeyboardInterrupt
 
     monkeypatch.setattr("gaborium.fitting.fit", interrupted)
-    assert run("bank.pt", command="fit") == 130
+    assert run("fit", "bank.pt") == 130
     assert one_line(capsys) == "Interrupted; nothing was written.\n"
     assert not (empty_folder / "runs").exists()
 
@@ -335,7 +316,7 @@ def test_an_interrupted_fit_leaves_nothing(empty_folder, capsys, monkeypatch):
 
 def test_census_writes_result_table_report_and_figures(empty_folder, capsys):
     path = bank(empty_folder / "bank.pt", 2, orientation=[0.1, 1.3])
-    assert run(str(path), "--n-starts", "2", command="census") == 0
+    assert run("census", str(path), "--n-starts", "2") == 0
     folder = empty_folder / "runs" / "census"
     record = result_of(folder)
     assert record["format"] == "gaborium.census"
@@ -381,7 +362,7 @@ def test_census_refuses_in_one_line_and_writes_nothing(empty_folder, capsys, tok
     }
     for name, content in kinds.items():
         torch.save(content, empty_folder / f"{name}.pt")
-    assert run(*tokens, command="census") == 2
+    assert run("census", *tokens) == 2
     line = one_line(capsys)
     assert all(word in line for word in words), line
     assert not (empty_folder / "runs").exists()

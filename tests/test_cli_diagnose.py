@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import signal
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -13,10 +12,13 @@ import torch
 from torch import nn
 
 pytest.importorskip("cyclopts", reason="the command line needs the cli extra")
+from commands import one_line, run
 from gaborium import Gabor1d, Gabor2d, GaborConv1d, GaborConv2d, gabor
-from gaborium.cli import _print_diagnosis, main
+from gaborium.cli import _print_diagnosis
 from gaborium.diagnostics import Finding, Severity
 from gaborium.setup_files import ScriptError, look_at_filters, read_layer, run_setup
+
+pytestmark = pytest.mark.usefixtures("empty_folder")
 
 FAST = ["--crop", "40", "--kernel-size", "9", "--sigma", "1.5", "--wavelength", "4"]
 FAST += ["--steps", "20"]
@@ -35,19 +37,6 @@ def setup():
 GOOD = "layer, nn.functional.mse_loss, (image, targets)"
 
 
-def run(*tokens: object) -> int:
-    with pytest.raises(SystemExit) as stop:
-        main(["diagnose", *map(str, tokens)])
-    return int(stop.value.code)
-
-
-def one_line(capsys: pytest.CaptureFixture[str]) -> str:
-    text = capsys.readouterr().err
-    assert text.count("\n") == 1, text
-    assert "Traceback" not in text
-    return text
-
-
 def record(folder: Path) -> dict:
     return json.loads((folder / "diagnosis.json").read_text(encoding="utf-8"))
 
@@ -57,19 +46,11 @@ def script(text: str, name: str = "mine.py") -> Path:
     return Path(name)
 
 
-@pytest.fixture(autouse=True)
-def empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.chdir(tmp_path)
-    handler = signal.getsignal(signal.SIGTERM)
-    yield tmp_path
-    signal.signal(signal.SIGTERM, handler)
-
-
 # -- the experiment ---------------------------------------------------------------------------
 
 
 def test_the_experiment_is_diagnosed(empty_folder, capsys):
-    assert run(*FAST, "--learning-rate", 30) == 0
+    assert run("diagnose", *FAST, "--learning-rate", 30) == 0
     folder = empty_folder / "runs" / "diagnose"
     found = record(folder)
     first = found["findings"][0]
@@ -90,7 +71,10 @@ def test_the_experiment_is_diagnosed(empty_folder, capsys):
 
 
 def test_options_reach_the_experiment():
-    assert run(*FAST, "--loss", "mse", "--padding", 4, "--momentum", 0.5, "--name", "mse") == 0
+    assert (
+        run("diagnose", *FAST, "--loss", "mse", "--padding", 4, "--momentum", 0.5, "--name", "mse")
+        == 0
+    )
     found = record(Path("runs/mse"))
     assert "MSE" in found["facts"]["set-up"]
     assert "momentum 0.5" in found["facts"]["set-up"]
@@ -99,13 +83,13 @@ def test_options_reach_the_experiment():
 
 def test_an_earlier_run_is_kept_unless_told_otherwise(capsys):
     torch.save({"weight": torch.randn(2, 1, 5, 5)}, "bank.pt")
-    assert run("bank.pt") == 0
+    assert run("diagnose", "bank.pt") == 0
     before = Path("runs/diagnose/diagnosis.json").read_bytes()
     capsys.readouterr()
-    assert run("bank.pt") == 2
+    assert run("diagnose", "bank.pt") == 2
     assert "--overwrite" in one_line(capsys)
     assert Path("runs/diagnose/diagnosis.json").read_bytes() == before
-    assert run("bank.pt", "--overwrite") == 0
+    assert run("diagnose", "bank.pt", "--overwrite") == 0
 
 
 # -- scripts ----------------------------------------------------------------------------------
@@ -119,7 +103,7 @@ def test_a_script_is_diagnosed_with_its_own_modules_and_optimizer(empty_folder):
     text += "\n@dataclass\nclass Options:\n    rate: float = RATE\n"
     returned = f"{GOOD}, torch.optim.SGD(layer.parameters(), lr=Options().rate)"
     path = list(sys.path)
-    assert run(script(text.format(returned)), "--steps", 10) == 0
+    assert run("diagnose", script(text.format(returned)), "--steps", 10) == 0
     assert sys.path == path
     found = record(empty_folder / "runs" / "diagnose")
     assert found["findings"][0]["severity"] == "SEVERE"
@@ -158,7 +142,7 @@ def test_three_are_enough_and_a_list_is_a_pair():
     ],
 )  # fmt: skip
 def test_a_script_that_fails_is_one_line(empty_folder, capsys, text, words):
-    code = run(script(text), "--steps", 2)
+    code = run("diagnose", script(text), "--steps", 2)
     if not words:  # whatever it is, it is no traceback
         assert code in (0, 2)
         assert "Traceback" not in capsys.readouterr().err
@@ -170,7 +154,7 @@ def test_a_script_that_fails_is_one_line(empty_folder, capsys, text, words):
 
 
 def test_ctrl_c_in_a_script_is_no_failure_of_it(capsys):
-    assert run(script("raise KeyboardInterrupt\n")) == 130
+    assert run("diagnose", script("raise KeyboardInterrupt\n")) == 130
     assert one_line(capsys) == "Interrupted; nothing was written.\n"
 
 
@@ -199,7 +183,7 @@ def test_a_saved_layer_is_looked_at(coordinates, prefix, capsys):
     layer = sick_layer(coordinates=coordinates)
     state = {prefix + name: value for name, value in layer.state_dict().items()}
     save_file(state | ({"head.weight": torch.randn(2, 3)} if prefix else {}), "net.safetensors")
-    assert run("net.safetensors", "--kernel-size", 13) == 0
+    assert run("diagnose", "net.safetensors", "--kernel-size", 13) == 0
     found = record(Path("runs/diagnose"))
     causes = {one["cause"]: one for one in found["findings"]}
     assert causes["dead filters"]["where"] == ["1"]
@@ -233,7 +217,7 @@ def test_other_kernels_are_looked_at_too():
     kernels = gabor(Gabor2d.of(orientation=[0.1, 1.0, 2.0], wavelength=4.0, sigma=1.5), 9)
     kernels[1] = 0.0
     torch.save({"conv1.weight": kernels.half()}, "net.pt")
-    assert run("net.pt") == 0
+    assert run("diagnose", "net.pt") == 0
     found = record(Path("runs/diagnose"))
     assert next(one for one in found["findings"] if one["cause"] == "dead filters")["where"] == [
         "1"
@@ -244,7 +228,7 @@ def test_other_kernels_are_looked_at_too():
 def test_nothing_wrong_is_said_so(capsys):
     params = Gabor2d.of(orientation=[0.1, 1.0], wavelength=4.0, sigma=2.5)
     torch.save(GaborConv2d(1, 2, 17, start=params).state_dict(), "layer.pt")
-    assert run("layer.pt") == 0
+    assert run("diagnose", "layer.pt") == 0
     assert "Nothing was found that stands in the way of learning." in capsys.readouterr().out
 
 
@@ -254,7 +238,7 @@ def test_a_pickle_is_not_run(capsys):
             return (Path.write_text, (Path("bomb"), "went off"))
 
     torch.save({"log_sigma": Bomb()}, "layer.pt")
-    assert run("layer.pt") == 2
+    assert run("diagnose", "layer.pt") == 2
     assert "unpickling" in one_line(capsys)
     assert not Path("bomb").exists()
 
@@ -277,7 +261,7 @@ def broken(**changes: torch.Tensor | None) -> dict[str, torch.Tensor]:
 )  # fmt: skip
 def test_a_layer_that_is_not_whole_is_one_line(capsys, state, words):
     torch.save(state, "layer.pt")
-    assert run("layer.pt") == 2
+    assert run("diagnose", "layer.pt") == 2
     line = one_line(capsys)
     assert all(word in line for word in words), line
 
@@ -315,7 +299,7 @@ def test_bad_input_is_one_line_and_writes_nothing(empty_folder, capsys, tokens, 
     script(SCRIPT.format(GOOD))
     script("words", "notes.txt")
     torch.save({"weight": torch.randn(2, 1, 5, 5)}, "bank.pt")
-    assert run(*tokens) == 2
+    assert run("diagnose", *tokens) == 2
     line = one_line(capsys)
     assert all(word in line for word in words), line
     assert not (empty_folder / "runs").exists()

@@ -3,12 +3,12 @@
 import dataclasses
 import inspect
 import json
-import signal
 from pathlib import Path
 
 import pytest
 
 import gaborium.reporting
+from commands import one_line, run
 from gaborium import cli
 from gaborium.training import Recipe
 from gaborium.training.trainer import Trainer
@@ -21,21 +21,8 @@ FAST = ["--epochs", "2", "--seeds", "0", "--n-filters", "4", "--kernel-size", "5
 FAST += ["--batch-size", "16", "--accelerator", "cpu"]
 
 
-def run(*tokens: str) -> int:
-    with pytest.raises(SystemExit) as stop:
-        cli.main(["train", *tokens])
-    return int(stop.value.code)
-
-
-def one_line(capsys: pytest.CaptureFixture[str]) -> str:
-    text = capsys.readouterr().err
-    assert text.count("\n") == 1, text
-    return text
-
-
 @pytest.fixture(autouse=True)
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.chdir(tmp_path)
+def folder(empty_folder: Path) -> Path:
     generator = np.random.default_rng(0)
     labels = np.arange(60) % 2
     images = generator.integers(0, 255, (60, 12, 12)) // 2 + 100 * labels[:, None, None]
@@ -43,14 +30,12 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         "x_train": images[:40].astype("uint8"), "y_train": labels[:40],
         "x_test": images[40:].astype("uint8"), "y_test": labels[40:],
     }  # fmt: skip
-    np.savez(tmp_path / "data.npz", **parts)
-    handler = signal.getsignal(signal.SIGTERM)
-    yield tmp_path
-    signal.signal(signal.SIGTERM, handler)
+    np.savez(empty_folder / "data.npz", **parts)
+    return empty_folder
 
 
 def test_it_writes_recipe_metrics_checkpoints_result_and_report(folder, capsys):
-    assert run("--data", "data.npz", *FAST, "--corruption", "noise", "blur") == 0
+    assert run("train", "--data", "data.npz", *FAST, "--corruption", "noise", "blur") == 0
     place = folder / "runs/train"
     recipe = Recipe.from_toml(place / "recipe.toml")
     assert (recipe.epochs, recipe.seeds, recipe.corruption) == (2, (0,), ("noise", "blur"))
@@ -80,7 +65,7 @@ def unreported(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("unreported")
 def test_flags_stand_above_the_file(folder):
     Recipe(data="data.npz", epochs=7, n_filters=6, beside=("gabor-fixed",)).to_toml("my.toml")
-    assert run("my.toml", *FAST, "--no-beside", "--name", "mine") == 0
+    assert run("train", "my.toml", *FAST, "--no-beside", "--name", "mine") == 0
     recipe = Recipe.from_toml(folder / "runs/mine/recipe.toml")
     assert (recipe.data, recipe.epochs, recipe.n_filters, recipe.beside) == ("data.npz", 2, 4, ())
 
@@ -97,25 +82,25 @@ def test_interrupted_it_says_how_to_go_on_and_does(folder, capsys, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(Trainer, "_step", interrupted)
-        assert run("--data", "data.npz", *FAST) == 130
+        assert run("train", "--data", "data.npz", *FAST) == 130
     assert "Interrupted; the same command goes on from the last checkpoint in" in one_line(capsys)
     assert not list(folder.glob("runs/train/free-0"))
     steps.clear()
     with monkeypatch.context() as patch:
         patch.setattr(Trainer, "_step", lambda self, *args: steps.append(0) or step(self, *args))
-        assert run("--data", "data.npz", *FAST) == 0
+        assert run("train", "--data", "data.npz", *FAST) == 0
     assert len(steps) == 3 + 6  # from the third of six steps, then the free side
-    assert run("--data", "data.npz", *FAST) == 0  # nothing is left to do
+    assert run("train", "--data", "data.npz", *FAST) == 0  # nothing is left to do
 
 
 @pytest.mark.usefixtures("unreported")
 def test_another_recipe_in_the_same_folder_needs_overwrite(folder, capsys):
-    assert run("--data", "data.npz", *FAST, "--no-beside") == 0
+    assert run("train", "--data", "data.npz", *FAST, "--no-beside") == 0
     capsys.readouterr()
     other = ["--data", "data.npz", *FAST, "--no-beside", "--stride", "2"]
-    assert run(*other) == 2
+    assert run("train", *other) == 2
     assert "holds another recipe: stride (1 there, 2 here)" in one_line(capsys)
-    assert run(*other, "--overwrite") == 0
+    assert run("train", *other, "--overwrite") == 0
     assert Recipe.from_toml(folder / "runs/train/recipe.toml").stride == 2
 
 
@@ -139,7 +124,7 @@ def test_another_recipe_in_the_same_folder_needs_overwrite(folder, capsys):
 def test_what_it_cannot_do_is_told_in_a_line(folder, capsys, tokens, told):
     (folder / "bad.toml").write_text("epoch = 3\n")
     extra = ["--accelerator", "cuda"] if "99" in tokens else []
-    assert run(*tokens, *extra) == 2
+    assert run("train", *tokens, *extra) == 2
     assert told in one_line(capsys)
     assert not (folder / "runs").exists()
 
@@ -148,7 +133,7 @@ def test_a_folder_with_other_work_is_left_alone(folder, capsys):
     (folder / "runs/train").mkdir(parents=True)
     (folder / "runs/train/thesis.tex").write_text("work")
     for more in ([], ["--overwrite"]):
-        assert run("--data", "data.npz", *FAST, *more) == 2
+        assert run("train", "--data", "data.npz", *FAST, *more) == 2
         assert "holds 'thesis.tex' and no recipe.toml" in one_line(capsys)
     assert (folder / "runs/train/thesis.tex").read_text() == "work"
 

@@ -7,7 +7,17 @@ import pytest
 import torch
 from torch import nn
 
-from gaborium import Gabor2d, GaborConv1d, GaborConv2d, GaborConv3d, MixedConv, convert, gabor
+from gaborium import (
+    Gabor1d,
+    Gabor2d,
+    Gabor3d,
+    GaborConv1d,
+    GaborConv2d,
+    GaborConv3d,
+    MixedConv,
+    convert,
+    gabor,
+)
 from gaborium.conversion import find_first_conv
 
 
@@ -83,6 +93,11 @@ def test_the_callers_model_is_left_alone():
         assert torch.equal(value, before[name]), name
     held = {value.data_ptr() for value in model.parameters()}
     assert not held & {value.data_ptr() for value in conversion.model.parameters()}
+
+
+def test_a_frozen_network_is_counted_as_one_that_learns():
+    conversion = convert(network().requires_grad_(False), filters=[0])
+    assert conversion.n_first_parameters == (6 * 243, (6 + 6) + 5 * 243)
 
 
 def test_the_list_decides_whatever_is_explained():
@@ -206,6 +221,61 @@ def test_networks_from_transformers_are_converted():
     assert conversion.output_error < 0.05
     outputs = (one(photographs()).logits for one in (model, conversion.model))
     assert torch.allclose(*outputs, atol=1e-2)
+
+
+def test_the_first_layer_of_a_speech_model_is_converted():
+    transformers = pytest.importorskip("transformers")
+    config = transformers.Wav2Vec2Config(
+        hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8,
+        conv_dim=(5, 4), conv_stride=(5, 2), conv_kernel=(21, 3), num_conv_pos_embeddings=4,
+        num_conv_pos_embedding_groups=2, num_labels=3, vocab_size=8,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = transformers.Wav2Vec2ForSequenceClassification(config).eval()
+    planted = Gabor1d.of(
+        wavelength=torch.tensor([[5.0], [8.0], [12.0]]), sigma=3.0, center=torch.ones(3, 1, 1),
+        phase=torch.tensor([[0.3], [-1.0], [2.0]]), amplitude=0.2,
+    )  # fmt: skip
+    name, conv = find_first_conv(model)
+    with torch.no_grad():
+        conv.weight[[0, 2, 3]] = gabor(planted, 21)
+    sounds = torch.randn(4, 601, generator=torch.Generator().manual_seed(1))
+    sounds = sounds[:, 1:] + 0.5 * sounds[:, :-1]
+    for images in (None, sounds):
+        conversion = convert(model, calibrate=images)
+        assert conversion.name == name
+        assert conversion.is_gabor.tolist() == [True, False, True, True, False]
+        assert isinstance(conversion.model.get_submodule(name), MixedConv)
+        assert conversion.params.isclose(planted, atol=1e-3).all()
+        outputs = (one(sounds).logits for one in (model, conversion.model))
+        assert torch.allclose(*outputs, atol=1e-3)
+    assert conversion.output_error < 0.05
+
+
+def test_the_tubelets_of_a_video_model_are_converted():
+    transformers = pytest.importorskip("transformers")
+    config = transformers.VideoMAEConfig(
+        image_size=14, patch_size=7, num_frames=5, tubelet_size=5, hidden_size=4,
+        num_hidden_layers=1, num_attention_heads=2, intermediate_size=8, num_labels=3,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = transformers.VideoMAEForVideoClassification(config).eval()
+    planted = Gabor3d.of(
+        orientation=torch.tensor([[0.4], [2.0]]), elevation=torch.tensor([[0.5], [-0.3]]),
+        wavelength=torch.tensor([[4.0], [5.0]]), sigma=1.3,
+        phase=torch.tensor([[0.3, 1.0, -1.0], [0.0, 0.5, 2.0]]), amplitude=0.5,
+    )  # fmt: skip
+    name, conv = find_first_conv(model)
+    with torch.no_grad():
+        conv.weight[[1, 2]] = gabor(planted, (5, 7, 7))
+    conversion = convert(model, n_starts=3)
+    assert conversion.name == name
+    assert conversion.is_gabor.tolist() == [False, True, True, False]
+    assert isinstance(conversion.model.get_submodule(name), MixedConv)
+    assert conversion.params.isclose(planted, atol=1e-3).all()
+    videos = torch.rand(2, 5, 3, 14, 14, generator=torch.Generator().manual_seed(1))
+    outputs = (one(videos).logits for one in (model, conversion.model))
+    assert torch.allclose(*outputs, atol=1e-4)
 
 
 @pytest.mark.parametrize(

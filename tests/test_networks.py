@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gaborium import GaborConv2d, MixedConv
-from gaborium.layers import GABOR_LAYERS
+from gaborium.layers import GABOR_LAYERS, n_learned
 from gaborium.training.networks import (
     FIRST_OUTPUTS,
     FIRST_STARTS,
@@ -23,7 +23,6 @@ from gaborium.training.networks import (
     TextureClassifier,
     build_network,
     first_layer,
-    n_learned,
 )
 
 OUTPUTS = ("real", "energy")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 import math
 import os
 import shlex
@@ -667,28 +668,35 @@ def export(
     file: Path,
     /,
     *,
-    formats: tuple[Literal["json", "csv", "skimage", "opencv", "plain", "onnx"], ...] = (
-        *("json", "csv", "plain"),
-    ),
-    size: int = 64,
+    side: str | None = None,
+    seed: int | None = None,
+    formats: tuple[Literal["layer", "json", "csv", "skimage", "opencv", "plain", "onnx"], ...]
+    | None = None,
+    size: int | None = None,
     name: str = "export",
     out: Path = Path("runs"),
     overwrite: bool = False,
 ) -> None:
-    """Write a saved Gabor layer in other forms.
+    """Write a saved Gabor layer, or a network that gaborium train has trained, in other forms.
 
-    Writes the chosen files, and result.json with the checksums of all.
+    Writes the chosen files, report.html, and result.json with the checksums of all.
 
     Args:
-        file: A layer that gaborium.export.save_layer has written. Nothing in it is executed.
-        formats: "json" and "csv": the parameters, params.json and params.csv. "skimage" and
-            "opencv": tables in the words of these libraries. "plain": the kernels and the bias of
-            an ordinary convolution, plain.safetensors. "onnx": the layer as a graph, layer.onnx.
-        size: Height and width of the images that the graph takes, px.
+        file: A layer that gaborium.export.save_layer has written; or the folder of a gaborium
+            train, or a network.safetensors in it. Nothing in them is executed.
+        side: Network: kind of its first layer, as "free"; by default that of the recipe.
+        seed: Network: of its run; by default the first of the recipe.
+        formats: Of the Gabor layer, a network's first one: "layer", as save_layer writes it,
+            layer.safetensors; "json" and "csv", the parameters, params.json and params.csv;
+            "skimage" and "opencv", tables in the words of these libraries. Of the whole: "plain",
+            the tensors of ordinary convolutions, plain.safetensors; "onnx", the graph, layer.onnx
+            or network.onnx. By default json, csv and plain; of a network layer and onnx, too.
+        size: Layer: height and width of the images that the graph takes, px; 64 by default.
         name: Name of the run.
         out: Folder of all runs.
         overwrite: Replace an earlier run of this name.
     """
+    begun = time.monotonic()
     console = require("rich.console", extra="cli", purpose="Commands").Console()
     _check_least(1, size=size)
     _check_name(name)
@@ -698,22 +706,39 @@ def export(
 
         import torch
 
-        from gaborium.export import load_layer, write_formats
+        from gaborium.export import load_layer
         from gaborium.files import new_folder
+        from gaborium.reporting import export_headline, write_export
+        from gaborium.training import load_trained
+        from gaborium.training.trained import find_network, is_trained
 
     torch.set_num_threads(1)  # as in recover
-    layer = load_layer(file)
-    facts = {
-        "file": file.name,
+    facts = {"file": str(file)}
+    source: Any
+    if is_trained(file):
+        if size is not None:
+            raise ValueError("--size is no option of a network, which has that of its training.")
+        file = find_network(file, side, seed)
+        source = load_trained(file, side=side, seed=seed)
+        facts |= {"first layer": source.side, "seed": str(source.seed)}
+    else:
+        for option, value in (("--side", side), ("--seed", seed)):
+            if value is not None:
+                raise ValueError(f"{option} is an option of a training's folder, not of a layer.")
+        source = load_layer(file)
+    facts |= {
         "SHA-256": hashlib.sha256(file.read_bytes()).hexdigest(),
         "command": _command(),
     }
     folder = out / name
     with new_folder(folder, overwrite=overwrite) as place, console.status("Writing the files"):
-        written = write_formats(layer, place, formats, size=size, facts=facts)
-    console.print(_plain(f"{file.name}: {type(layer).__name__}({layer.extra_repr()})"))
+        written = write_export(source, place, formats, size=size, facts=facts)
+    record = json.loads((folder / "result.json").read_text(encoding="utf-8"))
+    console.print(_plain(export_headline(record)))
     for path in written:
-        console.print(f"Wrote {folder / path}", soft_wrap=True, highlight=False)
+        if path != "report.html":
+            console.print(f"Wrote {folder / path}", soft_wrap=True, highlight=False)
+    _print_end(console, folder, begun)
 
 
 _EXPERIMENT = (

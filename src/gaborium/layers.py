@@ -570,6 +570,22 @@ def suggest_kernel_size(params: Gabor, n_stds: float = 3.0) -> tuple[int, ...]:
     return tuple(2 * half + 1 for half in reversed(halves.ceil().long().tolist()))
 
 
+def n_learned(module: nn.Module, *, frozen: bool = False) -> int:
+    """How many numbers of a module train.
+
+    Args:
+        module: a layer or a network.
+        frozen: count parameters that need no gradient at present too, such as those of a network
+            that is used as it is; buffers never count.
+
+    Example:
+        >>> conv = nn.Conv2d(3, 8, 5).requires_grad_(False)
+        >>> n_learned(conv), n_learned(conv, frozen=True)
+        (0, 608)
+    """
+    return sum(v.numel() for v in module.parameters() if frozen or v.requires_grad)
+
+
 def plain_conv(layer: Any, weight: Tensor, bias: Tensor | None) -> Any:
     """A new ``nn.ConvNd`` with these kernels and this bias, otherwise as a layer of ours.
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from gaborium.conversion.first_conv import find_first_conv, replace_first_conv
 from gaborium.fitting import FitResult, Outcome, fit
-from gaborium.layers import GABOR_LAYERS, LAYERS
+from gaborium.layers import GABOR_LAYERS, LAYERS, n_learned
 from gaborium.mixed import MixedConv
 from gaborium.optim.inputs import draw_patches, moments_of
 from gaborium.optim.quadratic import Metric
@@ -42,7 +42,8 @@ class Conversion:
             filter stayed.
         output_error: the same of the network's outputs, all together; ``nan`` where they are no
             tensor.
-        n_first_parameters: numbers learned in the layer, before and after.
+        n_first_parameters: numbers that the layer can learn, before and after; those of a network
+            that was frozen count too.
         threshold: what a filter's Gabor function had to explain; ``None`` where filters were named.
     """
 
@@ -215,13 +216,9 @@ def convert(
         responses=None if seen is None else responses,
         response_error=error,
         output_error=output_error,
-        n_first_parameters=(_n_learned(found), _n_learned(converted)),
+        n_first_parameters=(n_learned(found, frozen=True), n_learned(converted, frozen=True)),
         threshold=threshold if filters is None else None,
     )
-
-
-def _n_learned(layer: nn.Module) -> int:
-    return sum(value.numel() for value in layer.parameters())
 
 
 class _Seen:

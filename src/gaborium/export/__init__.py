@@ -2,7 +2,8 @@
 
 ``saved`` keeps a layer in a file of its own, ``tables`` its parameters. ``plain`` makes ordinary
 convolutions of Gabor layers, and ``graphs`` an ONNX file of the network. ``folders`` writes a layer
-in several of these forms. ``hub`` gives a class of modules the methods of the Hugging Face Hub.
+or a trained network in several of these forms. ``hub`` gives a class of modules the methods of the
+Hugging Face Hub.
 """
 
 from gaborium.export.folders import write_formats

@@ -145,8 +145,8 @@ def _windows(family: Family, width: float, like: Tensor, covariance: Tensor | No
         n = math.ceil(reach / (1.5 * width))
         axes.append([reach * i / max(n, 1) for i in range(-n, n + 1)])
     centers = torch.tensor(list(itertools.product(*axes))).to(like)
-    # A narrow window has a wide spectrum, and so has an axis of few pixels: there is no need to look
-    # at it as closely.
+    # A narrow window has a wide spectrum, and so has an axis of few pixels: there is no need to
+    # look at it as closely.
     steps = [max(0.5 / size, 0.1 / width) for size in family.sizes]
     k = _wave_vectors(family, steps).to(like)
     in_steps = k / torch.tensor(steps[::-1]).to(like)

@@ -1,7 +1,8 @@
 """Networks trained on real images, their Gabor layer beside the ordinary one.
 
 ``recipe`` says how, ``engine`` follows it on any number of processes, ``trainer`` is one run of it,
-with ``checkpoints`` and a ``journal`` that survive kills, and ``results`` is what comes out.
+with ``checkpoints`` and a ``journal`` that survive kills, and ``results`` is what comes out;
+``trained`` is the networks themselves.
 ``datasets``, ``corruptions`` and ``networks`` are what it is made of.
 """
 
@@ -12,19 +13,23 @@ from gaborium.training.engine import train
 from gaborium.training.networks import build_network, first_layer
 from gaborium.training.recipe import Recipe
 from gaborium.training.results import Mean, Run, TrainResult
+from gaborium.training.trained import Inputs, Trained, load_trained
 
 __all__ = [
     "Checkpoints",
     "Dataset",
+    "Inputs",
     "Mean",
     "Recipe",
     "Run",
     "TrainResult",
+    "Trained",
     "build_network",
     "corrupt",
     "first_layer",
     "load_dataset",
     "load_state",
+    "load_trained",
     "save_state",
     "train",
 ]

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from gaborium.files import read_tensors, write_tensors
 
+RUN_FILE = "run.safetensors"  # in place of checkpoints, what a finished run found
 _FORMAT = 1
 _KEPT = 2
 _NAME = re.compile(r"checkpoint-(\d+)\.safetensors")
@@ -64,6 +65,11 @@ def load_state(path: str | os.PathLike[str]) -> dict[str, Any]:
         extra="train",
         purpose="Checkpoints",
     )
+    if "state" not in facts:
+        raise ValueError(
+            f"{os.fspath(path)!r} is another file of gaborium and not a checkpoint of "
+            "gaborium.train; give such a file."
+        )
     return _nested(facts["state"], tensors)
 
 

@@ -18,19 +18,13 @@ from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedExc
 
 from gaborium.errors import require
 from gaborium.params import Gabor
-from gaborium.training.checkpoints import load_state
+from gaborium.training.checkpoints import RUN_FILE, load_state
 from gaborium.training.datasets import Dataset, load_dataset
 from gaborium.training.journal import Journal, Progress, claimed
 from gaborium.training.recipe import Recipe
 from gaborium.training.results import Run, TrainResult
-from gaborium.training.trainer import (
-    RUN_FILE,
-    Job,
-    Trainer,
-    digest,
-    make_network,
-    make_optimizers,
-)
+from gaborium.training.trained import make_network
+from gaborium.training.trainer import Job, Trainer, digest, make_optimizers
 
 
 def train(

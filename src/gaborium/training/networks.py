@@ -89,6 +89,7 @@ def first_layer(
             where no Gabor function learns.
 
     Example:
+        >>> from gaborium.layers import n_learned
         >>> for kind in KINDS:
         ...     layer = first_layer(kind, n_dims=2, in_channels=1, n_filters=8, kernel_size=9)
         ...     print(kind, n_learned(layer))
@@ -187,16 +188,6 @@ def _free_kernels(shape: torch.Size, output: str, seed: int) -> Tensor:
         bound /= math.sqrt(_NORM_VARIANCE)
     generator = torch.Generator().manual_seed(seed)
     return torch.empty(shape, device="cpu").uniform_(-bound, bound, generator=generator)
-
-
-def n_learned(module: nn.Module) -> int:
-    """How many numbers of a module train.
-
-    Example:
-        >>> n_learned(nn.Conv2d(3, 8, 5))
-        608
-    """
-    return sum(value.numel() for value in module.parameters() if value.requires_grad)
 
 
 # -- networks ---------------------------------------------------------------------------------

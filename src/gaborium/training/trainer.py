@@ -16,19 +16,24 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gaborium.conversion import replace_first_conv
-from gaborium.layers import GABOR_LAYERS, PairEnergy
+from gaborium.layers import GABOR_LAYERS, PairEnergy, n_learned
 from gaborium.optim import NaturalGradient
 from gaborium.params import Gabor
-from gaborium.training.checkpoints import Checkpoints, load_state, save_state
+from gaborium.training.checkpoints import RUN_FILE, Checkpoints, load_state, save_state
 from gaborium.training.corruptions import N_STRENGTHS, corrupt
 from gaborium.training.datasets import Dataset
 from gaborium.training.journal import Journal
-from gaborium.training.networks import FIRST_OUTPUTS, build_network, first_layer, n_learned
 from gaborium.training.recipe import Recipe
 from gaborium.training.results import Run
+from gaborium.training.trained import (
+    NETWORK_FILE,
+    Inputs,
+    Trained,
+    make_network,
+    save_trained,
+    unit,
+)
 
-RUN_FILE = "run.safetensors"
 _ADAM_RATE = 0.04  # of Gabor parameters
 _N_SNAPSHOTS = 30  # of the filters
 _MOST_FILTERS = 64  # in the snapshots
@@ -97,6 +102,9 @@ class Trainer:
         result = self._finish(stopped)
         if self.folder is not None and self.fabric.is_global_zero:
             self.journal.mark()
+            if not stopped:
+                self._keep(self.folder / NETWORK_FILE)
+            # Last, because it says that all is done.
             save_state(self.folder / RUN_FILE, {"data": self.job.sha256, "run": result.to_state()})
         self.fabric.barrier()
         return result
@@ -215,10 +223,10 @@ class Trainer:
 
     def _seen(self, images: Tensor, rows: Tensor) -> Tensor:
         """Some images as the network sees them."""
-        return self._normal(_unit(images[rows.to(images.device)].to(self.fabric.device)))
+        return self._normal(unit(images[rows.to(images.device)].to(self.fabric.device)))
 
-    def _normal(self, unit: Tensor) -> Tensor:
-        return (unit.to(self.dtype) - self.mean) / self.std
+    def _normal(self, images: Tensor) -> Tensor:
+        return (images.to(self.dtype) - self.mean) / self.std
 
     def _scores(self, output: Any) -> Tensor:
         """What a network says of each class; some return it within a record."""
@@ -307,9 +315,9 @@ class Trainer:
                 seen = self._seen(self.test_images, rows)
             else:
                 # On the CPU, so that every machine meets the same images.
-                unit = _unit(self.test_images[rows.to(self.test_images.device)].cpu())
-                unit = corrupt(unit, *corruption, seed=0, first=int(rows[0]))
-                seen = self._normal(unit.to(fabric.device))
+                clean = unit(self.test_images[rows.to(self.test_images.device)].cpu())
+                worse = corrupt(clean, *corruption, seed=0, first=int(rows[0]))
+                seen = self._normal(worse.to(fabric.device))
             labels = self.test_labels[rows.to(self.test_labels.device)]
             with fabric.autocast():
                 scores = self._scores(network(seen)).float()
@@ -383,6 +391,23 @@ class Trainer:
             seconds=self._seconds(),
             stopped=stopped,
         )
+
+    def _keep(self, path: Path) -> None:
+        """Write the network as it is now, for use."""
+        data = self.job.dataset
+        trained = Trained(
+            network=self.network,
+            recipe=self.job.recipe,
+            side=self.side,
+            seed=self.seed,
+            inputs=Inputs(
+                image_size=data.image_size,
+                classes=data.classes,
+                mean=tuple(self.mean.flatten().tolist()),
+                std=tuple(self.std.flatten().tolist()),
+            ),
+        )
+        save_trained(trained, path, start=self.job.start, own=self.job.model is not None)
 
     def _put_back(self) -> nn.Module:
         """A copy of the network whose Gabor filters are where they started."""
@@ -479,65 +504,6 @@ def _gathered(fabric: Any, values: Tensor) -> Tensor:
     return torch.stack(every).cpu()
 
 
-def make_network(
-    recipe: Recipe,
-    model: nn.Module | None,
-    data: Dataset,
-    side: str,
-    seed: int,
-    *,
-    start: Gabor | None = None,
-) -> tuple[nn.Module, nn.Module]:
-    """The network of one run before training, and the first layer in it."""
-    made: list[nn.Module] = []
-
-    def layer(**options: Any) -> nn.Module:
-        learns = side in ("gabor", "mixed")
-        made.append(
-            first_layer(
-                side,
-                n_dims=data.n_dims,
-                start=recipe.start if start is None else start,
-                learn=recipe.learn if learns else None,
-                seed=seed,
-                **options,
-            )
-        )
-        return made[0]
-
-    def stand_in(conv: Any) -> nn.Module:
-        if conv.groups != 1 or set(conv.dilation) != {1} or conv.padding_mode != "zeros":
-            raise ValueError(
-                "The first convolution of model must have groups=1, dilation=1 and "
-                f"padding_mode='zeros', got {conv}."
-            )
-        return layer(
-            in_channels=conv.in_channels,
-            n_filters=conv.out_channels,
-            kernel_size=conv.kernel_size,
-            stride=conv.stride,
-            padding=conv.padding,
-        )
-
-    if model is not None:
-        return replace_first_conv(model, stand_in), made[0]
-    first = layer(
-        in_channels=data.n_channels,
-        n_filters=recipe.n_filters,
-        kernel_size=recipe.kernel_size,
-        stride=recipe.stride,
-        output=FIRST_OUTPUTS[recipe.network],
-    )
-    network = build_network(
-        recipe.network,
-        first=first,
-        image_size=data.image_size,
-        n_classes=data.n_classes,
-        seed=seed,
-    )
-    return network, first
-
-
 def make_optimizers(module: nn.Module, recipe: Recipe) -> list[torch.optim.Optimizer]:
     """The optimizers of a recipe: of the Gabor parameters of a module, and of all others.
 
@@ -587,18 +553,13 @@ def first_kernels(layer: nn.Module) -> Tensor:
     return (kernels[::2] if getattr(layer, "output", "real") == "energy" else kernels).clone()
 
 
-def _unit(images: Tensor) -> Tensor:
-    """Images of bytes as numbers in [0, 1]; sounds as they are."""
-    return images if images.is_floating_point() else images.float() / 255
-
-
 def _statistics(images: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation of each channel, ``(1, channels, 1, ...)``."""
     axes = (0, *range(2, images.ndim))
     count = images.numel() // images.shape[1]
     total = squares = torch.zeros(1, images.shape[1], *[1] * (images.ndim - 2)).double()
     for some in images.split(4096):
-        values = _unit(some).double()
+        values = unit(some).double()
         total = total + values.sum(axes, keepdim=True)
         squares = squares + values.square().sum(axes, keepdim=True)
     mean = total / count
