@@ -166,6 +166,23 @@ def test_a_name_that_cannot_be_fetched_is_told_in_one_line(monkeypatch):
     assert logger.level == before
 
 
+def test_a_library_is_quiet_from_its_first_call_on(monkeypatch, tmp_path, caplog):
+    # Imported, libraries set the levels of their loggers.
+    code = (
+        "import logging\n"
+        "logging.getLogger('timm').setLevel(logging.WARNING)\n"
+        "def create_model(name, pretrained):\n"
+        "    logging.getLogger('timm').warning('Retrying in 8s.')\n"
+        "    raise OSError('There is no network.')\n"
+    )
+    (tmp_path / "timm.py").write_text(code, encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "timm", raising=False)
+    refused("timm:resnet", OSError, "There is no network; check")
+    assert caplog.records == []
+    monkeypatch.delitem(sys.modules, "timm")
+
+
 def test_a_name_that_timm_does_not_know(timm):
     def unknown(name: str, *, pretrained: bool) -> None:
         raise RuntimeError(f"Unknown model ({name})")

@@ -67,8 +67,8 @@ def load_network(name: str | os.PathLike[str]) -> nn.Module:
     library, _, known = text.partition(":")
     if _is_saved(Path(text)):
         library, known = "transformers", text
+    module = _library(library)  # before, as it sets the levels of its loggers
     with _careful(library, known):
-        module = _library(library)
         if library == "timm":
             network = module.create_model(known, pretrained=True)
         else:
