@@ -159,6 +159,39 @@ def test_the_distribution_is_that_of_the_planted_gabors():
     assert numbers["bandwidth"].tolist() == pytest.approx(octaves, abs=1e-6)
 
 
+def test_a_layer_drawn_like_v1_lies_where_v1_does():
+    wavelength = torch.tensor([4.0, 8.0, 8.0], dtype=torch.float64)
+    bank = Gabor2d.of(
+        orientation=[0.05, 1.5, math.pi / 4],
+        wavelength=wavelength,
+        sigma=wavelength * 10**-0.45,
+        aspect_ratio=10**-0.07,
+        dtype=torch.float64,
+    )
+    found = census(gabor(bank, 25))
+    assert found.labels == ("gabor",) * 3
+    beside = found.beside_v1()
+    for name in ("n_x", "n_y", "bandwidth"):
+        layer, v1 = beside[name]
+        assert layer == pytest.approx(v1, rel=1e-5)
+    assert beside["within"][0] == 1.0
+    assert beside["cardinal"][0] == 2 / 3
+    assert beside["octaves"][0] == pytest.approx(math.sqrt(2 / 9))
+    assert json.loads(found.to_json())["beside_v1"]["cardinal"] == {"layer": 2 / 3, "v1": 143 / 246}
+
+
+def test_a_wave_of_many_bars_lies_outside_v1():
+    bars = Gabor2d.of(wavelength=4.0, sigma=5.0, aspect_ratio=2.0, dtype=torch.float64)
+    assert census(gabor(bars, 25)[None]).beside_v1()["within"][0] == 0.0
+
+
+def test_without_a_gabor_or_a_plane_nothing_lies_beside_v1():
+    flat = census(torch.ones(1, 5, 5)).beside_v1()
+    assert all(math.isnan(layer) and v1 > 0 for layer, v1 in flat.values())
+    wave = torch.cos(torch.arange(9.0))[None, None]
+    assert census(wave, n_dims=1).beside_v1() == {}
+
+
 # -- law --------------------------------------------------------------------------------------
 
 CHANGES = {

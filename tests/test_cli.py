@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import pytest
@@ -337,6 +338,40 @@ def test_census_writes_result_table_report_and_figures(empty_folder, capsys):
     assert "Census of filters" in (empty_folder / "runs/index.html").read_text(encoding="utf-8")
 
 
+def stand_in_for_timm(monkeypatch) -> None:
+    """Networks of two convolutions: timm itself needs torchvision, which nothing here does."""
+    module = types.ModuleType("timm")
+    module.create_model = lambda name, *, pretrained: torch.nn.Sequential(
+        torch.nn.Conv2d(3, 2, 1 if name == "point" else 7), torch.nn.Conv2d(2, 3, 5)
+    )
+    monkeypatch.setitem(sys.modules, "timm", module)
+
+
+def test_census_takes_a_network_by_name_and_a_layer_of_it(empty_folder, capsys, monkeypatch):
+    stand_in_for_timm(monkeypatch)
+    assert run("timm:tiny", "--n-starts", "1", command="census") == 0
+    record = result_of(empty_folder / "runs" / "census")
+    assert {"network": "timm:tiny", "layer": "0", "shape": "2 × 3 × 7 × 7"}.items() <= record[
+        "facts"
+    ].items()
+    assert "timm:tiny: 0 of 2 filters" in " ".join(capsys.readouterr().out.split())
+    assert run("timm:tiny", "--layer", "1", "--name", "second", command="census") == 0
+    assert result_of(empty_folder / "runs" / "second")["facts"]["layer"] == "1"
+
+
+@pytest.mark.filterwarnings("default")
+def test_census_takes_a_layer_of_a_file_by_its_name(empty_folder, capsys):
+    bank(empty_folder / "bank.pt", 2, orientation=[0.1, 1.3])
+    kernels = torch.load(empty_folder / "bank.pt")["weight"].unsqueeze(1)
+    torch.save({"a.weight": kernels[:1], "b.weight": kernels}, empty_folder / "net.pt")
+    assert run("net.pt", "--layer", "b", "--n-starts", "1", command="census") == 0
+    assert result_of(empty_folder / "runs" / "census")["facts"]["array"] == "b.weight"
+    assert run("net.pt", "--name", "first", "--n-starts", "1", command="census") == 0
+    note = one_line(capsys)
+    assert "'a.weight', 1 × 1 × 9 × 9, the first of 2 convolutions; --layer takes another" in note
+    assert result_of(empty_folder / "runs" / "first")["facts"]["array"] == "a.weight"
+
+
 @pytest.mark.parametrize(
     ("tokens", "words"),
     [
@@ -347,9 +382,19 @@ def test_census_writes_result_table_report_and_figures(empty_folder, capsys):
         (["bank.pt", "--layer", "wieght"], ["no array 'wieght'", "'weight'"]),
         (["two.pt"], ["several arrays", "choose one with --layer"]),
         (["bank.pt", "--n-starts", "0"], ["--n-starts", "at least 1"]),
+        (["net.pt"], ["net.pt", "first convolution", "one pixel", "name another with --layer"]),
+        (["timm:tiny", "--n-dims", "1"], ["--n-dims", "option of a file"]),
+        (["timm:tiny", "--layer", "2"], ["no layer '2'", "convolutions are 0, 1"]),
+        (["timm:point"], ["1 x 1 px", "name another layer"]),
+        (["transformers:resnet"], ["pip install transformers"]),
+        (["resnet"], ["'resnet'", "check the path"]),
     ],
 )
-def test_census_refuses_in_one_line_and_writes_nothing(empty_folder, capsys, tokens, words):
+def test_census_refuses_in_one_line_and_writes_nothing(
+    empty_folder, capsys, monkeypatch, tokens, words
+):
+    stand_in_for_timm(monkeypatch)
+    monkeypatch.setitem(sys.modules, "transformers", None)
     (empty_folder / "empty.pt").touch()
     bank(empty_folder / "bank.pt", 2, orientation=[0.5, 1.0])
     broken = torch.ones(2, 1, 3, 3)
@@ -358,6 +403,7 @@ def test_census_refuses_in_one_line_and_writes_nothing(empty_folder, capsys, tok
         "small": {"weight": torch.ones(4, 3, 1, 1)},
         "complex": {"weight": torch.ones(2, 1, 3, 3, dtype=torch.complex64)},
         "nan": {"weight": broken},
+        "net": torch.nn.Sequential(torch.nn.Conv2d(3, 8, 1), torch.nn.Conv2d(8, 8, 5)).state_dict(),
         "two": {"a": torch.ones(2, 4, 3, 3), "b": torch.ones(2, 4, 3, 3)},
     }
     for name, content in kinds.items():

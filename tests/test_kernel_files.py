@@ -89,6 +89,53 @@ def test_of_a_network_the_first_layer_is_read_and_named(tmp_path, name):
     assert torch.equal(second.values, net[1].weight.detach())
 
 
+def test_the_first_of_many_layers_is_read_where_the_file_keeps_their_order(tmp_path):
+    # Channel by channel, the second layer has 1 input channel; the first has 4.
+    net = torch.nn.Sequential(
+        torch.nn.BatchNorm2d(4), torch.nn.Conv2d(4, 8, 7), torch.nn.Conv2d(8, 8, 3, groups=8)
+    )
+    with pytest.warns(UserWarning, match=r"'1\.weight', 8 × 4 × 7 × 7, the first of 2"):
+        assert read_kernels(save(tmp_path / "net.pt", **net.state_dict())).key == "1.weight"
+
+
+def test_colours_come_before_single_channels(tmp_path):
+    net = {"b.weight": bank(8, 3, 5, 5), "a.weight": bank(8, 1, 5, 5), "c.weight": bank(8, 1, 3, 3)}
+    path = save(tmp_path / "net.safetensors", **net)
+    with pytest.warns(UserWarning, match=r"'b\.weight', .* only array with 3 input channels"):
+        assert read_kernels(path).key == "b.weight"
+
+
+@pytest.mark.parametrize("name", ["net.safetensors", "net.npz", "net.pt"])
+def test_a_first_layer_of_one_pixel_is_not_passed_over(tmp_path, name):
+    net = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 1), torch.nn.Conv2d(8, 4, 5))
+    path = save(tmp_path / name, **{key: value.detach() for key, value in net.state_dict().items()})
+    refused(path, "first convolution", "'0.weight'", "(8 × 3 × 1 × 1)", "one pixel", "key (--key)")
+    assert read_kernels(path, key="1").values.shape == (4, 8, 5, 5)
+    refused(path, "of one pixel", key="0")
+
+
+def test_later_layers_of_one_pixel_do_not_matter(tmp_path):
+    net = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 5), torch.nn.Conv2d(8, 4, 1))
+    for name in ("net.safetensors", "net.pt"):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            assert read_kernels(save(tmp_path / name, **net.state_dict())).key == "0.weight"
+
+
+def test_arrays_that_are_no_network_have_no_first_layer(tmp_path):
+    for name in ("a.npz", "a.safetensors", "a.pt"):
+        path = save(tmp_path / name, scale=bank(8, 3, 1, 1), kernels=bank(8, 3, 5, 5))
+        assert read_kernels(path).key == "kernels"
+
+
+def test_the_name_of_a_layer_stands_for_its_weight(tmp_path):
+    path = save(tmp_path / "a.pt", **{"conv.weight": bank(2, 5, 5), "conv": bank(3, 3, 3)})
+    assert len(read_kernels(path, key="conv").values) == 3
+    path = save(tmp_path / "a.pt", **{"conv.weight": bank(2, 5, 5), "other": bank(3, 3, 3)})
+    assert len(read_kernels(path, key="conv").values) == 2
+    refused(path, "no array 'cov'", key="cov")
+
+
 def test_nested_entries_have_dotted_names(tmp_path):
     torch.save(
         {"epoch": 3, "state_dict": {"conv": {"weight": bank(4, 1, 5, 5)}}}, tmp_path / "c.pt"

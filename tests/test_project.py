@@ -33,6 +33,8 @@ OPTIONAL = {
     "scipy",
     "skimage",
     "sklearn",
+    "timm",
+    "transformers",
 }
 LARGEST_TRACKED_FILE = 1_000_000  # bytes
 

@@ -7,7 +7,7 @@ import re
 import pytest
 import torch
 
-from gaborium import Census, Gabor2d, census, gabor
+from gaborium import Census, Gabor2d, census, cortex, gabor
 from gaborium.plots import plot_census
 from gaborium.reporting import census_headline, census_record, report_census, write_census
 
@@ -55,9 +55,49 @@ def test_all_files_are_written_or_none(result, kernels, tmp_path):
         write_census(result, kernels, tmp_path / "missing", facts={})
 
 
-def test_a_figure_has_the_shares_and_the_envelopes(result, kernels):
+def test_the_page_compares_with_v1_where_there_is_something_to_compare(result, kernels):
+    page = report_census(result, kernels, facts={})
+    layer, v1 = result.beside_v1()["n_x"]
+    assert f"<th>n_x, median</th><td>{layer:.2f}</td><td>{v1:.2f}</td>" in page
+    assert page.count("<td>58 %</td>") == 1
+    blob = kernels[1:2]
+    assert "macaque V1</h2>" not in report_census(census(blob, n_starts=2), blob, facts={})
+
+
+def test_a_figure_has_the_shares_and_the_gabors_beside_v1(result, kernels):
     figure = plot_census(result, kernels)
     titles = [place.get_title(loc="left") for place in figure.axes]
-    assert titles == ["3 filters by class", "Classes", "Envelopes, in cycles", "Orientations"]
+    assert titles == [
+        "3 filters by class", "Classes", "Envelopes, in cycles", "Orientations", "Wavelengths",
+        "Bandwidths", "",
+    ]  # fmt: skip
+    envelopes, orientations, _, bandwidths, key = figure.axes[2:]
+    for share, region in zip((0.95, 0.5), envelopes.patches, strict=True):
+        far = cortex.distance(*torch.from_numpy(region.get_xy()).T)
+        assert torch.allclose(far, torch.tensor(cortex.reach(share)).double())
+    # As many cells as there are Gabor functions: one.
+    angle, radius = orientations.lines[0].get_data()
+    assert sum(radius[1:9:2]) * 3 == pytest.approx(1)
+    assert [math.degrees(one) for one in angle[:2]] == pytest.approx([-22.5, 22.5])
+    assert radius[0] == radius[1] == pytest.approx(cortex.CARDINAL / 6)
+    assert bandwidths.patches[-1].get_data().values.sum() == pytest.approx(1)
+    assert len(key.get_legend().get_texts()) == 4
     with pytest.raises(ValueError, match="those of the 3 filters"):
         plot_census(result, kernels[:2])
+
+
+@pytest.mark.parametrize("n_dims", [1, 3])
+def test_beside_sounds_and_volumes_there_are_no_cells(n_dims):
+    side = 9 if n_dims == 1 else 5
+    bank = torch.cos(1.5 * torch.arange(side)).expand(1, *[side] * n_dims).contiguous()
+    figure = plot_census(census(bank, n_dims=n_dims, n_starts=2), bank)
+    titles = [place.get_title(loc="left") for place in figure.axes]
+    assert ("Orientations" in titles) == (n_dims == 3)
+    assert titles[-2:] == ["Wavelengths", "Bandwidths"]
+    assert [len(place.patches) for place in figure.axes if "Env" in place.get_title("left")] == [0]
+
+
+def test_a_layer_without_gabors_has_a_figure_too(kernels):
+    blob = kernels[1:2]
+    figure = plot_census(census(blob, n_starts=2), blob)
+    assert not figure.axes[3].lines

@@ -16,12 +16,14 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NoReturn
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, cast
 
 from gaborium import __version__
 from gaborium.errors import require
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from gaborium.diagnostics import SetUp
 
 _BAD_INPUT = 2
@@ -183,8 +185,9 @@ def fit(
     figures.
 
     Args:
-        file: A .npy, .npz, .safetensors, .pt or .pth file, or a folder of images. Axes are
-            (filters, height, width) or (filters, channels, height, width). Nothing is unpickled.
+        file: A .npy, .npz, .safetensors, .pt, .pth or .onnx file, or a folder of images. Axes
+            are (filters, height, width) or (filters, channels, height, width). Nothing is
+            unpickled.
         key: Name of the array in a file with several.
         geometry: "filter": the channels of a filter share orientation, wavelength, sigma, aspect
             ratio and centre. "pair": every channel for itself. By default "filter" where there
@@ -261,7 +264,7 @@ def fit(
 
 
 def census(
-    file: Path,
+    source: str,
     /,
     *,
     layer: str | None = None,
@@ -271,16 +274,18 @@ def census(
     out: Path = Path("runs"),
     overwrite: bool = False,
 ) -> None:
-    """Say of every filter in a file what it is: a Gabor function, an edge, a blob, noise, ...
+    """Say of every filter of a first layer what it is: a Gabor function, an edge, a blob, noise.
 
     Writes result.json, result.csv with a row for each filter, report.html, and a figure as PDF,
     SVG and PNG.
 
     Args:
-        file: A .npy, .npz, .safetensors, .pt or .pth file, or a folder of images. Axes are
-            (filters, height, width) or (filters, channels, height, width). Nothing is unpickled.
-        layer: Name of the array in a file with several, as "conv1.weight".
-        n_dims: Spatial dimensions of a kernel.
+        source: A .npy, .npz, .safetensors, .pt, .pth or .onnx file, or a folder of images; axes
+            are (filters, height, width) or (filters, channels, height, width). Or a network:
+            transformers:NAME, timm:NAME, or a folder of save_pretrained. Nothing is unpickled.
+        layer: Name of the layer to take instead of the first convolution, as "conv1"; in a file
+            also that of an array, as "conv1.weight".
+        n_dims: Spatial dimensions of a kernel in a file.
         n_starts: Candidates that the fit follows for each filter at most.
         name: Name of the run.
         out: Folder of all runs.
@@ -295,30 +300,44 @@ def census(
         import torch
 
         from gaborium.conversion import census as look_at
+        from gaborium.conversion import find_first_conv, load_network, names_network
         from gaborium.files import new_folder
         from gaborium.kernel_files import read_kernels
         from gaborium.reporting import write_census
 
     torch.set_num_threads(1)  # as in recover
-    with _called("key (--key)", "--layer"):
-        found = read_kernels(file, key=layer, n_dims=n_dims)
-    kernels = found.values.reshape(-1, *found.values.shape[-n_dims:])
-    if found.values.ndim >= n_dims + 2:
-        kernels = found.values.flatten(0, -n_dims - 2)
+    if names_network(source):
+        if n_dims != _default(census, "n_dims"):
+            raise ValueError("--n-dims is an option of a file; the layer of a network tells it.")
+        with console.status(_plain(f"Loading {source}")):
+            found_layer, conv = find_first_conv(load_network(source), layer)
+        shown, kernels = source, cast("Tensor", conv.weight).detach()
+        n_dims = cast("Literal[1, 2, 3]", kernels.ndim - 2)
+        facts = {"network": source, "layer": found_layer}
+    else:
+        with _called("key (--key)", "--layer"):
+            found = read_kernels(source, key=layer, n_dims=n_dims)
+        shown, kernels = found.name, found.values
+        facts = {
+            "file": found.name,
+            **({"array": found.key} if found.key else {}),
+            "SHA-256": found.sha256,
+        }
+    facts |= {
+        "shape": " × ".join(map(str, kernels.shape)),
+        "command": _command(),
+        "starts": str(n_starts),
+    }
+    if kernels.ndim >= n_dims + 2:
+        kernels = kernels.flatten(0, -n_dims - 2)
+    else:
+        kernels = kernels.reshape(-1, *kernels.shape[-n_dims:])
     with new_folder(out / name, overwrite=overwrite) as folder:
         with _progress(console) as on_progress:
             result = look_at(kernels, n_dims=n_dims, n_starts=n_starts, on_progress=on_progress)
         with console.status("Writing the report"):
-            facts = {
-                "file": found.name,
-                **({"array": found.key} if found.key else {}),
-                "shape": " × ".join(map(str, found.values.shape)),
-                "SHA-256": found.sha256,
-                "command": _command(),
-                "starts": str(n_starts),
-            }
             write_census(result, kernels, folder, facts=facts)
-    _print_census(console, result, found.name)
+    _print_census(console, result, shown)
     _print_end(console, out / name, begun)
 
 
@@ -1025,7 +1044,7 @@ def _print_fit(console: Any, result: Any, name: str) -> None:
 def _print_census(console: Any, result: Any, name: str) -> None:
     from gaborium.reporting import census_headline
 
-    console.print(f"{name}: {census_headline(result)}", highlight=False)
+    console.print(_plain(f"{name}: {census_headline(result)}"), highlight=False)
     table = _table("", ("filters", "share", "confidence"), first=("class",))
     for label, count in result.counts.items():
         if count:

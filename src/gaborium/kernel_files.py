@@ -1,8 +1,9 @@
-"""Reading kernels from files: arrays, state dicts and folders of images."""
+"""Reading kernels from files: arrays, networks and folders of images."""
 
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import stat
 import warnings
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from gaborium.errors import require
 from gaborium.images import cannot_read, read_images
 from gaborium.layers import PLAIN_LAYERS
+from gaborium.onnx_files import OnnxError, read_convolutions
 
 _IMAGES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 _MAX_SIDE = 256  # px; what is larger is a photograph, or a table of flattened kernels
@@ -34,7 +36,8 @@ class KernelFile:
             NaN and infinity as they stand in the file.
         name: of the file or folder, without its parents.
         key: the array's name in the file, or ``None`` where arrays have no names.
-        sha256: of the file's bytes; of a folder, of its images one after another.
+        sha256: of the file's bytes, without others that an ``.onnx`` file refers to; of a folder,
+            of its images one after another.
     """
 
     values: Tensor
@@ -49,22 +52,25 @@ def read_kernels(
     """Read kernels from a file, or from a folder of images.
 
     Reads NumPy's ``.npy`` and ``.npz``, ``.safetensors``, tensors and state dicts in ``.pt`` or
-    ``.pth``, and images, of which each is one kernel. Nothing in a file is ever executed: what
-    needs unpickling is refused.
+    ``.pth``, ``.onnx``, and images, of which each is one kernel. Nothing in a file is ever
+    executed: what needs unpickling is refused.
 
     Convention:
         - axes are PyTorch's: ``(filters, channels, height, width)``, where leading ones may be
           missing
-        - of several arrays, the one that holds kernels is taken: floating rather than whole
-          numbers, and of ``n_dims`` axes of at least 2 px. Where several do, the only one with a
-          convolution's axes and 1 or 3 input channels is, with a warning that names it
+        - of a network whose file keeps the order of its layers (``.onnx``, and state dicts in
+          ``.pt`` and ``.pth``), the first convolution is taken, with a warning that names it. Of
+          1 x 1 pixels it is an error and not passed over: what follows does not see the image
+        - of several arrays otherwise, the one that holds kernels is taken: floating rather than
+          whole numbers, and of ``n_dims`` axes of at least 2 px. Where several do, the only one
+          with a convolution's axes and 3 input channels is, or else 1, with a warning that names it
         - whole numbers become floating as they are, with a warning
         - of images, mid-grey is 0, black -1 and white 1; grey ones among colours get 3 channels
 
     Args:
         path: the file or folder.
         key: name of the array in a file with several; entries of nested dicts are joined by dots,
-            as ``"state_dict.conv1.weight"``.
+            as ``"state_dict.conv1.weight"``. The name of a layer stands for that of its weight.
         n_dims: spatial dimensions of a kernel: 1, 2 or 3.
 
     Returns:
@@ -77,7 +83,7 @@ def read_kernels(
         ValueError: the file is empty, damaged, of another kind, or needs unpickling; it has no
             array of kernels or none called ``key``, or which one is meant is not clear; the
             images differ in size.
-        ImportError: safetensors or Pillow is needed and not installed.
+        ImportError: safetensors, onnx or Pillow is needed and not installed.
 
     Example:
         >>> from tempfile import TemporaryDirectory
@@ -102,8 +108,13 @@ def read_kernels(
             "kernels with numpy.save."
         )
     arrays = read_arrays(file)
-    chosen, array = _choose(arrays, key, n_dims, shown)
+    chosen, array = _choose(arrays, key, n_dims, suffix, shown)
     what = f"{chosen!r} of {shown}" if chosen else shown
+    if suffix == ".onnx" and array.ndim != n_dims + 2:
+        raise ValueError(
+            f"{what} ({_by(array.shape)}) convolves in {array.ndim - 2} dimensions, not {n_dims}; "
+            "set n_dims (--n-dims)."
+        )
     values = _floating(array, what)
     _check_kernels(values, n_dims, what)
     return KernelFile(values, _name(file), chosen or None, _sha256([file]))
@@ -113,17 +124,18 @@ def read_arrays(path: str | os.PathLike[str]) -> dict[str, Any]:
     """All arrays of a file by name, as they stand in it; one without a name is called ``""``.
 
     Args:
-        path: of a ``.npy``, ``.npz``, ``.safetensors``, ``.pt`` or ``.pth`` file. Nothing is
-            unpickled; entries of nested dicts are joined by dots.
+        path: of a ``.npy``, ``.npz``, ``.safetensors``, ``.pt``, ``.pth`` or ``.onnx`` file.
+            Nothing is unpickled; entries of nested dicts are joined by dots; of ``.onnx`` there
+            are the kernels of convolutions.
 
     Returns:
-        Tensors, and of NumPy's files arrays; nothing of files of another kind.
+        Tensors, and of NumPy's files and ONNX arrays; nothing of files of another kind.
 
     Raises:
         FileNotFoundError: there is no such file.
         OSError: it cannot be opened.
         ValueError: the file is empty, damaged or needs unpickling.
-        ImportError: NumPy or safetensors is needed and not installed.
+        ImportError: NumPy, safetensors or onnx is needed and not installed.
 
     Example:
         >>> from tempfile import TemporaryDirectory
@@ -285,7 +297,7 @@ def _reading(file: Path, shown: str) -> Iterator[None]:
         warnings.simplefilter("ignore")
         try:
             yield
-        except (MemoryError, ImportError):
+        except (MemoryError, ImportError, OnnxError):
             raise
         except OSError as error:
             if error.errno is None:  # a reader's own
@@ -363,7 +375,11 @@ _READERS = {
     ".safetensors": _read_safetensors,
     ".pt": _read_torch,
     ".pth": _read_torch,
+    ".onnx": read_convolutions,
 }
+# Of networks, files in which layers stand in the order in which they were registered or run. That
+# of safetensors is by the size of their numbers and by name, that of .npz whatever one liked.
+_IN_ORDER = (".pt", ".pth", ".onnx")
 
 
 def _read_folder(path: Path, shown: str) -> tuple[Tensor, list[Path]]:
@@ -396,7 +412,9 @@ def _read_folder(path: Path, shown: str) -> tuple[Tensor, list[Path]]:
 # -- choosing ---------------------------------------------------------------------------------
 
 
-def _choose(arrays: dict[str, Any], key: str | None, n_dims: int, shown: str) -> tuple[str, Any]:
+def _choose(
+    arrays: dict[str, Any], key: str | None, n_dims: int, suffix: str, shown: str
+) -> tuple[str, Any]:
     """The name and the array of the kernels; without names, the name is empty."""
     if list(arrays) == [""]:
         if key is not None:
@@ -405,11 +423,15 @@ def _choose(arrays: dict[str, Any], key: str | None, n_dims: int, shown: str) ->
     if not arrays:
         raise ValueError(f"{shown} holds no arrays; save the kernels with numpy.save.")
     if key is not None:
+        key = key if key in arrays else f"{key}.weight" if f"{key}.weight" in arrays else key
         if key not in arrays:
             raise ValueError(f"{shown} has no array {key!r}; it has {_listing(arrays)}.")
         return key, arrays[key]
     if len(arrays) == 1:
         return next(iter(arrays.items()))
+    layer = _first_layer(arrays, n_dims, suffix, shown)
+    if layer is not None:
+        return layer, arrays[layer]
 
     shaped = {k: a for k, a in arrays.items() if _is_shaped(a, n_dims)}
     candidates = {k: a for k, a in shaped.items() if _kind(a) == "floating"} or {
@@ -422,18 +444,58 @@ def _choose(arrays: dict[str, Any], key: str | None, n_dims: int, shown: str) ->
         )
     if len(candidates) == 1:
         return next(iter(candidates.items()))
-    first = [k for k, a in candidates.items() if a.ndim == n_dims + 2 and a.shape[1] in (1, 3)]
-    if len(first) == 1:
-        warnings.warn(
-            f"{shown}: reading {first[0]!r}, {_by(candidates[first[0]].shape)}, the only array "
-            "with 1 or 3 input channels; key (--key) takes another.",
-            stacklevel=3,
-        )
-        return first[0], candidates[first[0]]
+    # Convolutions channel by channel, further up, have 1 input channel, too.
+    for n_channels in (3, 1):
+        first = [
+            k for k, a in candidates.items() if a.ndim == n_dims + 2 and a.shape[1] == n_channels
+        ]
+        if len(first) == 1:
+            warnings.warn(
+                f"{shown}: reading {first[0]!r}, {_by(candidates[first[0]].shape)}, the only array "
+                f"with {n_channels} input channel{'s' if n_channels > 1 else ''}; key (--key) "
+                "takes another.",
+                stacklevel=3,
+            )
+            return first[0], candidates[first[0]]
+        if first:
+            break
     raise ValueError(
         f"{shown} holds several arrays that may be kernels: {_listing(candidates)}; choose one "
         "with key (--key)."
     )
+
+
+def _first_layer(arrays: dict[str, Any], n_dims: int, suffix: str, shown: str) -> str | None:
+    """The name of a network's first convolution, or ``None`` where the file does not tell it."""
+    layers = {
+        name: array
+        for name, array in arrays.items()
+        if suffix == ".onnx" or (name.rpartition(".")[2] == "weight" and _kind(array) == "floating")
+        if array.ndim == n_dims + 2
+    }
+    pointlike = [name for name, array in layers.items() if math.prod(array.shape[2:]) == 1]
+    if suffix in _IN_ORDER and layers:
+        first = next(iter(layers))
+        if first in pointlike:
+            raise ValueError(
+                f"{shown}: the first convolution, {first!r} ({_by(layers[first].shape)}), has "
+                "kernels of one pixel, in which there is no wave; name another with key (--key)."
+            )
+        if len(layers) > 1:
+            warnings.warn(
+                f"{shown}: reading {first!r}, {_by(layers[first].shape)}, the first of "
+                f"{len(layers)} convolutions; key (--key) takes another.",
+                stacklevel=4,
+            )
+        return first
+    facing = [name for name in pointlike if layers[name].shape[1] in (1, 3)]
+    if facing:
+        raise ValueError(
+            f"{shown}: {facing[0]!r} ({_by(layers[facing[0]].shape)}) may be the first "
+            "convolution, whose kernels of one pixel hold no wave, and the file does not tell the "
+            "order of layers; name the one to take with key (--key)."
+        )
+    return None
 
 
 def _is_shaped(array: Any, n_dims: int) -> bool:

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from gaborium import cortex
 from gaborium.conversion import CLASSES, Census, Conversion
 from gaborium.diagnostics import Identifiability, Landscape, StepLimit
 from gaborium.errors import require
@@ -23,6 +24,7 @@ from gaborium.experiments import Descent, Recovery
 from gaborium.fitting import FitResult, Outcome
 from gaborium.kernels import gabor
 from gaborium.params import UNITS
+from gaborium.spectrum import sigma_from_bandwidth
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -307,9 +309,12 @@ def plot_census(result: Census, kernels: Tensor, *, limit: int = 384) -> Figure:
         - within a class the surest stand first
         - of more filters than ``limit`` the surest of each class are drawn, in its share
         - n_x and n_y are cycles in a standard deviation of the envelope, along the wave and along
-          the stripes; larger dots are surer
+          the stripes; larger dots are surer, and the grey regions hold 50 and 95 % of the cells of
+          macaque V1
         - the fan shows how many Gabor functions have an orientation of the wave; angles grow
           clockwise, as they do in an image whose y runs down
+        - grey lines are as many cells of V1 as there are Gabor functions; its wavelengths are in
+          degrees, and lie about the layer's mean. ``gaborium.cortex`` names the publications
 
     Args:
         result: from ``census``.
@@ -337,10 +342,10 @@ def plot_census(result: Census, kernels: Tensor, *, limit: int = 384) -> Figure:
         )
     counts = {label: n for label, n in result.counts.items() if n}
     mosaic, rows = _mosaic(result, kernels, limit)
-    height = min(_WIDTH * 0.8 * mosaic.shape[0] / mosaic.shape[1], 7.0)
+    height = min(_WIDTH * 0.8 * mosaic.shape[0] / mosaic.shape[1], 5.5)
     with _style():
-        figure = _figure(_WIDTH, height + 2.3)
-        parts: Any = figure.subfigures(2, 1, height_ratios=[height + 0.2, 2.1])
+        figure = _figure(_WIDTH, height + 4.4)
+        parts: Any = figure.subfigures(2, 1, height_ratios=[height + 0.2, 4.2])
         above, below = parts
         place = above.subplots()
         place.imshow(mosaic.numpy(), interpolation="nearest")
@@ -352,23 +357,16 @@ def plot_census(result: Census, kernels: Tensor, *, limit: int = 384) -> Figure:
                 shown, (0, row), (-6, 0), textcoords="offset points", ha="right", va="center",
                 fontsize=7.5, annotation_clip=False,
             )  # fmt: skip
-        shares, envelopes = below.add_subplot(1, 3, 1), below.add_subplot(1, 3, 2)
-        _class_bars(shares, counts, len(result))
         found = result.distribution()
-        chosen = found["filter"].tolist()
-        color = CLASS_COLORS["gabor"]
-        envelopes.set(
-            xlabel="n_x, along the wave", ylabel="n_y, along the stripes",
-            xlim=(0, 1.5), ylim=(0, 1.5), xticks=(0, 0.5, 1, 1.5), yticks=(0, 0.5, 1, 1.5),
-            aspect="equal", title="Envelopes, in cycles",
-        )  # fmt: skip
-        envelopes.plot([0, 1.5], [0, 1.5], color=SHADE, linewidth=0.7, zorder=0)
-        if chosen:
-            envelopes.scatter(
-                found["n_x"].clamp_max(1.47), found["n_y"].clamp_max(1.47),
-                s=4 + 14 * result.confidence[chosen], color=color, alpha=0.7, linewidths=0,
-            )  # fmt: skip
-        _orientations(below, found, color)
+        is_flat = result.fit.params.n_dims == 2  # as the retina is
+        _class_bars(below.add_subplot(2, 3, 1), counts, len(result))
+        _envelopes(below.add_subplot(2, 3, 2), found, result.confidence, is_flat)
+        if "orientation" in found:
+            _orientations(below.add_subplot(2, 3, 3, projection="polar"), found, is_flat)
+        _wavelengths(below.add_subplot(2, 3, 4), found, is_flat)
+        _bandwidths(below.add_subplot(2, 3, 5), found, is_flat)
+        if is_flat:
+            _census_key(below.add_subplot(2, 3, 6))
     return figure
 
 
@@ -416,20 +414,47 @@ def _class_bars(place: Axes, counts: dict[str, int], n: int) -> None:
     place.set(xlabel="share of the filters, %", title="Classes", xlim=(0, 1.25 * max(shares)))
 
 
-def _orientations(figure: Any, found: dict[str, Tensor], color: str) -> None:
-    """Counts of orientations on a half circle; without a plane, wavelengths."""
-    if "orientation" not in found:
-        place = figure.add_subplot(1, 3, 3)
-        place.hist(found["wavelength"].tolist() or [0], bins=12, color=color)
-        place.set(xlabel="wavelength, px", title="Wavelengths")
-        return
-    place = figure.add_subplot(1, 3, 3, projection="polar")
+def _envelopes(place: Axes, found: dict[str, Tensor], confidence: Tensor, beside_v1: bool) -> None:
+    low, high = 0.08, 2.3
+    ticks = (0.1, 0.2, 0.5, 1, 2)
+    place.set(
+        xlabel="n_x, along the wave", ylabel="n_y, along the stripes", xscale="log", yscale="log",
+        xlim=(low, high), ylim=(low, high), aspect="equal", title="Envelopes, in cycles",
+    )  # fmt: skip
+    for axis in (place.xaxis, place.yaxis):
+        axis.set_ticks(ticks, [f"{tick:g}" for tick in ticks])
+        axis.set_ticks([], minor=True)
+    if beside_v1:
+        turn = torch.linspace(0, 2 * math.pi, 181, dtype=torch.float64)
+        for share, shade in ((0.95, 0.35), (0.5, 0.85)):
+            r = cortex.reach(share)
+            place.fill(
+                *cortex.widths(r * turn.cos(), r * turn.sin()), color=SHADE, alpha=shade,
+                linewidth=0, zorder=0,
+            )  # fmt: skip
+    place.plot([low, high], [low, high], color=MUTED, linewidth=0.5, zorder=1)
+    place.scatter(
+        found["n_x"].clamp(1.03 * low, high / 1.03), found["n_y"].clamp(1.03 * low, high / 1.03),
+        s=4 + 14 * confidence[found["filter"]], color=CLASS_COLORS["gabor"], alpha=0.7,
+        linewidths=0,
+    )  # fmt: skip
+
+
+def _orientations(place: Any, found: dict[str, Tensor], beside_v1: bool) -> None:
+    """Counts of orientations on a half circle, drawn twice."""
     n_bins = 12
     # Half a bin off, so that 0 and 90 degrees lie in the middle of theirs.
     bins = (found["orientation"] * n_bins / math.pi).round().long() % n_bins
     counts = torch.bincount(bins, minlength=n_bins)
     angles = [math.pi * i / n_bins for i in range(2 * n_bins)]
+    color = CLASS_COLORS["gabor"]
     place.bar(angles, counts.repeat(2).tolist(), width=0.9 * math.pi / n_bins, color=color)
+    if beside_v1 and len(bins):
+        # Per bin; the eight sectors of 45 degrees are cardinal and oblique in turn.
+        around = [math.pi / 8 * (i // 2 * 2 + (1 if i % 2 else -1)) for i in range(17)]
+        shares = (cortex.CARDINAL, 1 - cortex.CARDINAL)
+        radius = [len(bins) * 2 / n_bins * shares[i // 2 % 2] for i in range(17)]
+        place.plot(around, radius, color=INK, linewidth=0.9)
     place.set_theta_direction(-1)
     place.set_xticks(
         [math.radians(angle) for angle in range(0, 360, 45)],
@@ -443,6 +468,60 @@ def _orientations(figure: Any, found: dict[str, Tensor], color: str) -> None:
     place.grid(color=SHADE, linewidth=0.5)
     place.spines["polar"].set_color(SHADE)
     place.set_title("Orientations")
+
+
+def _wavelengths(place: Axes, found: dict[str, Tensor], beside_v1: bool) -> None:
+    octaves = found["wavelength"].double().log2()
+    low = math.floor(octaves.min().item()) if len(octaves) else 1
+    high = max(low + 2, math.ceil(octaves.max().item()) if len(octaves) else 1)
+    edges = torch.arange(3 * low, 3 * high + 1) / 3
+    below = 0.5 + 0.5 * torch.erf((edges - octaves.mean()) / (math.sqrt(2) * cortex.FREQUENCY_STD))
+    _histogram(place, octaves, edges, below if beside_v1 else None)
+    ticks = range(low, high + 1)
+    place.set_xticks(ticks, [f"{2.0**tick:g}" for tick in ticks])
+    place.set(xlabel="wavelength, px", ylabel="Gabor functions", title="Wavelengths")
+
+
+def _bandwidths(place: Axes, found: dict[str, Tensor], beside_v1: bool) -> None:
+    highest = 4.0
+    edges = torch.arange(0.0, highest + 0.1, 0.5, dtype=torch.float64)
+    # Narrower bands are those of wider envelopes.
+    n_x = sigma_from_bandwidth(edges[1:-1], torch.ones(len(edges) - 2, dtype=torch.float64))
+    z = (n_x.log10() - cortex.WIDTH_MEAN[0]) / cortex.WIDTH_STD[0]
+    below = F.pad(0.5 - 0.5 * torch.erf(z / math.sqrt(2)), (1, 0))
+    below = F.pad(below, (0, 1), value=1.0)  # the last bin holds all that is wider
+    values = found["bandwidth"].double().clamp_max(highest - 0.01)
+    _histogram(place, values, edges, below if beside_v1 else None)
+    place.set_xticks([0, 1, 2, 3, highest - 0.25], ["0", "1", "2", "3", f"> {highest - 0.5:g}"])
+    place.set(xlabel="bandwidth, octaves", ylabel="Gabor functions", title="Bandwidths")
+
+
+def _histogram(place: Axes, values: Tensor, edges: Tensor, below: Tensor | None) -> None:
+    """Counts of values, and as a line what a population would have with these shares below."""
+    counts = torch.histogram(values, edges.double()).hist
+    place.bar(
+        edges[:-1].tolist(), counts.tolist(), width=(0.92 * edges.diff()).tolist(), align="edge",
+        color=CLASS_COLORS["gabor"],
+    )  # fmt: skip
+    if below is not None and len(values):
+        place.stairs(len(values) * below.diff(), edges, color=INK, linewidth=0.9, baseline=None)
+    place.set_xlim(edges[0].item(), edges[-1].item())
+    place.set_ylim(0, max(1.0, place.get_ylim()[1]))
+    place.locator_params(axis="y", integer=True, nbins=4)
+
+
+def _census_key(place: Axes) -> None:
+    place.set_axis_off()
+    color = CLASS_COLORS["gabor"]
+    dot = place.scatter([], [], s=16, color=color, alpha=0.7, linewidths=0)
+    line = place.plot([], [], color=INK, linewidth=0.9)
+    half, most = (place.fill([], [], color=SHADE, alpha=a, linewidth=0) for a in (0.85, 0.35))
+    place.legend(
+        [dot, *line, *half, *most],
+        ["a Gabor function of this layer", "macaque V1, as many cells", "half of V1's cells",
+         "95 % of V1's cells"],
+        loc="center left",
+    )  # fmt: skip
 
 
 def plot_conversion(conversion: Conversion, kernels: Tensor, *, limit: int = 96) -> Figure:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gaborium.cortex import widths
 from gaborium.kernels import quadrature_pair
 from gaborium.params import RECORDS, Gabor
 from gaborium.spectrum import sigma_from_bandwidth
@@ -157,21 +158,11 @@ def _v1(
 def _v1_widths(n: int, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
     """Envelope widths in wavelengths, ``n_x = σ/λ`` and ``n_y = σ/(γλ)``, of ``n`` simple cells.
 
-    Drawn from the log-normal distribution that has the moments of 79 macaque V1 simple cells:
-    log10 n_x is -0.45 ± 0.18 and log10 n_y is -0.38 ± 0.28, with a correlation of 0.71.
-
-    Reference:
-        Ringach (2002), J. Neurophysiol. 88(1), doi:10.1152/jn.2002.88.1.455. The moments are
-        those of the binned (n_x, n_y) counts of its population figure.
+    Drawn from the log-normal population of 79 macaque V1 simple cells, see ``gaborium.cortex``.
     """
     sample = torch.randn(2, n, 1, dtype=torch.float64, generator=generator)
-    mean, std, correlation = (-0.45, -0.38), (0.18, 0.28), 0.71
-    first = sample[0]
-    second = correlation * sample[0] + math.sqrt(1 - correlation**2) * sample[1]
     # Tails beyond what was ever measured would give a filter without envelope or without end.
-    across = 10 ** (mean[0] + std[0] * first.clamp(-2, 2))
-    along = 10 ** (mean[1] + std[1] * second.clamp(-2, 2))
-    return across, along
+    return widths(sample[0], sample[1], limit=2.0)
 
 
 def _room(size: float) -> float:

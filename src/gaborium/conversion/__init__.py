@@ -2,7 +2,8 @@
 
 ``census`` says of every filter what it is: ``measures`` has the numbers, ``classes`` the questions
 that are put to them, ``pairs`` who belongs to whom. ``first_conv`` finds the layer and replaces it;
-``convert`` does so with the Gabor functions nearest to its filters.
+``convert`` does so with the Gabor functions nearest to its filters. ``load_network`` gets trained
+networks by name.
 """
 
 from gaborium.conversion.classes import CLASSES
@@ -10,6 +11,7 @@ from gaborium.conversion.conversion import Conversion, convert
 from gaborium.conversion.filter_census import Census, census
 from gaborium.conversion.first_conv import find_first_conv, replace_first_conv
 from gaborium.conversion.measures import NUMBERS
+from gaborium.conversion.named_networks import load_network, names_network
 from gaborium.conversion.pairs import Pair
 
 __all__ = [
@@ -21,5 +23,7 @@ __all__ = [
     "census",
     "convert",
     "find_first_conv",
+    "load_network",
+    "names_network",
     "replace_first_conv",
 ]

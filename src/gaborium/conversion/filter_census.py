@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gaborium import cortex
 from gaborium.conversion.classes import CLASSES, DEAD, probabilities, reason
 from gaborium.conversion.first_conv import find_first_conv
 from gaborium.conversion.measures import NUMBERS, measure
@@ -105,7 +106,7 @@ class Census:
 
         Reference:
             Ringach (2002), J. Neurophysiol. 88(1), doi:10.1152/jn.2002.88.1.455, has (n_x, n_y)
-            of macaque V1.
+            of macaque V1; ``beside_v1`` compares.
         """
         chosen = self.filters("gabor")
         params = self.fit.params
@@ -115,6 +116,54 @@ class Census:
         wavelength, sigma = params.wavelength.flatten()[chosen], params.sigma.flatten()[chosen]
         found |= {"wavelength": wavelength, "bandwidth": bandwidth_from_sigma(sigma, wavelength)}
         return found | {name: self.numbers[name][chosen] for name in ("n_x", "n_y")}
+
+    def beside_v1(self) -> dict[str, tuple[float, float]]:
+        """How the Gabor functions of the layer lie beside cells of macaque V1, in a few numbers.
+
+        Convention:
+            - receptive fields are measured in degrees and filters in pixels; what both have in
+              common are shapes, directions, and how far sizes are spread
+            - V1's bandwidth follows from its ``n_x``, as that of a Gabor function does
+
+        Returns:
+            The layer's number and V1's: medians of ``n_x``, ``n_y`` and ``bandwidth``; ``within``,
+            the share within the region of (n_x, n_y) that holds 95 % of V1's cells; ``cardinal``,
+            the share within 22.5 degrees of horizontal or vertical, 0.5 if directions are even;
+            and ``octaves``, the standard deviation of the wavelengths. NaN where the layer has no
+            Gabor function. Nothing of filters that are not two-dimensional.
+
+        Reference:
+            ``gaborium.cortex`` names the publications.
+
+        Example:
+            >>> from gaborium import Gabor2d, census, gabor
+            >>> found = census(gabor(Gabor2d.of(wavelength=[4.0, 5.0], sigma=2.0), 11))
+            >>> for name, (layer, v1) in found.beside_v1().items():
+            ...     print(f"{name}: {layer:.2f}, V1 {v1:.2f}")
+            n_x: 0.45, V1 0.35
+            n_y: 0.45, V1 0.42
+            bandwidth: 1.30, V1 1.70
+            within: 1.00, V1 0.95
+            cardinal: 1.00, V1 0.58
+            octaves: 0.16, V1 0.83
+        """
+        if self.fit.params.n_dims != 2:
+            return {}
+        found = self.distribution()
+        n_x, n_y = (10**mean for mean in cortex.WIDTH_MEAN)
+        bandwidth = bandwidth_from_sigma(torch.tensor(n_x), torch.tensor(1.0)).item()
+        inside = cortex.distance(found["n_x"], found["n_y"]) <= cortex.reach(0.95)
+        turned = found["orientation"] % (math.pi / 2)
+        cardinal = torch.minimum(turned, math.pi / 2 - turned) <= math.pi / 8
+        octaves = found["wavelength"].log2()
+        layer = {
+            **{name: _median(found[name]) for name in ("n_x", "n_y", "bandwidth")},
+            "within": inside.double().mean().item(),
+            "cardinal": cardinal.double().mean().item(),
+            "octaves": (octaves - octaves.mean()).square().mean().sqrt().item(),
+        }
+        v1 = (n_x, n_y, bandwidth, 0.95, cortex.CARDINAL, cortex.FREQUENCY_STD)
+        return {name: (own, of_v1) for (name, own), of_v1 in zip(layer.items(), v1, strict=True)}
 
     def to_table(self) -> list[dict[str, object]]:
         """One row per filter: class, confidence, numbers, geometry of the fit, and why."""
@@ -147,6 +196,9 @@ class Census:
             "why": [self.why(i) for i in range(len(self))],
             "pairs": [pair._asdict() for pair in self.pairs],
             "distribution": {k: v.tolist() for k, v in self.distribution().items()},
+            "beside_v1": {
+                name: {"layer": layer, "v1": v1} for name, (layer, v1) in self.beside_v1().items()
+            },
             "fit": json.loads(self.fit.to_json()),
         }
         return json.dumps(plain(document), indent=indent, allow_nan=False)
@@ -332,3 +384,8 @@ def _checked(kernels: Tensor, n_dims: int) -> Tensor:
             "was the network trained to the end?"
         )
     return w
+
+
+def _median(values: Tensor) -> float:
+    """The middle, of an even number halfway between the two; NaN of none."""
+    return values.double().quantile(0.5).item() if len(values) else math.nan

@@ -40,6 +40,15 @@ _WORDS = {
     "other": "clear structure that is none of these",
     "noise": "no structure, or no weights",
 }
+# Rows of the comparison with V1, and whether they are shares.
+_BESIDE_V1 = {
+    "n_x": ("n_x, median", False),
+    "n_y": ("n_y, median", False),
+    "bandwidth": ("bandwidth in octaves, median", False),
+    "within": ("share in the grey region that holds 95 % of V1's cells", True),
+    "cardinal": ("share within 22.5° of horizontal or vertical; of even directions 50 %", True),
+    "octaves": ("spread of wavelengths: standard deviation in octaves", False),
+}
 
 
 class Row(NamedTuple):
@@ -158,6 +167,7 @@ def report_census(
             for i, three in zip(everyone, images, strict=True)
         ],
         pairs=_pairs(result),
+        beside_v1=_beside_v1(result),
         figure="data:image/png;base64," + figure,
         n_channels=result.fit.params.phase.numel() // len(result),
         n_dims=n_dims,
@@ -219,6 +229,18 @@ def _values(result: Census, index: int) -> list[tuple[float, str]]:
             text = number(value, 2) if name == "snr" else f"{value:.2f}"
         values.append((value, text))
     return values
+
+
+def _beside_v1(result: Census) -> list[tuple[str, str, str]]:
+    """What is compared, the layer's number and V1's; nothing without a Gabor function."""
+    if not result.counts["gabor"]:
+        return []
+    rows = []
+    for name, pair in result.beside_v1().items():
+        words, is_share = _BESIDE_V1[name]
+        layer, v1 = (f"{100 * one:.0f} %" if is_share else f"{one:.2f}" for one in pair)
+        rows.append((words, layer, v1))
+    return rows
 
 
 def _pairs(result: Census) -> list[tuple[str, list[str]]]:
