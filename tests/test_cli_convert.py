@@ -98,6 +98,30 @@ def test_where_nothing_is_converted_all_stays_and_it_is_said(weights, capsys):
     assert "None of 5 filters became a Gabor function." in capsys.readouterr().out
 
 
+def test_a_saved_network_is_converted_with_the_stride_that_it_has(empty_folder, capsys):
+    transformers = pytest.importorskip("transformers")
+    config = transformers.ResNetConfig(embedding_size=3, hidden_sizes=[4], depths=[1])
+    model = transformers.ResNetModel(config)
+    with torch.no_grad():
+        model.embedder.embedder.convolution.weight[:2] = gabor(
+            Gabor2d.of(orientation=[[0.3], [1.4]], wavelength=3.5, sigma=1.4), 7
+        )
+    model.save_pretrained("saved")
+    assert run("saved") == 0
+    layer = load_layer("runs/convert/layer.safetensors")
+    assert layer.stride == (2, 2)
+    assert layer.is_gabor.tolist() == [True, True, False]
+    from safetensors.torch import load_file
+
+    model.load_state_dict(load_file("runs/convert/weights.safetensors"))
+    assert torch.equal(model.embedder.embedder.convolution.weight, layer.weight)
+    capsys.readouterr()
+    assert run("saved", "--stride", "1", "--overwrite") == 0  # its default: no contradiction
+    capsys.readouterr()
+    assert run("saved", "--padding", "1", "--overwrite") == 2
+    assert "--padding is an option of a file" in commands.one_line(capsys)
+
+
 @pytest.mark.parametrize(
     ("tokens", "words"),
     [
@@ -107,11 +131,13 @@ def test_where_nothing_is_converted_all_stays_and_it_is_said(weights, capsys):
         (["net.pt", "--layer", "stem.weight", "--filters", "3"], ["--filters", "0 to 2"]),
         (["net.pt", "--layer", "stem.weight", "--stride", "0"], ["--stride", "at least 1"]),
         (["net.pt", "--layer", "stem.weight", "--images", "none"], ["none"]),
+        (["graph.onnx"], ["graph.onnx", "is a graph"]),
         (["five.pt", "--images", "net.pt"], ["1 or 3 channels", "got 5"]),
     ],
 )
 def test_bad_input_is_told_in_one_line_and_nothing_is_written(weights, capsys, tokens, words):
     torch.save({"weight": torch.ones(2, 5, 3, 3)}, "five.pt")
+    Path("graph.onnx").write_bytes(b"graph")
     assert run(*tokens) == 2
     told = commands.one_line(capsys)
     assert all(word in told for word in words), told

@@ -81,6 +81,41 @@ def test_waves_are_converted_and_noise_stays():
     assert conversion.params.orientation.shape == (4, 1)
 
 
+def test_norms_follow_what_the_conversion_changes_and_nothing_else():
+    model = network().eval()
+    with torch.no_grad():
+        model(photographs())
+    # An exact conversion leaves them where they are, whatever the images' own statistics.
+    exact = convert(model, calibrate=photographs(n=8) * 3 + 1, filters=[0, 2, 3, 5])
+    assert torch.allclose(exact.model[1].running_mean, model[1].running_mean, atol=1e-3)
+    assert torch.allclose(exact.model[1].running_var, model[1].running_var, rtol=1e-3)
+    # Noise as a Gabor function varies less; then the norm's output has the variance that it had.
+    images = photographs(n=8)
+    rough = convert(model, calibrate=images, filters=range(6))
+    left = convert(model, calibrate=images, filters=range(6), adapt_norms=False)
+    assert torch.equal(left.model[1].running_var, model[1].running_var)
+
+    def spread(network: nn.Module) -> torch.Tensor:
+        with torch.no_grad():
+            return network[:2].eval()(images).std((0, 2, 3))
+
+    before, adapted, not_adapted = map(spread, (model, rough.model, left.model))
+    assert (not_adapted[[1, 4]] < 0.9 * before[[1, 4]]).all()
+    assert torch.allclose(adapted, before, rtol=1e-3)
+    assert torch.allclose(rough.model[0].weight, left.model[0].weight)
+
+
+def test_batches_that_tell_no_statistics_leave_the_norms_alone():
+    model = nn.Sequential(
+        nn.Conv2d(1, 4, 7), nn.AdaptiveAvgPool2d(1), nn.BatchNorm2d(4), nn.Flatten()
+    )
+    images = photographs(1, n=2).split(1)
+    with pytest.warns(UserWarning, match="calibrate with larger batches"):
+        conversion = convert(model, calibrate=images, threshold=0.0)
+    assert conversion.model[2].running_var.tolist() == [1.0] * 4
+    assert conversion.is_gabor.all()
+
+
 def test_the_callers_model_is_left_alone():
     model = network().train()
     before = copy.deepcopy(model.state_dict())

@@ -75,7 +75,7 @@ def test_headline_sentences_and_record_tell_the_share_and_how_filters_were_chose
         f"2 of 4 filters (50 %) are Gabor functions now; {before} numbers of the layer become "
         f"{after}."
     )
-    assert "at least 90 % of the variance of its kernel" in conversion_sentences(conversion)[0]
+    assert "at least 80 % of the variance of its kernel" in conversion_sentences(conversion)[0]
     named = converted(kernels, filters=[2])
     assert conversion_sentences(named)[0] == "The filters were named."
     assert "is a Gabor function now" in conversion_headline(named)

@@ -342,13 +342,13 @@ def census(
 
 
 def convert(
-    file: Path,
+    source: str,
     /,
     *,
     layer: str | None = None,
     images: Path | None = None,
     max_images: int = 64,
-    threshold: float = 0.9,
+    threshold: float = 0.8,
     filters: tuple[int, ...] = (),
     stride: int = 1,
     padding: int | None = None,
@@ -361,21 +361,23 @@ def convert(
     """Replace the filters of a trained layer by Gabor functions, where they are good enough.
 
     Writes layer.safetensors, the new layer for gaborium.export.load_layer; weights.safetensors,
-    all that the file holds with the new kernels in it, for the network as it was; result.json,
-    result.csv, report.html, and a figure as PDF, SVG and PNG.
+    all that the file or network holds with the new kernels in it, for the network as it was;
+    result.json, result.csv, report.html, and a figure as PDF, SVG and PNG.
 
     Args:
-        file: Weights of a network or of a layer: .safetensors, .pt, .pth, .npz or .npy. Nothing is
+        source: Weights of a network or of a layer: .safetensors, .pt, .pth, .npz or .npy. Or a
+            network: transformers:NAME, timm:NAME, or a folder of save_pretrained. Nothing is
             unpickled.
-        layer: Name of the array in a file with several, as "conv1.weight".
+        layer: Name of the layer to take instead of the first convolution, as "conv1"; in a file
+            also that of an array, as "conv1.weight".
         images: A photograph, or a folder of them. With it the responses to these images are kept,
             and not the kernels; the images are brought to mean 0 and deviation 1.
         max_images: Photographs to take of a folder.
         threshold: Share of a filter's variance that its Gabor function must explain, from 0 to 1.
         filters: Numbers of the filters to convert, whatever is explained.
-        stride: Of the layer, which weights do not tell.
-        padding: Of the layer; by default half a kernel.
-        n_dims: Spatial dimensions of a kernel.
+        stride: Of the layer, which the weights in a file do not tell.
+        padding: Of the layer in a file; by default half a kernel.
+        n_dims: Spatial dimensions of a kernel in a file.
         n_starts: Candidates that the fit follows for each filter at most.
         name: Name of the run.
         out: Folder of all runs.
@@ -393,14 +395,25 @@ def convert(
         import torch
 
         from gaborium.conversion import convert as convert_layer
+        from gaborium.conversion import load_network, names_network
         from gaborium.export import save_layer
         from gaborium.files import new_folder, write_tensors
-        from gaborium.kernel_files import read_layer
+        from gaborium.kernel_files import LayerFile, read_layer
         from gaborium.reporting import write_conversion
 
     torch.set_num_threads(1)  # as in recover
-    with _called("key (--key)", "--layer"):
-        found = read_layer(file, key=layer, n_dims=n_dims, stride=stride, padding=padding)
+    if names_network(source):
+        for option, value in (("stride", stride), ("padding", padding), ("n_dims", n_dims)):
+            if value != _default(convert, option):
+                shown = option.replace("_", "-")
+                raise ValueError(
+                    f"--{shown} is an option of a file; the layer of a network tells it."
+                )
+        with console.status(_plain(f"Loading {source}")):
+            found = LayerFile.of(load_network(source), source, layer)
+    else:
+        with _called("key (--key)", "--layer"):
+            found = read_layer(source, key=layer, n_dims=n_dims, stride=stride, padding=padding)
     calibrate = None if images is None else _calibration(images, max_images, found.layer)
     with new_folder(out / name, overwrite=overwrite) as folder:
         with console.status("Looking for Gabor functions"), _called("filters", "--filters"):
@@ -413,10 +426,10 @@ def convert(
             )
         with console.status("Writing the report"):
             facts = {
-                "file": found.name,
+                "file" if found.sha256 else "network": found.name,
                 "array": found.key,
                 "shape": " × ".join(map(str, found.layer.weight.shape)),
-                "SHA-256": found.sha256,
+                **({"SHA-256": found.sha256} if found.sha256 else {}),
                 **({"images": f"{len(calibrate)} from {images}"} if calibrate else {}),
                 "command": _command(),
                 "starts": str(n_starts),

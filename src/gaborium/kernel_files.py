@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import math
 import os
@@ -17,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gaborium.conversion import find_first_conv
 from gaborium.errors import require
 from gaborium.images import cannot_read, read_images
 from gaborium.layers import PLAIN_LAYERS
@@ -156,15 +158,15 @@ def read_arrays(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 @dataclass(frozen=True, eq=False)
 class LayerFile:
-    """A convolution with the weights of a file, and all else that the file holds.
+    """A convolution with the weights of a file or network, and all else that it holds.
 
     Args:
         layer: ``nn.ConvNd`` on the CPU.
-        arrays: everything in the file that is numbers, by name.
-        name: of the file, without its parents.
+        arrays: everything in the file that is numbers, or the network's state, by name.
+        name: of the file, without its parents; or of the network.
         key: of the kernels among the arrays.
         bias_key: of the bias among the arrays, where one is or would be.
-        sha256: of the file's bytes.
+        sha256: of the file's bytes; ``None`` of a network.
     """
 
     layer: Any
@@ -172,7 +174,19 @@ class LayerFile:
     name: str
     key: str
     bias_key: str
-    sha256: str
+    sha256: str | None
+
+    @classmethod
+    def of(cls, network: nn.Module, name: str, layer: str | None = None) -> LayerFile:
+        """The first convolution of a network, or the one that is called ``layer``.
+
+        Raises:
+            ValueError: as for ``find_first_conv``.
+        """
+        found, conv = find_first_conv(network, layer)
+        stem = f"{found}." if found else ""
+        state = {key: value.detach().clone() for key, value in network.state_dict().items()}
+        return cls(copy.deepcopy(conv), state, name, f"{stem}weight", f"{stem}bias", None)
 
     def weights_with(self, layer: Any) -> dict[str, Tensor]:
         """The file's arrays with kernels and bias of another layer in their places."""
@@ -222,6 +236,11 @@ def read_layer(
     shown = repr(os.fspath(path))
     if Path(path).is_dir() or Path(path).suffix.lower() in _IMAGES:
         raise ValueError(f"{shown} holds images, which are no layer; give a file of weights.")
+    if Path(path).suffix.lower() == ".onnx":
+        raise ValueError(
+            f"{shown} is a graph, of which no layer can be replaced; give the weights of the "
+            "network that it was made from."
+        )
     kernels = read_kernels(path, key=key, n_dims=n_dims)
     weight = kernels.values
     if weight.ndim == n_dims + 1:

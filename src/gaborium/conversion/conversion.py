@@ -125,10 +125,11 @@ def convert(
     model: nn.Module,
     *,
     calibrate: Tensor | Iterable[Tensor] | None = None,
-    threshold: float = 0.9,
+    threshold: float = 0.8,
     filters: Sequence[int] | Tensor | None = None,
     name: str | None = None,
     fold_norm: bool = False,
+    adapt_norms: bool = True,
     learn: Collection[str] | None = None,
     n_starts: int = 12,
     seed: int = 0,
@@ -139,7 +140,9 @@ def convert(
         - every filter keeps its place among the channels; those that no Gabor function explains
           well enough stay as they are, in one ``MixedConv`` beside the Gabor functions
         - with ``calibrate`` the error of the *responses* to these images is made small, otherwise
-          that of the kernels; the bias then takes care of what is left of each response's mean
+          that of the kernels; the bias then takes care of what is left of each response's mean,
+          and batch norms of what became of the spread: a Gabor function that explains a share of
+          a response varies less
         - one geometry per filter, centre included, and an amplitude and a phase per channel
 
     Args:
@@ -154,6 +157,8 @@ def convert(
         name: of the layer, as ``model.get_submodule`` takes it; by default the first convolution.
         fold_norm: fold the batch norm that follows the layer into it first; it becomes an
             identity. By default it is kept.
+        adapt_norms: with ``calibrate``, move the running statistics of all batch norms by as much
+            as the conversion moves their inputs' on these images.
         learn: fields that train later; by default all, the centre included.
         n_starts: of the search, as for ``fit``.
         seed: of the choice of patches.
@@ -203,6 +208,8 @@ def convert(
     if chosen.any():
         new = _converted(layer, weight, responses.params, chosen, learn, seen)
         result = replace_first_conv(whole, new, place)
+        if seen is not None and adapt_norms:
+            _adapt_norms(whole, result, seen.batches)
     converted: Any = result.get_submodule(place)
     error = output_error = None
     if seen is not None:
@@ -335,6 +342,47 @@ def _folded(network: nn.Module, name: str) -> nn.Module:
     parent, _, last = place.rpartition(".")
     setattr(network.get_submodule(parent), last, nn.Identity())
     return network
+
+
+def _adapt_norms(old: nn.Module, new: nn.Module, batches: Sequence[Any]) -> None:
+    """Move running statistics by the change of what two networks' batch norms see."""
+    before, after = (_norm_inputs(one, batches) for one in (old, new))
+    for name, (mean, variance) in before.items():
+        norm: Any = new.get_submodule(name)
+        new_mean, new_variance = after[name]
+        norm.running_mean += new_mean - mean
+        # Differences and ratios, because the images' own statistics are those of a few.
+        norm.running_var *= torch.where(variance > 0, new_variance / variance, 1.0)
+
+
+@torch.no_grad()
+def _norm_inputs(network: nn.Module, batches: Sequence[Any]) -> dict[str, tuple[Tensor, Tensor]]:
+    """Mean and variance of what each batch norm sees, where those before it use the batch's own."""
+    trial = copy.deepcopy(network).eval()
+    norms = {
+        name: part
+        for name, part in trial.named_modules()
+        if isinstance(part, _NORMS) and part.running_mean is not None
+    }
+    for norm in norms.values():
+        norm.reset_running_stats()
+        norm.momentum = None  # all batches count alike
+        norm.train()
+    try:
+        for batch in batches:
+            trial(batch)
+    except ValueError as error:  # torch's, of a batch that has one value of a channel
+        warnings.warn(
+            f"Batch norms keep their statistics, since {error}; calibrate with larger batches.",
+            stacklevel=4,
+        )
+        return {}
+    seen: dict[str, Any] = {
+        name: (norm.running_mean, norm.running_var)
+        for name, norm in norms.items()
+        if norm.num_batches_tracked
+    }
+    return seen
 
 
 def _chosen(found: FitResult, threshold: float, filters: Sequence[int] | Tensor | None) -> Tensor:
