@@ -89,7 +89,7 @@ def test_with_images_the_responses_are_kept_and_a_new_bias_is_told(weights, empt
 
 
 def test_where_nothing_is_converted_all_stays_and_it_is_said(weights, capsys):
-    assert run("net.pt", "--layer", "head.weight") == 0
+    assert run("net.pt", "--layer", "head.weight", "--threshold", 0.99) == 0
     assert not Path("runs/convert/layer.safetensors").exists()
     from safetensors.torch import load_file
 
