@@ -343,6 +343,16 @@ def test_starts_come_best_first_and_near_the_truth():
     assert (cost[:, 0] < 0.3 * target.y.square().sum((1, 2))).all()
 
 
+def test_flat_kernels_are_looked_at_no_closer_along_an_axis_than_its_pixels_allow():
+    def n_compared(*sizes: int) -> int:
+        return StartGrid(Family(sizes, 1, free_center=True), torch.empty(0, dtype=F64)).size
+
+    assert n_compared(2, 9, 9) < n_compared(9, 9, 9) / 4
+    params = planted(3, 8, seed=2)
+    found = fit(gabor(params, (2, 9, 9)), n_dims=3)
+    assert (found.explained_variance > 1 - 1e-6).all()
+
+
 def test_more_starts_never_fit_worse():
     kernels = torch.randn(30, 7, 7, dtype=F64)
     few, many = (fit(kernels, n_starts=n).explained_variance for n in (1, 6))
