@@ -797,7 +797,7 @@ def show_parameters(pieces: Pieces) -> None:
 # -- cost -----------------------------------------------------------------------------------------
 
 ADAM, AGAIN, NATURAL = "Adam for all", "Adam for all, again", "NaturalGradient, Adam for the rest"
-PERIOD = 100  # steps; later, a filter may leap and inputs are looked at a few times in as many
+PERIOD, N_PERIODS = 100, 4  # of that many steps; leaps are frequent in the first alone
 BLOCK = 20  # steps that give one ratio, for the spread
 
 
@@ -809,18 +809,19 @@ def cost_section(options: Options) -> None:
         steps = {name: training_step(shape, name) for name in (ADAM, AGAIN, NATURAL)}
         names = list(steps)
         times: dict[str, list[float]] = {name: [] for name in names}
-        for i in range(2 * period):
+        for i in range(N_PERIODS * period):
             # In turns step by step: what slows the machine slows all of them.
             for name in names[i % 3 :] + names[: i % 3]:
                 times[name].append(timed(steps[name], "cpu", 1))
         for name in names[1:]:
-            for half, part in enumerate((slice(period), slice(period, None))):
+            for first in range(0, N_PERIODS * period, period):
+                part = slice(first, first + period)
                 ours, theirs = np.array(times[name][part]), np.array(times[ADAM][part])
                 blocks = ours.reshape(-1, BLOCK).sum(1) / theirs.reshape(-1, BLOCK).sum(1)
                 options.pieces.add(
                     method=name,
                     shape=str(shape),
-                    steps=f"{half * period + 1}-{(half + 1) * period}",
+                    steps=f"{first + 1}-{first + period}",
                     ratio=round(float(ours.sum() / theirs.sum()), 4),
                     quartiles=np.quantile(blocks, [0.25, 0.75]).round(4).tolist(),
                     median_step=round(float(np.median(ours) / np.median(theirs)), 4),
