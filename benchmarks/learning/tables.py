@@ -48,10 +48,36 @@ def main() -> None:
             if any("similarity" in one for one in part["sides"].values()):
                 print()
                 table(similarity(part["sides"]))
+        for data, parts in by_samples(document["parts"]).items():
+            print(f"\n{data}, by the number of samples\n")
+            table(of_all_sizes(parts))
 
 
 def ordered(sides: dict[str, Any]) -> list[tuple[str, Any]]:
     return sorted(sides.items(), key=lambda side: -side[1]["accuracy"]["mean"])
+
+
+def by_samples(parts: list[Any]) -> dict[str, dict[int, Any]]:
+    """Data sets of which several parts differ in the number of samples alone, smallest first."""
+    found: dict[str, dict[int, Any]] = {}
+    for part in parts:
+        recipe = part["recipe"]
+        if recipe["samples_per_class"] and "corrupted" not in part["name"]:
+            n = next(iter(part["sides"].values()))["n_train"]
+            found.setdefault(f"{recipe['data']}, {recipe['network']}", {})[n] = part["sides"]
+    return {data: dict(sorted(sizes.items())) for data, sizes in found.items() if len(sizes) > 2}
+
+
+def of_all_sizes(parts: dict[int, Any]) -> list[list[str]]:
+    """Accuracies, in brackets the lead over the free layer, for each number of samples."""
+    rows = [["first layer, start", *(f"{n} images" for n in parts), "numbers learned in it"]]
+    for name, last in ordered(list(parts.values())[-1]):
+        cells = []
+        for sides in parts.values():
+            lead = told(sides[name].get("lead over free"), "+") if name in sides else ""
+            cells.append(told(sides[name]["accuracy"]) + (f" ({lead})" if lead else ""))
+        rows.append([NAMES[name], *cells, str(last["n_first_parameters"])])
+    return rows
 
 
 def row(name: str, one: dict[str, Any]) -> list[str]:
