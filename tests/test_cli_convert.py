@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -34,6 +35,13 @@ def weights(empty_folder: Path) -> dict[str, torch.Tensor]:
     }
     torch.save(state, "net.pt")
     return state
+
+
+class Evil:
+    """Unpickled, it would leave a folder behind."""
+
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return os.mkdir, ("pwned",)
 
 
 def photographs(folder: Path) -> Path:
@@ -132,13 +140,33 @@ def test_a_saved_network_is_converted_with_the_stride_that_it_has(empty_folder, 
         (["net.pt", "--layer", "stem.weight", "--stride", "0"], ["--stride", "at least 1"]),
         (["net.pt", "--layer", "stem.weight", "--images", "none"], ["none"]),
         (["graph.onnx"], ["graph.onnx", "is a graph"]),
+        (["evil.pt"], ["evil.pt", "needs unpickling", "is not read"]),
+        (["cut.safetensors"], ["cut.safetensors", "damaged"]),
+        (["huge.safetensors"], ["huge.safetensors", "damaged"]),
+        (["small.pt"], ["one pixel"]),
+        (["complex.pt"], ["complex64", "real"]),
+        (["nan.pt"], ["finite kernels", "1 of 2"]),
+        (["linear.pt"], ["(filters, channels"]),
         (["five.pt", "--images", "net.pt"], ["1 or 3 channels", "got 5"]),
     ],
 )
 def test_bad_input_is_told_in_one_line_and_nothing_is_written(weights, capsys, tokens, words):
     torch.save({"weight": torch.ones(2, 5, 3, 3)}, "five.pt")
     Path("graph.onnx").write_bytes(b"graph")
+    torch.save({"weight": Evil()}, "evil.pt")
+    from safetensors.torch import save
+
+    whole = save({"weight": torch.ones(2, 1, 5, 5)})
+    Path("cut.safetensors").write_bytes(whole[:-40])
+    Path("huge.safetensors").write_bytes((1 << 40).to_bytes(8, "little") + whole[8:])
+    broken = torch.ones(2, 1, 5, 5)
+    broken[1, 0, 0, 0] = torch.nan
+    torch.save({"weight": broken}, "nan.pt")
+    torch.save({"weight": torch.ones(2, 1, 1, 1)}, "small.pt")
+    torch.save({"weight": torch.ones(2, 1, 5, 5, dtype=torch.complex64)}, "complex.pt")
+    torch.save({"weight": torch.ones(5)}, "linear.pt")
     assert run(*tokens) == 2
     told = commands.one_line(capsys)
     assert all(word in told for word in words), told
     assert not Path("runs").exists()
+    assert not Path("pwned").exists()
