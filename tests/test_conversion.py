@@ -19,6 +19,7 @@ from gaborium import (
     gabor,
 )
 from gaborium.conversion import find_first_conv
+from gaborium.optim import NaturalGradient
 
 
 def waves(n: int, size: int, channels: int = 1, seed: int = 0) -> torch.Tensor:
@@ -191,6 +192,27 @@ def test_a_folded_norm_changes_no_output():
     conversion = convert(model, fold_norm=True)
     assert isinstance(conversion.model[1], nn.Identity)
     assert torch.allclose(conversion.model(image), model(image), atol=1e-4)
+
+
+def test_what_was_converted_is_trained_by_the_natural_gradient():
+    model = convert(network(), filters=[0, 2, 3, 5]).model.train()
+    first, target = model[0], network().train()(photographs()).detach().flip(0)
+    before = {name: value.detach().clone() for name, value in first.named_parameters()}
+    optimizers = [
+        NaturalGradient(first.gabor),
+        torch.optim.Adam([first.free, *model[1:].parameters()], 0.003),
+    ]
+    losses = []
+    for _ in range(20):
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        loss = (model(photographs()) - target).square().mean()
+        loss.backward()
+        for optimizer in optimizers:
+            optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.8 * losses[0]
+    assert all(not torch.equal(v, before[name]) for name, v in first.named_parameters())
 
 
 def test_gabor_filters_learn_and_go_back_to_a_plain_layer():
