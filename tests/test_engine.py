@@ -160,6 +160,38 @@ def test_interrupted_anywhere_and_resumed_equals_uninterrupted(
     assert result.runs[0].epochs == [0, 1, 2]
 
 
+def test_augmented_images_are_other_ones_in_each_epoch_and_the_same_after_a_kill(
+    data, tmp_path, monkeypatch
+):
+    recipe = TINY.replace(epochs=2, augmentation=("flip", "shift"))
+    seen: list[torch.Tensor] = []
+    augmented = trainer.augment
+
+    def spy(images: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        seen.append(augmented(images, *args, **kwargs))
+        return seen[-1]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, "augment", spy)
+        train(recipe, dataset=data, folder=tmp_path / "whole", **EVERY)
+    first, second = (
+        torch.cat(part)[trainer.sample_order(0, epoch, len(data.labels)).argsort()]
+        for epoch, part in enumerate((seen[:4], seen[4:]))
+    )
+    plain = data.images.float() / 255
+    assert not torch.equal(first, second)
+    draws = trainer.draw(len(data.labels), trainer._key(0, 1, "augmentation"))
+    assert torch.allclose(augmented(plain, recipe.augmentation, draws=draws), second)
+    for image in (first, second):
+        assert (image != plain).flatten(1).any(1).double().mean() > 0.2
+    with monkeypatch.context() as patch:
+        killed_after(patch, 6, strike)
+        with pytest.raises(Struck):
+            train(recipe, dataset=data, folder=tmp_path / "cut", **EVERY)
+    train(recipe, dataset=data, folder=tmp_path / "cut", **EVERY)
+    assert same(files_of(tmp_path / "cut"), files_of(tmp_path / "whole"))
+
+
 @pytest.mark.parametrize("optimizer", ["adam", "natural"])
 @pytest.mark.parametrize("n", [1, 2])
 def test_killed_for_good_and_resumed_equals_uninterrupted(
@@ -306,6 +338,8 @@ def test_sounds(data):
     assert result.runs[0].accuracy > 0.6
     with pytest.raises(ValueError, match="corruption is for images, and 'tones' has none"):
         train(TINY.replace(corruption=("noise",)), dataset=sound)
+    with pytest.raises(ValueError, match="augmentation is for images"):
+        train(TINY.replace(augmentation=("flip",)), dataset=sound)
 
 
 def test_corruption_is_measured_for_each_kind_and_strength(data, monkeypatch):

@@ -598,6 +598,7 @@ def train(
     batch_size: int | None = None,
     seeds: tuple[int, ...] | None = None,
     n_evaluations: int | None = None,
+    augmentation: tuple[str, ...] | None = None,
     corruption: tuple[str, ...] | None = None,
     accelerator: str | None = None,
     devices: int | None = None,
@@ -639,6 +640,7 @@ def train(
         batch_size: Images of one step at most.
         seeds: A network is trained for each.
         n_evaluations: How often at most the test images are looked at during a run.
+        augmentation: What is done to training images by chance: "flip", "shift".
         corruption: Kinds under which accuracy is measured: "noise", "blur", "contrast", "fog",
             "pixelate".
         accelerator: "auto", "cpu", "cuda" or "mps".

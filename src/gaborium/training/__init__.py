@@ -3,9 +3,10 @@
 ``recipe`` says how, ``engine`` follows it on any number of processes, ``trainer`` is one run of it,
 with ``checkpoints`` and a ``journal`` that survive kills, and ``results`` is what comes out;
 ``trained`` is the networks themselves.
-``datasets``, ``corruptions`` and ``networks`` are what it is made of.
+``datasets``, ``augmentations``, ``corruptions`` and ``networks`` are what it is made of.
 """
 
+from gaborium.training.augmentations import augment
 from gaborium.training.checkpoints import Checkpoints, load_state, save_state
 from gaborium.training.corruptions import corrupt
 from gaborium.training.datasets import Dataset, load_dataset
@@ -24,6 +25,7 @@ __all__ = [
     "Run",
     "TrainResult",
     "Trained",
+    "augment",
     "build_network",
     "corrupt",
     "first_layer",

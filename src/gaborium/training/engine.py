@@ -93,8 +93,9 @@ def train(
             raise ValueError(f"{name} must be at least 1, got {value}.")
     if dataset is None:
         dataset = load_dataset(recipe.data, recipe.data_folder)
-    if recipe.corruption and dataset.n_dims != 2:
-        raise ValueError(f"corruption is for images, and {dataset.name!r} has none; leave it out.")
+    for field in ("augmentation", "corruption"):
+        if getattr(recipe, field) and dataset.n_dims != 2:
+            raise ValueError(f"{field} is for images, and {dataset.name!r} has none; leave it out.")
     for side in recipe.sides:  # what cannot be made is told before anything is written
         seed = recipe.seeds[0]
         data = dataset.subset(recipe.samples_per_class, seed)

@@ -15,6 +15,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 from gaborium.errors import one_of, require
 from gaborium.files import write_text
+from gaborium.training.augmentations import KINDS as AUGMENTATIONS
 from gaborium.training.corruptions import KINDS as CORRUPTIONS
 from gaborium.training.networks import FIRST_STARTS, NETWORKS
 from gaborium.training.networks import KINDS as FIRST_LAYERS
@@ -92,6 +93,8 @@ class Recipe:
             order.
         n_evaluations: how often at most the test images are looked at during a run; the last time
             is at its end, and of more than one there is another before the first step.
+        augmentation: what is done to training images by chance, anew in each epoch: ``"flip"``,
+            left and right exchanged; ``"shift"``, up to an eighth of each side. See ``augment``.
         corruption: kinds of corruption under which accuracy is measured, as ``corrupt`` takes
             them, each at five strengths.
         accelerator: where to train; ``"auto"`` takes a GPU if there is one.
@@ -130,6 +133,7 @@ class Recipe:
     batch_size: int = 64
     seeds: tuple[int, ...] = (0, 1, 2)
     n_evaluations: int = 10
+    augmentation: tuple[str, ...] = ()
     corruption: tuple[str, ...] = ()
     accelerator: str = "auto"
     devices: int = 1
@@ -149,12 +153,16 @@ class Recipe:
                     raise ValueError(f"{name} must be at least {least:g}, got {number}.")
         if not self.data:
             raise ValueError("data must be the name of a data set, got an empty text.")
-        for name, choices in (("beside", FIRST_LAYERS), ("corruption", CORRUPTIONS)):
+        for name, choices in (
+            ("beside", FIRST_LAYERS),
+            ("augmentation", AUGMENTATIONS),
+            ("corruption", CORRUPTIONS),
+        ):
             for kind in getattr(self, name):
                 one_of(name, kind, choices)
         if not self.seeds:
             raise ValueError("seeds must hold at least one number, got none.")
-        for name in ("seeds", "beside", "corruption"):
+        for name in ("seeds", "beside", "augmentation", "corruption"):
             values = getattr(self, name)
             if len(set(values)) < len(values):
                 raise ValueError(f"{name} must differ from one another, got {list(values)}.")

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from gaborium.layers import GABOR_LAYERS, PairEnergy, n_learned
 from gaborium.optim import NaturalGradient
 from gaborium.params import Gabor
+from gaborium.training.augmentations import augment, draw
 from gaborium.training.checkpoints import RUN_FILE, Checkpoints, load_state, save_state
 from gaborium.training.corruptions import N_STRENGTHS, corrupt
 from gaborium.training.datasets import Dataset
@@ -129,6 +130,7 @@ class Trainer:
             )
         self.evaluated = _spread(recipe.epochs, recipe.n_evaluations)
         self.seen_after = _spread(recipe.epochs, _N_SNAPSHOTS)
+        self.draws: tuple[int, Tensor] = -1, torch.empty(0)  # of an epoch, for augmentation
 
         self.network, self.first = make_network(
             recipe, self.job.model, data, self.side, self.seed, start=self.job.start
@@ -198,7 +200,7 @@ class Trainer:
             labels = self.labels[part.to(self.labels.device)]
             waits = i + 1 < len(parts) and fabric.world_size > 1
             with fabric.no_backward_sync(self.module) if waits else contextlib.nullcontext():
-                scores = self._scores(self.module(self._seen(self.images, part)))
+                scores = self._scores(self.module(self._seen(self.images, part, epoch)))
                 loss = F.cross_entropy(scores, labels, reduction="sum")
                 # Fabric averages over the processes, whose shares differ in size.
                 fabric.backward(loss * (fabric.world_size / len(rows)))
@@ -221,9 +223,15 @@ class Trainer:
             for group, rate in zip(optimizer.optimizer.param_groups, rates, strict=True):
                 group["lr"] = rate * share
 
-    def _seen(self, images: Tensor, rows: Tensor) -> Tensor:
-        """Some images as the network sees them."""
-        return self._normal(unit(images[rows.to(images.device)].to(self.fabric.device)))
+    def _seen(self, images: Tensor, rows: Tensor, epoch: int | None = None) -> Tensor:
+        """Some images as the network sees them; to train with, as they are in an epoch."""
+        chosen = unit(images[rows.to(images.device)].to(self.fabric.device))
+        kinds = self.job.recipe.augmentation
+        if kinds and epoch is not None:
+            if self.draws[0] != epoch:
+                self.draws = epoch, draw(len(images), _key(self.seed, epoch, "augmentation"))
+            chosen = augment(chosen, kinds, draws=self.draws[1][rows])
+        return self._normal(chosen)
 
     def _normal(self, images: Tensor) -> Tensor:
         return (images.to(self.dtype) - self.mean) / self.std
