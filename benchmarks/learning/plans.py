@@ -163,14 +163,22 @@ def starts() -> list[Unit]:
         for network, n in (("energy", 8), ("energy", 16), ("cnn", 16))
     ]
     # 8000 weights behind 16 filters remember 1000 images by heart if nothing holds them back.
-    return units + [
+    sides = ("free", "adam, bank", "adam, random", *_FIXED)
+    held = [
         Unit(
             f"cifar10, 1000 samples, {network}, 16 filters, weight decay",
             replace(recipe, network=network, n_filters=16, weight_decay=3.0),
-            ("free", "adam, bank", "adam, random", *_FIXED),
+            sides,
         )
         for network in ("energy", "cnn")
     ]
+    mirrored = Unit(
+        "cifar10, 1000 samples, energy, 16 filters, weight decay, mirrored",
+        replace(held[0].recipe, augmentation=("flip",), epochs=40),
+        sides,
+        tuned_as=held[0].name,
+    )
+    return [*units, *held, mirrored]
 
 
 def textures() -> list[Unit]:

@@ -227,7 +227,7 @@ class Experiment:
                 name: getattr(unit.recipe, name)
                 for name in (
                     *("data", "network", "samples_per_class", "n_filters", "kernel_size", "stride"),
-                    *("epochs", "batch_size", "schedule", "weight_decay"),
+                    *("epochs", "batch_size", "schedule", "weight_decay", "augmentation"),
                 )
             }
             parts.append({"name": unit.name, "recipe": recipe, "sides": sides})
