@@ -206,13 +206,14 @@ def show(rows: list[Row]) -> None:
                     mean("accuracy_before"),
                     mean("accuracy_after", "accuracy_before"),
                     mean("accuracy_norms_kept", "accuracy_before"),
+                    mean("accuracy_after_further", "accuracy_before"),
                     mean("accuracy_after_further", "accuracy_before_further"),
                     f"{first:.0f} -> {last:.0f}",
                 ]
             )
     header = (
         *("network", "fitted", "seeds", "% Gabor", "accuracy", "converted", "norms kept"),
-        *("and an epoch", "numbers in the layer"),
+        *("and an epoch", "over the free one's epoch", "numbers in the layer"),
     )
     print_table("Accuracy in percent, changes in points, with standard errors", header, table)
 

@@ -33,7 +33,7 @@ from gaborium.training import build_network, first_layer, load_dataset
 
 FIRST = "fashion-mnist"
 TASKS = {"mnist": 10, "textures": 20}  # and images of each class
-SEEDS = range(10)
+SEEDS = range(5)
 N_STEPS, BATCH, GABOR_RATE = 400, 50, 0.02
 SIZES: dict[str, Any] = {"n_dims": 2, "in_channels": 1, "n_filters": 32, "kernel_size": 9}
 Row = dict[str, Any]
