@@ -376,10 +376,7 @@ def _mosaic(result: Census, kernels: Tensor, limit: int) -> tuple[Tensor, dict[s
     images = kernel_images(kernels.reshape(1, len(result), -1, *kernels.shape[-n_dims:]))[0]
     scale = images.abs().flatten(1).amax(1).clamp_min(1e-300)
     tiles = colored(images / scale[:, None, None, None])
-    up = max(1, math.ceil(24 / max(tiles.shape[1:3])))
-    tall = max(up, math.ceil(8 / tiles.shape[1]))
-    tiles = tiles.repeat_interleave(tall, 1).repeat_interleave(up, 2)
-    tiles = F.pad(tiles, (0, 0, 2, 2, 2, 2), value=1.0)
+    tiles = F.pad(_enlarged(tiles), (0, 0, 2, 2, 2, 2), value=1.0)
     share = min(1.0, limit / len(result))
     most = max(result.counts.values())
     n_columns = min(max(most, 16), 28) if most <= 28 else 28
@@ -398,6 +395,13 @@ def _mosaic(result: Census, kernels: Tensor, limit: int) -> tuple[Tensor, dict[s
         rows[label] = done + blocks[-1].shape[0] / 2 - 3
         done += blocks[-1].shape[0]
     return torch.cat(blocks), rows
+
+
+def _enlarged(pictures: Tensor) -> Tensor:
+    """Pictures ``(n, height, width, 3)`` with pixels, and lines, that are large enough to see."""
+    up = max(1, math.ceil(24 / max(pictures.shape[1:3])))
+    tall = max(up, math.ceil(8 / pictures.shape[1]))
+    return pictures.repeat_interleave(tall, 1).repeat_interleave(up, 2)
 
 
 def _class_bars(place: Axes, counts: dict[str, int], n: int) -> None:
@@ -600,19 +604,15 @@ def _pairs_mosaic(kernels: Tensor, chosen: Sequence[int]) -> Tensor:
     images = kernel_images(kernels[:, list(chosen)])
     scale = images.abs().flatten(2).amax((0, 2)).clamp_min(1e-300)
     images = images / scale[:, None, None, None]
-    tiles = colored(images.flatten(0, 1)).unflatten(0, images.shape[:2])
-    up = max(1, math.ceil(24 / max(tiles.shape[2:4])))
-    tall = max(up, math.ceil(8 / tiles.shape[2]))
-    tiles = tiles.repeat_interleave(tall, 2).repeat_interleave(up, 3)
-    tiles = F.pad(tiles, (0, 0, 2, 2, 1, 1), value=1.0)
+    tiles = F.pad(_enlarged(colored(images.flatten(0, 1))), (0, 0, 2, 2, 1, 1), value=1.0)
+    tiles = tiles.unflatten(0, images.shape[:2])
     pairs = F.pad(torch.cat([tiles[0], tiles[1]], 1), (0, 0, 0, 0, 0, 10), value=1.0)
     n_columns = min(max(len(pairs), 12), 24)
     n_rows = math.ceil(len(pairs) / n_columns)
     whole = torch.ones(n_rows * n_columns, *pairs.shape[1:], dtype=pairs.dtype)
     whole[: len(pairs)] = pairs
-    return (
-        whole.unflatten(0, (n_rows, n_columns)).permute(0, 2, 1, 3, 4).flatten(2, 3).flatten(0, 1)
-    )
+    grid = whole.unflatten(0, (n_rows, n_columns)).permute(0, 2, 1, 3, 4)
+    return grid.flatten(2, 3).flatten(0, 1)
 
 
 def plot_recovery(recovery: Recovery) -> Figure:
