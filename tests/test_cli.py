@@ -349,13 +349,13 @@ def stand_in_for_timm(monkeypatch) -> None:
 
 def test_census_takes_a_network_by_name_and_a_layer_of_it(empty_folder, capsys, monkeypatch):
     stand_in_for_timm(monkeypatch)
-    assert run("timm:tiny", "--n-starts", "1", command="census") == 0
+    assert run("census", "timm:tiny", "--n-starts", "1") == 0
     record = result_of(empty_folder / "runs" / "census")
     assert {"network": "timm:tiny", "layer": "0", "shape": "2 × 3 × 7 × 7"}.items() <= record[
         "facts"
     ].items()
     assert "timm:tiny: 0 of 2 filters" in " ".join(capsys.readouterr().out.split())
-    assert run("timm:tiny", "--layer", "1", "--name", "second", command="census") == 0
+    assert run("census", "timm:tiny", "--layer", "1", "--name", "second") == 0
     assert result_of(empty_folder / "runs" / "second")["facts"]["layer"] == "1"
 
 
@@ -364,9 +364,9 @@ def test_census_takes_a_layer_of_a_file_by_its_name(empty_folder, capsys):
     bank(empty_folder / "bank.pt", 2, orientation=[0.1, 1.3])
     kernels = torch.load(empty_folder / "bank.pt")["weight"].unsqueeze(1)
     torch.save({"a.weight": kernels[:1], "b.weight": kernels}, empty_folder / "net.pt")
-    assert run("net.pt", "--layer", "b", "--n-starts", "1", command="census") == 0
+    assert run("census", "net.pt", "--layer", "b", "--n-starts", "1") == 0
     assert result_of(empty_folder / "runs" / "census")["facts"]["array"] == "b.weight"
-    assert run("net.pt", "--name", "first", "--n-starts", "1", command="census") == 0
+    assert run("census", "net.pt", "--name", "first", "--n-starts", "1") == 0
     note = one_line(capsys)
     assert "'a.weight', 1 × 1 × 9 × 9, the first of 2 convolutions; --layer takes another" in note
     assert result_of(empty_folder / "runs" / "first")["facts"]["array"] == "a.weight"

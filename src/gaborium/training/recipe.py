@@ -211,8 +211,9 @@ class Recipe:
             OSError: the file cannot be written.
 
         Example:
-            >>> print(Recipe(seeds=(3,)).to_toml().splitlines()[-7])
-            seeds = [3]
+            >>> recipe = Recipe(data="digits", seeds=(3,))
+            >>> [line for line in recipe.to_toml().splitlines() if "3]" in line]
+            ['seeds = [3]']
         """
         fields = {name: getattr(self, name) for name in _kinds()}
         lines = [f"{name} = {_toml(value)}" for name, value in fields.items() if value is not None]
