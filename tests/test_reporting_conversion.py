@@ -60,6 +60,7 @@ def test_the_page_shows_every_filter_and_refers_to_nothing_outside(conversion, k
     n = int(conversion.is_gabor.sum())
     assert page.count(">Gabor function</td>") == n >= 2
     assert page.count(">as before</td>") == 4 - n
+    assert page.rindex(">Gabor function</td>") < page.index(">as before</td>")
     assert HOSTILE not in page
     assert not re.search(r'(?:src|href)="(?!data:)', page)
     assert "as the images see it" in page
