@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import platform
@@ -18,6 +19,22 @@ from gaborium.files import write_text
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
+
+
+def parsed(parser: argparse.ArgumentParser, *, quick: str) -> argparse.Namespace:
+    """Options that benchmarks on shared data have in common, and those of the parser.
+
+    Args:
+        parser: with the options of its own.
+        quick: what ``--quick`` leaves out.
+    """
+    parser.add_argument("--data", type=Path, default=ROOT.parent / "shared" / "data")
+    parser.add_argument("--quick", action="store_true", help=quick)
+    parser.add_argument("--output", type=Path, help="folder of the JSON file")
+    options = parser.parse_args()
+    if options.quick and not options.output:
+        parser.error("--quick needs --output, so that it replaces no result")
+    return options
 
 
 def provenance(device: str = "cpu") -> dict[str, Any]:

@@ -17,13 +17,12 @@ import argparse
 import copy
 import json
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from _report import RESULTS, ROOT, print_table, provenance, write_json
+from _report import RESULTS, parsed, print_table, provenance, write_json
 from convert import EPOCHS, N_CALIBRATE, RATE, Data, small_cnn, trained
 from torch import Tensor, nn
 
@@ -41,12 +40,7 @@ Row = dict[str, Any]
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--data", type=Path, default=ROOT.parent / "shared" / "data")
-    parser.add_argument("--quick", action="store_true", help="next to no training")
-    parser.add_argument("--output", type=Path, help="folder of the JSON file")
-    options = parser.parse_args()
-    if options.quick and not options.output:
-        parser.error("--quick needs --output, so that it replaces no result")
+    options = parsed(parser, quick="next to no training")
     torch.set_num_threads(1)
     path = (options.output or RESULTS) / "second_task.json"
     rows: list[Row] = json.loads(path.read_text())["rows"] if path.exists() else []

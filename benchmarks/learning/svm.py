@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from _report import RESULTS, ROOT, print_table, provenance, write_json
+from _report import RESULTS, parsed, print_table, provenance, write_json
 from plans import EXPERIMENTS, SIDES, Data
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
@@ -36,12 +36,7 @@ PENALTIES = (1.0, 10.0, 100.0)
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--data", type=Path, default=ROOT.parent / "shared" / "data")
-    parser.add_argument("--quick", action="store_true", help="one seed and one epoch")
-    parser.add_argument("--output", type=Path, help="folder of the JSON file")
-    options = parser.parse_args()
-    if options.quick and not options.output:
-        parser.error("--quick needs --output, so that it replaces no result")
+    options = parsed(parser, quick="one seed and one epoch")
     torch.set_num_threads(1)
     (unit,) = (one for one in EXPERIMENTS["textures"]() if one.name == UNIT)
     done = json.loads((RESULTS / "learning_textures.json").read_text(encoding="utf-8"))

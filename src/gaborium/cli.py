@@ -307,8 +307,7 @@ def census(
 
     torch.set_num_threads(1)  # as in recover
     if names_network(source):
-        if n_dims != _default(census, "n_dims"):
-            raise ValueError("--n-dims is an option of a file; the layer of a network tells it.")
+        _refuse(census, {"n_dims": n_dims}, _OF_FILES)
         with console.status(_plain(f"Loading {source}")):
             found_layer, conv = find_first_conv(load_network(source), layer)
         shown, kernels = source, cast("Tensor", conv.weight).detach()
@@ -403,12 +402,7 @@ def convert(
 
     torch.set_num_threads(1)  # as in recover
     if names_network(source):
-        for option, value in (("stride", stride), ("padding", padding), ("n_dims", n_dims)):
-            if value != _default(convert, option):
-                shown = option.replace("_", "-")
-                raise ValueError(
-                    f"--{shown} is an option of a file; the layer of a network tells it."
-                )
+        _refuse(convert, {"stride": stride, "padding": padding, "n_dims": n_dims}, _OF_FILES)
         with console.status(_plain(f"Loading {source}")):
             found = LayerFile.of(load_network(source), source, layer)
     else:
@@ -514,10 +508,10 @@ def diagnose(
     is_script = file is not None and file.suffix == ".py"
     if file is not None:
         given = dict(locals())
-        _refuse(given, _EXPERIMENT, f"of the built-in experiment; leave it out with {file}")
+        options = {name: given[name] for name in _EXPERIMENT}
+        _refuse(diagnose, options, f"of the built-in experiment; leave it out with {file}")
     if file is None or is_script:
-        given = dict(locals())
-        _refuse(given, ("key", "n_dims"), "of a file of kernels")
+        _refuse(diagnose, {"key": key, "n_dims": n_dims}, "of a file of kernels")
     if is_script and kernel_size is not None:
         raise ValueError("--kernel-size is no option of a script; set it in setup().")
     if file is not None and not is_script and steps != _default(diagnose, "steps"):
@@ -775,16 +769,17 @@ def export(
     _print_end(console, folder, begun)
 
 
+_OF_FILES = "of a file; the layer of a network tells it"
 _EXPERIMENT = (
     *("image", "orientation", "wavelength", "phase", "sigma", "aspect_ratio"),
     *("start_orientation", "padding", "crop", "max_images", "loss", "learning_rate", "momentum"),
 )
 
 
-def _refuse(given: dict[str, Any], names: Sequence[str], why: str) -> None:
+def _refuse(command: Any, given: Mapping[str, Any], why: str) -> None:
     """An option that would be ignored is a misunderstanding, which is better told."""
-    for name in names:
-        if given[name] != _default(diagnose, name):
+    for name, value in given.items():
+        if value != _default(command, name):
             raise ValueError(f"--{name.replace('_', '-')} is an option {why}.")
 
 

@@ -96,30 +96,7 @@ def read_kernels(
         >>> kernels.key, tuple(kernels.values.shape)
         ('weight', (8, 3, 5, 5))
     """
-    file, shown = Path(path), repr(os.fspath(path))
-    suffix = file.suffix.lower()
-    _check(file, shown)
-    if file.is_dir() or suffix in _IMAGES:
-        if key is not None:
-            raise ValueError(f"{shown} holds images, which have no names; leave out key (--key).")
-        values, files = _read_folder(file, shown)
-        return KernelFile(values, _name(file), None, _sha256(files))
-    if suffix not in _READERS:
-        raise ValueError(
-            f"{shown} must be {', '.join(_READERS)}, an image or a folder of images; save the "
-            "kernels with numpy.save."
-        )
-    arrays = read_arrays(file)
-    chosen, array = _choose(arrays, key, n_dims, suffix, shown)
-    what = f"{chosen!r} of {shown}" if chosen else shown
-    if suffix == ".onnx" and array.ndim != n_dims + 2:
-        raise ValueError(
-            f"{what} ({_by(array.shape)}) convolves in {array.ndim - 2} dimensions, not {n_dims}; "
-            "set n_dims (--n-dims)."
-        )
-    values = _floating(array, what)
-    _check_kernels(values, n_dims, what)
-    return KernelFile(values, _name(file), chosen or None, _sha256([file]))
+    return _read(path, key, n_dims)[0]
 
 
 def read_arrays(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -241,7 +218,7 @@ def read_layer(
             f"{shown} is a graph, of which no layer can be replaced; give the weights of the "
             "network that it was made from."
         )
-    kernels = read_kernels(path, key=key, n_dims=n_dims)
+    kernels, held = _read(path, key, n_dims)
     weight = kernels.values
     if weight.ndim == n_dims + 1:
         weight = weight.unsqueeze(1)
@@ -252,7 +229,7 @@ def read_layer(
         )
     arrays = {
         name or "weight": array if isinstance(array, Tensor) else _tensor(array)
-        for name, array in read_arrays(path).items()
+        for name, array in held.items()
         if isinstance(array, Tensor) or _kind(array) in ("floating", "whole")
     }
     own = kernels.key or "weight"
@@ -274,6 +251,36 @@ def read_layer(
     if bias is not None:
         layer.bias = nn.Parameter(bias.to(layer.weight))
     return LayerFile(layer, arrays, kernels.name, own, bias_key, kernels.sha256)
+
+
+def _read(
+    path: str | os.PathLike[str], key: str | None, n_dims: int
+) -> tuple[KernelFile, dict[str, Any]]:
+    """The kernels, and all arrays of the file; of images none."""
+    file, shown = Path(path), repr(os.fspath(path))
+    suffix = file.suffix.lower()
+    _check(file, shown)
+    if file.is_dir() or suffix in _IMAGES:
+        if key is not None:
+            raise ValueError(f"{shown} holds images, which have no names; leave out key (--key).")
+        values, files = _read_folder(file, shown)
+        return KernelFile(values, _name(file), None, _sha256(files)), {}
+    if suffix not in _READERS:
+        raise ValueError(
+            f"{shown} must be {', '.join(_READERS)}, an image or a folder of images; save the "
+            "kernels with numpy.save."
+        )
+    arrays = read_arrays(file)
+    chosen, array = _choose(arrays, key, n_dims, suffix, shown)
+    what = f"{chosen!r} of {shown}" if chosen else shown
+    if suffix == ".onnx" and array.ndim != n_dims + 2:
+        raise ValueError(
+            f"{what} ({_by(array.shape)}) convolves in {array.ndim - 2} dimensions, not {n_dims}; "
+            "set n_dims (--n-dims)."
+        )
+    values = _floating(array, what)
+    _check_kernels(values, n_dims, what)
+    return KernelFile(values, _name(file), chosen or None, _sha256([file])), arrays
 
 
 # -- before reading ---------------------------------------------------------------------------
@@ -424,7 +431,7 @@ def _read_folder(path: Path, shown: str) -> tuple[Tensor, list[Path]]:
     channels = max(len(image) for _, image in images)
     values = torch.stack([image.expand(channels, -1, -1) for _, image in images])
     what = f"Each image in {shown}" if path.is_dir() else shown
-    warnings.warn(f"{what} is read as a kernel whose 0 is mid-grey.", stacklevel=3)
+    warnings.warn(f"{what} is read as a kernel whose 0 is mid-grey.", stacklevel=4)
     return 2 * values - 1, [path / name for name, _ in images] if path.is_dir() else [path]
 
 
@@ -473,7 +480,7 @@ def _choose(
                 f"{shown}: reading {first[0]!r}, {_by(candidates[first[0]].shape)}, the only array "
                 f"with {n_channels} input channel{'s' if n_channels > 1 else ''}; key (--key) "
                 "takes another.",
-                stacklevel=3,
+                stacklevel=4,
             )
             return first[0], candidates[first[0]]
         if first:
@@ -504,7 +511,7 @@ def _first_layer(arrays: dict[str, Any], n_dims: int, suffix: str, shown: str) -
             warnings.warn(
                 f"{shown}: reading {first!r}, {_by(layers[first].shape)}, the first of "
                 f"{len(layers)} convolutions; key (--key) takes another.",
-                stacklevel=4,
+                stacklevel=5,
             )
         return first
     facing = [name for name in pointlike if layers[name].shape[1] in (1, 3)]
@@ -542,7 +549,7 @@ def _floating(array: Any, what: str) -> Tensor:
         warnings.warn(
             f"{what} holds {_dtype(array)}: its values are taken as they are, so that 0 is 0; if "
             "another value stands for 0, subtract it before saving.",
-            stacklevel=3,
+            stacklevel=4,
         )
         values = values.double()
     return values
@@ -579,7 +586,7 @@ def _check_kernels(values: Tensor, n_dims: int, what: str) -> None:
         warnings.warn(
             f"{what} of shape {shape} looks like (height, width, in, out), expected (out, in, "
             "height, width); if so, transpose it before saving.",
-            stacklevel=3,
+            stacklevel=4,
         )
 
 

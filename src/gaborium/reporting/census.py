@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import base64
-import csv
-import io
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -13,6 +11,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from gaborium.conversion import CLASSES, NUMBERS, Census
+from gaborium.files import csv_text
 from gaborium.plots import CLASS_COLORS, plot_census
 from gaborium.reporting.charts import DARK
 from gaborium.reporting.fits import pictures
@@ -208,7 +207,7 @@ def write_census(
     def contents() -> Iterator[tuple[str, Any]]:
         record = census_record(result, kernels, facts=facts)
         yield "report.html", report_census(result, kernels, title=title, facts=facts)
-        yield "result.csv", _table(result)
+        yield "result.csv", csv_text(result.to_table())
         yield "result.json", json.dumps(record, allow_nan=False, ensure_ascii=False) + "\n"
         figure = plot_census(result, kernels)
         for suffix in ("pdf", "svg", "png"):
@@ -256,13 +255,3 @@ def _pairs(result: Census) -> list[tuple[str, list[str]]]:
         if own:
             found.append((f"{counted(len(own), 'pair')} {words}", own))
     return found
-
-
-def _table(result: Census) -> str:
-    """The census as CSV: a row for each filter."""
-    rows = result.to_table()
-    buffer = io.StringIO()
-    writer = csv.DictWriter(buffer, list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return buffer.getvalue()
