@@ -172,13 +172,16 @@ def starts() -> list[Unit]:
         )
         for network in ("energy", "cnn")
     ]
-    mirrored = Unit(
-        "cifar10, 1000 samples, energy, 16 filters, weight decay, mirrored",
-        replace(held[0].recipe, augmentation=("flip",), epochs=40),
-        sides,
-        tuned_as=held[0].name,
-    )
-    return [*units, *held, mirrored]
+    mirrored = [
+        Unit(
+            f"{one.name}, mirrored",
+            replace(one.recipe, augmentation=("flip",), epochs=40),
+            sides,
+            tuned_as=one.name,
+        )
+        for one in held
+    ]
+    return [*units, *held, *mirrored]
 
 
 def textures() -> list[Unit]:
@@ -220,7 +223,7 @@ def twelve() -> list[Unit]:
 
 
 def spoken() -> list[Unit]:
-    recipe = replace(_BASE, data="spoken-digits", kernel_size=201, stride=10, epochs=15)
+    recipe = replace(_BASE, data="spoken-digits", kernel_size=201, stride=10, epochs=30)
     return [
         Unit(
             f"spoken-digits, {network}",
@@ -229,6 +232,8 @@ def spoken() -> list[Unit]:
                 *("free", "adam, mel", "natural, mel", "fixed, mel"),
                 *("adam, random", "natural, random", "fixed, random"),
             ),
+            tuning={"epochs": 15},
+            rate_factor=3.0,
         )
         for network in ("energy", "cnn")
     ]
