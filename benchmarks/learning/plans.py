@@ -66,6 +66,8 @@ class Unit:
         n_seeds: networks to train of each.
         tuning: fields of the recipe that are others while rates are chosen, to save time.
         n_test: test images, evenly from all of them; ``None`` for all.
+        n_corrupted: test images, evenly from all of them, that the trained networks meet once more
+            with every corruption.
         similarity: whether to measure how much alike the filters become.
         tuned_as: another part of the same experiment, whose rates are taken.
         rate_factor: of all learning rates but those of Gabor parameters. A linear classifier of
@@ -78,6 +80,7 @@ class Unit:
     n_seeds: int = 10
     tuning: dict[str, Any] = field(default_factory=dict)
     n_test: int | None = None
+    n_corrupted: int = 0
     similarity: bool = False
     tuned_as: str = ""
     rate_factor: float = 1.0
@@ -148,6 +151,7 @@ def full() -> list[Unit]:
             ("free", "adam, bank", "natural, bank", "natural, random", *_FIXED, "mixed, bank"),
             n_seeds=5,
             tuning={"samples_per_class": 500},
+            n_corrupted=2000,
         )
     ]
 

@@ -46,7 +46,9 @@ from plans import EXPERIMENTS, SIDES, Data, Side, Unit, mel_bank
 
 from gaborium.files import write_text
 from gaborium.kernels import quadrature_pair
-from gaborium.training import Mean, Run, train
+from gaborium.training import Dataset, Mean, Run, Trained, corrupt, load_trained, train
+from gaborium.training.corruptions import KINDS as CORRUPTIONS
+from gaborium.training.corruptions import N_STRENGTHS
 
 TUNING_SEEDS = (1000, 1001)
 Line = dict[str, Any]
@@ -181,8 +183,12 @@ class Experiment:
             start=mel_bank(recipe.n_filters, recipe.kernel_size) if side.mel else None,
             folder=place,
         )
-        shutil.rmtree(place)
         (run,) = result.runs
+        corrupted = run.corrupted
+        if unit.n_corrupted and not tuning and not run.stopped:
+            some = self.data.test(recipe.data, unit.n_corrupted)
+            corrupted = under_corruption(load_trained(place), some)
+        shutil.rmtree(place)
         line = {
             **piece._asdict(),
             "rates": unit.rates(side)[choice],
@@ -197,8 +203,8 @@ class Experiment:
             "n_train": len(data.subset(recipe.samples_per_class, piece.seed).labels),
             "n_test": len(data.test_labels),
         }
-        if run.corrupted:
-            line["corrupted"] = run.corrupted
+        if corrupted:
+            line["corrupted"] = corrupted
         if unit.similarity and run.params is not None and not tuning:
             line["similarity"] = dict(zip(run.epochs, similarities(run), strict=True))
         return line | {name: self.made[name] for name in ("commit", "date", "machine", "versions")}
@@ -318,6 +324,23 @@ def lead(done: dict[Piece, Line], unit: str, side: str, other: str) -> list[floa
     return [ours[seed] - theirs[seed] for seed in ours if seed in theirs]
 
 
+@torch.no_grad()
+def under_corruption(trained: Trained, data: Dataset) -> dict[str, list[float]]:
+    """Accuracy for every kind of corruption, at all strengths."""
+    found: dict[str, list[float]] = {}
+    for kind in CORRUPTIONS:
+        found[kind] = []
+        for strength in range(1, N_STRENGTHS + 1):
+            hits = 0
+            for rows in torch.arange(len(data.test_labels)).split(250):
+                clean = data.test_images[rows] / 255
+                worse = corrupt(clean, kind, strength, seed=0, first=int(rows[0]))
+                scores = trained.network(trained.seen(worse))
+                hits += int((scores.argmax(1) == data.test_labels[rows]).sum())
+            found[kind].append(hits / len(data.test_labels))
+    return found
+
+
 def similarities(run: Run) -> list[float]:
     """For every snapshot, how much alike a filter and the one most like it are, on average.
 
@@ -342,7 +365,14 @@ def _quick(unit: Unit) -> Unit:
     few = {"samples_per_class": 5, "epochs": 1}
     recipe = unit.recipe.replace(**few)
     tuning = {**unit.tuning, **few, "corruption": ()}
-    return replace(unit, recipe=recipe, tuning=tuning, n_seeds=2, n_test=100)
+    return replace(
+        unit,
+        recipe=recipe,
+        tuning=tuning,
+        n_seeds=2,
+        n_test=100,
+        n_corrupted=min(unit.n_corrupted, 100),
+    )
 
 
 def _on_gpu(accelerator: str) -> bool:
