@@ -28,10 +28,13 @@ NAMES = {
         for start in ("bank", "random", "equal", "mel")
     },
 }
-HEADER = (
-    *("first layer, start", "accuracy", "over free", "over the fixed bank", "over fixed random"),
-    *("orientation, wavelength, sigma moved by", "put back", "numbers learned in it"),
-)
+OTHERS = {
+    "free": "over free",
+    "fixed, bank": "over the fixed bank",
+    "fixed, mel": "over the fixed mel bank",
+    "fixed, random": "over fixed random",
+}
+UNITS = {"orientation": (180 / math.pi, "°"), "wavelength": (1, " px"), "sigma": (1, " px")}
 
 
 def main() -> None:
@@ -41,7 +44,7 @@ def main() -> None:
         document = json.loads((RESULTS / f"learning_{name}.json").read_text(encoding="utf-8"))
         for part in document["parts"]:
             print(f"\n{part['name']}\n")
-            table([HEADER, *(row(NAMES[side], one) for side, one in ordered(part["sides"]))])
+            table(compared(part))
             if any("corrupted" in one for one in part["sides"].values()):
                 print()
                 table(corrupted(part["sides"]))
@@ -80,19 +83,24 @@ def of_all_sizes(parts: dict[int, Any]) -> list[list[str]]:
     return rows
 
 
-def row(name: str, one: dict[str, Any]) -> list[str]:
-    leads = [
-        told(one.get(f"lead over {other}"), "+")
-        for other in ("free", "fixed, bank", "fixed, random")
+def compared(part: dict[str, Any]) -> list[list[str]]:
+    sides = ordered(part["sides"])
+    fields = [
+        name for name in UNITS if any(name in one.get("displacement", ()) for _, one in sides)
     ]
-    return [
-        name,
-        told(one["accuracy"]),
-        *leads,
-        moved(one.get("displacement")),
-        told(one.get("accuracy_put_back")),
-        str(one["n_first_parameters"]),
+    unit = " samples" if part["recipe"]["data"] == "spoken-digits" else " px"
+    rows = [
+        [
+            *("first layer, start", "accuracy", *OTHERS.values()),
+            *(f"{', '.join(fields)} moved by", "put back", "numbers learned in it"),
+        ]
     ]
+    for name, one in sides:
+        leads = [told(one.get(f"lead over {other}"), "+") for other in OTHERS]
+        moves = moved(one.get("displacement"), fields).replace(" px", unit)
+        back, numbers = told(one.get("accuracy_put_back")), str(one["n_first_parameters"])
+        rows.append([NAMES[name], told(one["accuracy"]), *leads, moves, back, numbers])
+    return rows
 
 
 def told(mean: dict[str, Any] | None, sign: str = "") -> str:
@@ -104,14 +112,13 @@ def told(mean: dict[str, Any] | None, sign: str = "") -> str:
     return text if error is None else f"{text} ± {100 * error:.1f}"
 
 
-def moved(displacement: dict[str, Any] | None) -> str:
+def moved(displacement: dict[str, Any] | None, fields: list[str]) -> str:
     if not displacement or not any(one["mean"] for one in displacement.values()):
         return ""
-    parts = [("orientation", 180 / math.pi, "°"), ("wavelength", 1, " px"), ("sigma", 1, " px")]
     return ", ".join(
         f"{factor * displacement[name]['mean']:.{1 if unit == '°' else 2}f}{unit}"
-        for name, factor, unit in parts
-        if name in displacement
+        for name, (factor, unit) in UNITS.items()
+        if name in fields
     )
 
 
