@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from gaborium.conversion.first_conv import find_first_conv, replace_first_conv
+from gaborium.conversion.measures import geometry
 from gaborium.fitting import FitResult, Outcome, fit
 from gaborium.layers import GABOR_LAYERS, LAYERS, n_learned
 from gaborium.mixed import MixedConv
@@ -89,13 +90,10 @@ class Conversion:
         ``explained_response`` of the responses by the one nearest to them; the geometry is that of
         the Gabor function that replaces the filter, or would.
         """
-        geometry = {
-            name: value.reshape(len(self.is_gabor), -1)
-            for name, value in self.fit.params.as_dict().items()
-            if name not in ("phase", "amplitude", "center")
-        }
         rows = []
-        for i, outcome in enumerate(self.fit.outcome):
+        for i, (outcome, fields) in enumerate(
+            zip(self.fit.outcome, geometry(self.fit.params), strict=True)
+        ):
             row = {
                 "filter": i,
                 "is_gabor": bool(self.is_gabor[i]),
@@ -105,7 +103,7 @@ class Conversion:
             if self.responses is not None and self.response_error is not None:
                 row["explained_response"] = self.responses.explained_variance[i].item()
                 row["response_error"] = self.response_error[i].item()
-            rows.append(row | {name: value[i, 0].item() for name, value in geometry.items()})
+            rows.append(row | fields)
         return rows
 
     def to_json(self, *, indent: int | None = None) -> str:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from gaborium import cortex
 from gaborium.conversion.classes import CLASSES, DEAD, probabilities, reason
 from gaborium.conversion.first_conv import find_first_conv
-from gaborium.conversion.measures import NUMBERS, measure
+from gaborium.conversion.measures import NUMBERS, geometry, measure
 from gaborium.conversion.pairs import Pair, find_pairs
 from gaborium.files import read_tensors, write_tensors
 from gaborium.fitting import FitResult, fit
@@ -168,20 +168,16 @@ class Census:
     def to_table(self) -> list[dict[str, object]]:
         """One row per filter: class, confidence, numbers, geometry of the fit, and why."""
         rows: list[dict[str, object]] = []
-        geometry = {
-            name: value.reshape(len(self), -1)
-            for name, value in self.fit.params.as_dict().items()
-            if name not in ("phase", "amplitude", "center")
-        }
-        for i, label in enumerate(self.labels):
+        for i, (label, fields) in enumerate(
+            zip(self.labels, geometry(self.fit.params), strict=True)
+        ):
             row: dict[str, object] = {
                 "filter": i,
                 "class": label,
                 "confidence": self.confidence[i].item(),
             }
             row |= {name: value[i].item() for name, value in self.numbers.items()}
-            row |= {name: value[i, 0].item() for name, value in geometry.items()}
-            rows.append(row | {"why": self.why(i)})
+            rows.append(row | fields | {"why": self.why(i)})
         return rows
 
     def to_json(self, *, indent: int | None = None) -> str:

@@ -15,6 +15,7 @@ from torch import Tensor
 from gaborium.fitting import FitResult
 from gaborium.fitting.rivals import main_pattern, rivals
 from gaborium.kernels import gabor, offsets
+from gaborium.params import Gabor
 
 # What each number is, in the words of reports; the order is that of tables.
 NUMBERS = {
@@ -44,6 +45,16 @@ _SHUFFLES = 40
 _VISIBLE = 0.2  # of the strongest bar
 _ABOVE_NOISE = 2.0  # of a bar's norm, in standard deviations of a pixel's noise
 _HIGHEST = 1e4  # signal-to-noise ratio; beyond, rounding is measured
+
+
+def geometry(params: Gabor) -> list[dict[str, float]]:
+    """For each filter the fields that its channels have in common: the wave and its envelope."""
+    fields = {
+        name: value.reshape(len(value), -1)[:, 0].tolist()
+        for name, value in params.as_dict().items()
+        if name not in ("phase", "amplitude", "center")
+    }
+    return [dict(zip(fields, values, strict=True)) for values in zip(*fields.values(), strict=True)]
 
 
 @torch.no_grad()
