@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ import torch
 from gaborium.kernels import gabor
 from gaborium.params import RECORDS, Gabor
 from gaborium.spectrum import bandwidth_from_sigma
-from gaborium.starts import STARTS, _v1_widths, start
+from gaborium.starts import STARTS, _v1_widths, mel_bank, start
 
 DIMENSIONS = (1, 2, 3)
 
@@ -231,3 +232,47 @@ def test_v1_keeps_the_drawn_shape_where_the_kernel_has_room():
 def test_v1_keeps_the_aspect_ratio_in_small_kernels():
     small, large = (drawn("v1", n_filters=500, size=size) for size in (5, 31))
     assert torch.equal(small.aspect_ratio, large.aspect_ratio)
+
+
+# -- the mel scale ------------------------------------------------------------------------------
+
+
+def test_mel_filters_are_evenly_spaced_where_pitch_is_heard():
+    bank = mel_bank(40, 401, sample_rate=16000, lowest=100.0, highest=7000.0)
+    hertz = 16000 / bank.wavelength[:, 0]
+    # Another way of writing the scale; both ends lie one step outside.
+    mel = 1127 * (1 + torch.cat([torch.tensor([100.0]), hertz, torch.tensor([7000.0])]) / 700).log()
+    torch.testing.assert_close(mel.diff(), mel.diff().mean().expand(41), rtol=1e-6, atol=0)
+
+
+def test_spectra_of_mel_neighbours_meet_at_half_height_and_responses_have_one_variance():
+    bank = mel_bank(12, 2001, sample_rate=8000)
+    kernels = gabor(bank, (2001,))[:, 0]
+    spectra = torch.fft.rfft(kernels, 2**16).abs()
+    spectra = spectra / spectra.amax(1, keepdim=True)
+    meet = torch.minimum(spectra[:-1], spectra[1:]).amax(1)
+    # A step on the mel scale is longer on the one side than on the other.
+    torch.testing.assert_close(meet, torch.full_like(meet, 0.5), atol=0.02, rtol=0)
+    power = kernels.square().sum(1)
+    torch.testing.assert_close(power, torch.full_like(power, 1 / 3), atol=1e-3, rtol=0)
+
+
+def test_mel_filters_fit_a_short_kernel():
+    bank = mel_bank(32, 61, sample_rate=8000)
+    assert bank.sigma.max().item() == pytest.approx(61 / 6)
+    assert mel_bank(32, 201, sample_rate=8000).wavelength.equal(bank.wavelength)
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"n_filters": 0}, "n_filters and kernel_size must be at least 1, got 0 and 101."),
+        ({"sample_rate": math.nan}, "Frequencies must be"),
+        ({"highest": 4001.0}, "got 60 and 4001 Hz at 8000 samples a second."),
+        ({"lowest": 500.0, "highest": 400.0}, "got 500 and 400 Hz"),
+    ],
+)
+def test_mel_banks_that_cannot_be_are_refused_in_a_sentence(change, told):
+    given = {"n_filters": 8, "kernel_size": 101, "sample_rate": 8000.0, **change}
+    with pytest.raises(ValueError, match=re.escape(told)):
+        mel_bank(**given)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from itertools import product
@@ -12,7 +11,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from gaborium import Gabor1d
 from gaborium.training import Dataset, Recipe, load_dataset
 from gaborium.training.corruptions import KINDS as CORRUPTIONS
 
@@ -302,19 +300,3 @@ class Data:
         order = torch.randperm(len(held), generator=torch.Generator().manual_seed(0))
         held[order[:N_VALIDATION]] = True
         return held
-
-
-def mel_bank(n_filters: int, kernel_size: int, *, rate: float = 8000.0) -> Gabor1d:
-    """Filters evenly on the mel scale from 60 Hz to 3700 Hz, neighbours meeting at half height."""
-    low, high = (2595 * math.log10(1 + hertz / 700) for hertz in (60.0, 3700.0))
-    mel = torch.linspace(low, high, n_filters + 2, dtype=torch.float64)
-    hertz = 700 * (10 ** (mel / 2595) - 1)
-    half_width = (hertz[2:] - hertz[:-2]) / 4
-    sigma = rate * math.sqrt(2 * math.log(2)) / (2 * math.pi * half_width)
-    sigma = sigma.clamp_max(kernel_size / 6)  # no wider than the kernel can show
-    return Gabor1d.of(
-        wavelength=(rate / hertz[1:-1])[:, None],
-        sigma=sigma[:, None],
-        # Responses to white input have variance 1/3, as of all other starts.
-        amplitude=(2 / (3 * math.sqrt(math.pi) * sigma)).sqrt()[:, None],
-    )

@@ -42,11 +42,12 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from _report import RESULTS, ROOT, print_table, provenance
-from plans import EXPERIMENTS, SIDES, Data, Side, Unit, mel_bank
+from plans import EXPERIMENTS, SIDES, Data, Side, Unit
 
+from gaborium import Gabor1d, mel_bank
 from gaborium.files import write_text
 from gaborium.kernels import quadrature_pair
-from gaborium.training import Dataset, Mean, Run, Trained, corrupt, load_trained, train
+from gaborium.training import Dataset, Mean, Recipe, Run, Trained, corrupt, load_trained, train
 from gaborium.training.corruptions import KINDS as CORRUPTIONS
 from gaborium.training.corruptions import N_STRENGTHS
 
@@ -180,7 +181,7 @@ class Experiment:
         result = train(
             recipe,
             dataset=data,
-            start=mel_bank(recipe.n_filters, recipe.kernel_size) if side.mel else None,
+            start=_mel(recipe) if side.mel else None,
             folder=place,
         )
         (run,) = result.runs
@@ -373,6 +374,10 @@ def _quick(unit: Unit) -> Unit:
         n_test=100,
         n_corrupted=min(unit.n_corrupted, 100),
     )
+
+
+def _mel(recipe: Recipe) -> Gabor1d:
+    return mel_bank(recipe.n_filters, recipe.kernel_size, sample_rate=8000)
 
 
 def _on_gpu(accelerator: str) -> bool:

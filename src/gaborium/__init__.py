@@ -23,6 +23,7 @@ _HOMES = {
     "GaborConv2d": "layers",
     "GaborConv3d": "layers",
     "suggest_kernel_size": "layers",
+    "mel_bank": "starts",
     "MixedConv": "mixed",
     "convert": "conversion",
     "Conversion": "conversion",
@@ -72,6 +73,7 @@ if TYPE_CHECKING:
     from gaborium.spectrum import dc_response as dc_response
     from gaborium.spectrum import gabor_spectrum as gabor_spectrum
     from gaborium.spectrum import sigma_from_bandwidth as sigma_from_bandwidth
+    from gaborium.starts import mel_bank as mel_bank
     from gaborium.training import Recipe as Recipe
     from gaborium.training import TrainResult as TrainResult
     from gaborium.training import train as train

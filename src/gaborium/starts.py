@@ -12,7 +12,7 @@ from torch import Tensor
 
 from gaborium.cortex import widths
 from gaborium.kernels import quadrature_pair
-from gaborium.params import RECORDS, Gabor
+from gaborium.params import RECORDS, Gabor, Gabor1d
 from gaborium.spectrum import sigma_from_bandwidth
 
 STARTS = ("bank", "random", "v1")
@@ -81,6 +81,72 @@ def start(
             if name not in ("phase", "amplitude")
         }
         return _without_silence(params.replace(**geometry), kernel_size)
+
+
+def mel_bank(
+    n_filters: int,
+    kernel_size: int,
+    *,
+    sample_rate: float,
+    lowest: float = 60.0,
+    highest: float | None = None,
+) -> Gabor1d:
+    """Filters evenly on the mel scale, with which learned front ends for sound begin.
+
+    Convention:
+        - mel = 2595 log10(1 + Hz / 700), after O'Shaughnessy
+        - the spectra of neighbours meet at half of their height; no filter is wider than its
+          kernel shows, three standard deviations to each side
+        - every response to white noise of unit variance has the same variance, 1/3, as those of
+          the other starts
+
+    Args:
+        n_filters: how many, from the lowest frequency to the highest.
+        kernel_size: samples of the kernel that they are for.
+        sample_rate: samples a second, Hz.
+        lowest: where the first filter's spectrum begins, Hz.
+        highest: where the last one's ends, Hz; by default just below the highest frequency that
+            the rate can hold, 0.925 of it.
+
+    Returns:
+        A float64 record of ``(n_filters, 1)``, wavelength and sigma in samples, phase 0: a start
+        for ``GaborConv1d(start=...)`` and ``train(start=...)``.
+
+    Raises:
+        ValueError: there are no filters, or the frequencies are not in order between 0 and half
+            of the rate.
+
+    Reference:
+        Zeghidour, Teboul, de Chaumont Quitry & Tagliasacchi (2021), ICLR, arXiv:2101.08596: a
+        learned front end of Gabor filters that begins so.
+
+    Example:
+        >>> bank = mel_bank(40, 401, sample_rate=16000)
+        >>> [round(16000 / wavelength) for wavelength in bank.wavelength[[0, 20, 39], 0].tolist()]
+        [105, 1854, 6946]
+    """
+    nyquist = sample_rate / 2
+    highest = 0.925 * nyquist if highest is None else highest
+    if n_filters < 1 or kernel_size < 1:
+        raise ValueError(
+            f"n_filters and kernel_size must be at least 1, got {n_filters} and {kernel_size}."
+        )
+    if not 0 <= lowest < highest <= nyquist < math.inf:
+        raise ValueError(
+            "Frequencies must be 0 <= lowest < highest <= sample_rate / 2, got "
+            f"{lowest:g} and {highest:g} Hz at {sample_rate:g} samples a second."
+        )
+    low, high = (2595 * math.log10(1 + hertz / 700) for hertz in (lowest, highest))
+    mel = torch.linspace(low, high, n_filters + 2, dtype=torch.float64, device="cpu")
+    hertz = 700 * (10 ** (mel / 2595) - 1)
+    half_width = (hertz[2:] - hertz[:-2]) / 4
+    sigma = sample_rate * math.sqrt(2 * math.log(2)) / (2 * math.pi * half_width)
+    sigma = sigma.clamp_max(kernel_size / 6)
+    return Gabor1d.of(
+        wavelength=_column(sample_rate / hertz[1:-1]),
+        sigma=_column(sigma),
+        amplitude=_column((2 / (3 * math.sqrt(math.pi) * sigma)).sqrt()),
+    )
 
 
 def _bank(
