@@ -1,6 +1,7 @@
 """Print the tables of the documentation from the means in benchmarks/results/learning_*.json.
 
-python benchmarks/learning/tables.py few starts
+python benchmarks/learning/tables.py              # what learning brings, a line for each task
+python benchmarks/learning/tables.py few starts   # all sides of these experiments
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from _report import RESULTS
+from plans import EXPERIMENTS
 
 NAMES = {
     "free": "free",
@@ -39,9 +41,12 @@ UNITS = {"orientation": (180 / math.pi, "°"), "wavelength": (1, " px"), "sigma"
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("experiments", nargs="+")
-    for name in parser.parse_args().experiments:
-        document = json.loads((RESULTS / f"learning_{name}.json").read_text(encoding="utf-8"))
+    parser.add_argument("experiments", nargs="*")
+    experiments = parser.parse_args().experiments
+    if not experiments:
+        table(overview())
+    for name in experiments:
+        document = results_of(name)
         for part in document["parts"]:
             print(f"\n{part['name']}\n")
             table(compared(part))
@@ -54,6 +59,35 @@ def main() -> None:
         for data, parts in by_samples(document["parts"]).items():
             print(f"\n{data}, by the number of samples\n")
             table(of_all_sizes(parts))
+
+
+def results_of(experiment: str) -> dict[str, Any]:
+    path = RESULTS / f"learning_{experiment}.json"
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return found
+
+
+def overview() -> list[list[str]]:
+    """For each task: what is gained by Gabor functions, and what by learning them, with Adam."""
+    rows = [
+        [
+            *("task", "fixed bank over free", "learned over fixed, bank"),
+            *("learned over fixed, random", "learned from random over fixed bank"),
+        ]
+    ]
+    for name in EXPERIMENTS:
+        for part in results_of(name)["parts"]:
+            sides = part["sides"]
+            if "corrupted" in part["name"]:  # the same networks as those beside it
+                continue
+            bank = "mel" if "adam, mel" in sides else "bank"
+            pairs = (
+                *((f"fixed, {bank}", "free"), (f"adam, {bank}", f"fixed, {bank}")),
+                *(("adam, random", "fixed, random"), ("adam, random", f"fixed, {bank}")),
+            )
+            leads = [told(sides.get(one, {}).get(f"lead over {two}"), "+") for one, two in pairs]
+            rows.append([part["name"], *leads])
+    return rows
 
 
 def ordered(sides: dict[str, Any]) -> list[tuple[str, Any]]:
