@@ -775,6 +775,33 @@ def test_no_filter_leaps_once_the_rate_has_fallen(photograph):
         assert ("leapt" in optimizer.state[layer.tap.kernel]) == leaps, rate
 
 
+@pytest.mark.parametrize("leap_every", [5, 0])
+def test_filters_that_begin_alike_part_where_leaps_are_allowed(leap_every, photograph):
+    torch.manual_seed(0)
+    equal = Gabor2d.of(orientation=[0.8] * 8, wavelength=6.0, sigma=2.5)
+    layer = GaborConv2d(1, 8, 9, start=equal, bias=False)
+    network = nn.Sequential(
+        layer, nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4)
+    )
+    optimizer = NaturalGradient(layer, leap_every=leap_every)
+    images = torch.cat([part for row in photograph.chunk(2, 2) for part in row.chunk(2, 3)])
+    for step in range(4):
+        optimizer.zero_grad()
+        crops = images[..., 20 * step : 20 * step + 60, 30 * step : 30 * step + 60]
+        nn.functional.cross_entropy(network(crops), torch.arange(4)).backward()
+        optimizer.step()
+    units = nn.functional.normalize(layer.weight.detach().flatten(1), dim=1)
+    alike = (units @ units.T).abs().fill_diagonal_(0)
+    again = optimizer.state[layer.tap.kernel].get("reseeds", torch.zeros(8))
+    if leap_every == 0:
+        assert again.sum() == 0
+        assert alike.amax(1).min() > 0.9
+    else:
+        assert again[0] == 0
+        assert again.sum() >= 4
+        assert alike.amax(1).median() < 0.9
+
+
 def test_means_that_do_not_matter_are_not_asked_for(monkeypatch):
     data, ends, heard = batches(12), [], []
     for spared in (True, False):

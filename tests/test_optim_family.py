@@ -176,3 +176,11 @@ def test_legal_filters_are_those_that_pixels_can_show(field, value, legal):
     assert (family.excess(z) == 0).tolist() == [True, legal, True]
     z[2, 0] = math.nan
     assert (family.excess(z) == 0).tolist() == [True, legal, False]
+
+
+def test_some_of_some_filters_are_those_of_the_layer():
+    layer = GaborConv2d(1, 4, 7, start="random", seed=0, learn=("orientation",), bias=False)
+    family = KernelFamily(layer)
+    some = family.only(torch.tensor([1, 2, 3])).only(torch.tensor([0, 2]))
+    z = family.read()[[1, 3]]
+    torch.testing.assert_close(some.kernels(z), family.kernels(family.read())[[1, 3]])

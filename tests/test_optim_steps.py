@@ -9,7 +9,7 @@ from torch import Tensor
 from gaborium import GaborConv1d, GaborConv2d, GaborConv3d
 from gaborium.optim.family import KernelFamily
 from gaborium.optim.quadratic import Metric, Quadratic
-from gaborium.optim.steps import descend, leap
+from gaborium.optim.steps import descend, leap, reseed
 from gaborium.params import RECORDS
 
 LAYERS = {1: GaborConv1d, 2: GaborConv2d, 3: GaborConv3d}
@@ -24,9 +24,11 @@ def natural_covariance(sizes: tuple[int, ...], channels: int) -> Tensor:
     return torch.kron(colour, space)
 
 
-def family_of(n_dims: int = 2, *, channels: int = 1, k: int = 9, seed: int = 0, **kwargs):
+def family_of(
+    n_dims: int = 2, *, channels: int = 1, n: int = 6, k: int = 9, seed: int = 0, **kwargs
+):
     arguments = {"start": "random", "seed": seed, "dtype": torch.float64, "bias": False}
-    return KernelFamily(LAYERS[n_dims](channels, 6, k, **arguments | kwargs))
+    return KernelFamily(LAYERS[n_dims](channels, n, k, **arguments | kwargs))
 
 
 def loss_towards(family: KernelFamily, target: Tensor) -> Quadratic:
@@ -198,3 +200,138 @@ def test_leaps_of_pairs_go_channel_by_channel():
         z, _ = leap(family, loss, z, n_iterations=25)
     errors = misfit(family, loss, z, target)
     assert (errors < 0.05).double().mean() >= 0.8, errors
+
+
+# -- filters of no use --------------------------------------------------------------------------
+
+
+def all_alike(**kwargs) -> tuple[KernelFamily, Tensor]:
+    """A layer of which all filters are the first one, and the kernels of one that is random."""
+    family = family_of(**kwargs)
+    target = kernels_of(family_of(**{**kwargs, "seed": 7}))
+    first = family.layer.params.detach()[:1]
+    family.layer.params = type(first)(
+        **{name: v.expand(6, *v.shape[1:]) for name, v in first.as_dict().items()}
+    )
+    return family, target
+
+
+def correlations(family: KernelFamily, loss: Quadratic, z: Tensor) -> Tensor:
+    """Of the responses of real filters to one another."""
+    flat = family.kernels(z).flatten(1)
+    common = flat @ loss.metric.times(family.kernels(z)).flatten(1).T
+    size = common.diagonal().sqrt()
+    return (common / size / size[:, None]).abs().fill_diagonal_(0)
+
+
+ALL, SURE = torch.ones(6, dtype=torch.bool), torch.full((6,), 6.0, dtype=torch.float64)
+
+
+@pytest.mark.parametrize(
+    "kwargs",
+    [
+        {},
+        {"coordinates": "textbook"},
+        {"channels": 2, "geometry": "pair"},
+        {"output": "energy"},
+        {"output": "quadrature", "n": 12},
+        {"unit_norm": True, "dc": "remove"},
+        {"learn": ("orientation", "wavelength", "amplitude", "phase")},
+        {"n_dims": 1, "k": 15},
+        {"n_dims": 3, "k": 4},
+    ],
+    ids=str,
+)
+def test_filters_that_are_alike_begin_again_where_the_loss_asks_for_it(kwargs):
+    family, target = all_alike(**kwargs)
+    loss, z = loss_towards(family, target), family.read()
+    rows, new = reseed(family, loss, z, ALL, certain=SURE)
+    assert not new[0], "the first one stays"
+    assert new.sum() >= 3  # targets may have a wave in common
+    assert torch.equal(rows[~new], z[~new])
+    before, after = loss.at(family.kernels(z)), loss.at(family.kernels(rows))
+    torch.testing.assert_close(after.length, before.length)
+    # A step towards the new kernels goes downhill.
+    assert ((before.downhill * after.kernels).sum((1, 2)) > 0)[new].all()
+    if family.n_members == 1:
+        # Those that are not new are still like the first one.
+        assert (correlations(family, loss, rows)[new] <= 0.95 + 1e-9).all()
+
+
+@pytest.mark.parametrize(("output", "alike"), [("real", False), ("energy", True)])
+def test_phase_alone_makes_no_filter_another_where_responses_come_in_pairs(output, alike):
+    family, target = all_alike(output=output, dc="remove")
+    turned = torch.tensor([0, 1, 0, 1, 0, 1]).double()[:, None] * math.pi / 2
+    params = family.layer.params
+    family.layer.params = params.replace(phase=params.phase + turned)
+    loss = loss_towards(family, target)
+    new = reseed(family, loss, family.read(), ALL, certain=SURE)[1]
+    assert bool(new[1]) == alike
+    assert not new[0]
+
+
+def test_filters_that_see_other_channels_are_not_alike():
+    family, target = all_alike(channels=6, groups=6)
+    loss = loss_towards(family, target)
+    assert not reseed(family, loss, family.read(), ALL, certain=SURE)[1].any()
+    family, target = all_alike(channels=2, groups=2)
+    new = reseed(family, loss_towards(family, target), family.read(), ALL, certain=SURE)[1]
+    assert not new[0]
+    assert not new[3]
+    assert new.any()
+
+
+def test_filters_begin_again_in_the_metric_of_their_group():
+    family, target = all_alike(channels=2, groups=2)
+    others = family_of(channels=2, groups=2, seed=3).layer.params.as_dict()
+    family.layer.params = type(family.layer.params)(
+        **{
+            name: torch.cat([value[:3], others[name][3:]])
+            for name, value in family.layer.params.as_dict().items()
+        }
+    )
+    same = loss_towards(family, target)
+    metric = Metric(same.metric.covariance * torch.tensor([1.0, 9.0]).double()[:, None, None])
+    loss = Quadratic(metric, metric.times(target), same.scale, same.error)
+    rows, new = reseed(family, loss, family.read(), ALL, certain=SURE)
+    assert new.tolist() == [False, True, True, False, False, False]
+    length = loss.at(family.kernels(rows)).length
+    torch.testing.assert_close(length, loss.at(kernels_of(family)).length)
+
+
+def test_a_dead_filter_begins_again_as_strong_as_the_others():
+    family = family_of()
+    params = family.layer.params.detach()
+    amplitude = params.amplitude.clone()
+    amplitude[2] = 1e-9
+    family.layer.params = params.replace(amplitude=amplitude)
+    target = kernels_of(family_of(seed=7))
+    loss, z = loss_towards(family, target), family.read()
+    rows, new = reseed(family, loss, z, ALL, certain=SURE)
+    assert new.nonzero().flatten().tolist() == [2]
+    length = loss.at(family.kernels(z)).length
+    others = length[torch.arange(6) != 2].median()
+    torch.testing.assert_close(loss.at(family.kernels(rows)).length[2], others)
+
+
+@pytest.mark.parametrize(
+    "case", ["at their targets", "nearly at their targets", "not sure", "not free", "all dead"]
+)
+def test_filters_stay_where_nothing_else_is_asked_of_them(case):
+    family, target = all_alike()
+    free, certain, z = ALL, SURE, family.read()
+    if case == "at their targets":
+        target = kernels_of(family)
+    elif case == "nearly at their targets":
+        target = kernels_of(family) + 0.005 * target
+    loss = loss_towards(family, target)
+    if case == "not sure":
+        loss = Quadratic(loss.metric, loss.linear, loss.scale, 10 * loss.at(target).length)
+    elif case == "not free":
+        free = ~ALL
+    elif case == "all dead":
+        family.layer.params = family.layer.params.replace(amplitude=torch.zeros(6, 1).double())
+        z = family.read()
+    rows, new = reseed(family, loss, z, free, certain=certain)
+    assert not new.any()
+    assert torch.equal(rows, z)

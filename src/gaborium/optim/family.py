@@ -56,7 +56,8 @@ class KernelFamily:
     def only(self, index: Tensor) -> KernelFamily:
         """The same for some filters, whose rows of z are then all there are."""
         part = copy.copy(self)
-        part._index, part.n_filters = index, len(index)
+        part._index = index if self._index is None else self._index[index]
+        part.n_filters = len(index)
         return part
 
     def read(self) -> Tensor:

@@ -15,7 +15,7 @@ from gaborium.layers import GABOR_LAYERS, KernelTap
 from gaborium.optim.family import KernelFamily
 from gaborium.optim.inputs import draw_patches, mean_patch, moments_of
 from gaborium.optim.quadratic import Evidence, Metric, inner, pull_of_brightness
-from gaborium.optim.steps import Slopes, descend, leap
+from gaborium.optim.steps import Slopes, descend, leap, reseed
 
 _PATCH_MOMENTUM = 0.9  # of the patches' moments, from look to look
 _HEEDED = 1e-6  # share of the gradient that the responses' means must have, to be heeded
@@ -50,7 +50,8 @@ class NaturalGradient(Optimizer):
     which is natural gradient descent on the family of kernels, within a radius that is measured in
     responses. So one learning rate serves all fields, every sigma, and images of any contrast. From
     time to time a filter leaps to the best Gabor function of all, where the quadratic says that it
-    is clearly better than the one at hand: out of the minima that no small step leaves.
+    is clearly better than the one at hand: out of the minima that no small step leaves. A filter
+    that is dead, or responds as another one does, begins again where the loss asks for a filter.
 
     Give it whole layers: it steps all their parameters but the bias, which belongs to the rest.
 
@@ -63,7 +64,7 @@ class NaturalGradient(Optimizer):
             standard deviation.
         damping: added to the variance of every pixel, as a share of the mean variance.
         leap_every: steps before the first leap; the waits between leaps double, up to 200
-            times as many. 0: no leaps.
+            times as many. 0: no leaps, and no filter begins again.
         look_every: steps between two looks at the input's patches, after as many in a row; from
             the hundredth step on three times as many.
         seed: of the choice of patches.
@@ -273,6 +274,7 @@ class NaturalGradient(Optimizer):
             family, loss, z, radius, state["trust"], place=here, slopes=slopes
         )
         moved = z + group["lr"] * (near - z)
+        leaps = torch.zeros_like(heard)
         if self._may_leap(state, group, news.n_batches):
             far, beyond = leap(family, loss, near)
             needed = _CERTAIN * state["doubt"] * loss.error * beyond.distance(here)
@@ -285,6 +287,11 @@ class NaturalGradient(Optimizer):
                 state.update(leapt=leaps, leap=along, home=z)
                 state["leap_slope"] = -loss.scale * inner(here.downhill, along)
             state["leaps"] = state.get("leaps", torch.zeros_like(length)) + leaps
+        if self._may_reseed(state, group, news.n_batches):
+            again = state.get("reseeds", torch.zeros_like(length))
+            certain = _CERTAIN * 2.0**again
+            moved, new = reseed(family, loss, moved, heard & ~leaps, certain=certain)
+            state["reseeds"] = again + new
         family.write(torch.where(news.heard.unsqueeze(-1), moved, family.read()))
 
     def _evidence(self, parameter: Tensor, damping: float) -> Evidence:
@@ -324,6 +331,12 @@ class NaturalGradient(Optimizer):
         is_bold = 0 < group["lr"] >= _BOLD * state["boldest"]
         steps = range(int(state["step"]) - n_batches + 1, int(state["step"]) + 1)
         return is_bold and any(_is_time_to_leap(step, group["leap_every"]) for step in steps)
+
+    def _may_reseed(self, state: dict[str, Any], group: dict[str, Any], n_batches: int) -> bool:
+        """As leaps, and at the first steps too: filters that begin alike soon part a little."""
+        every = group["leap_every"]
+        is_early = every > 0 and 1 < int(state["step"]) < every and group["lr"] > 0
+        return is_early or self._may_leap(state, group, n_batches)
 
     def _is_heeded(
         self,

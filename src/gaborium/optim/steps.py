@@ -1,4 +1,7 @@
-"""Steps of filters that are known to have a quadratic loss: down its slope, or across its hills."""
+"""Steps of filters that are known to have a quadratic loss: down its slope, or across its hills.
+
+And filters of no use, dead ones and those that do what another one does, that begin again.
+"""
 
 from __future__ import annotations
 
@@ -11,10 +14,13 @@ import torch
 from torch import Tensor
 
 from gaborium.optim.family import KernelFamily
-from gaborium.optim.quadratic import Metric, Place, Quadratic
+from gaborium.optim.quadratic import Metric, Place, Quadratic, inner
 from gaborium.params import Gabor
 
 _HOPEFUL = 0.6  # share of what the filter at hand explains
+_SAME = 0.95  # correlation of two filters' responses
+_DEAD = 1e-3  # of the median strength
+_WANTED = 0.02  # share of its strength that a filter must be asked to change
 
 
 class Slopes(NamedTuple):
@@ -125,6 +131,81 @@ def leap(
             best = best.index_copy(0, index[better], end[better])
             place = place.put(index[better], reached.pick(better))
     return best, place
+
+
+def reseed(
+    family: KernelFamily, loss: Quadratic, z: Tensor, free: Tensor, *, certain: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Let filters of no use begin again where the loss has use for them.
+
+    Of no use is a filter that is dead, or whose responses another one gives already. It becomes the
+    Gabor function nearest to its step alone, to what the loss asks of it, and keeps its strength.
+    Where that is no other filter's, and beyond doubt, since what lies behind the layer must learn
+    what the filter means now: near a planted kernel nothing is asked for.
+
+    Args:
+        family: the layer's kernels.
+        loss: the loss of every filter.
+        z: the present rows, ``(filters, p)``.
+        free: which filters may begin again, ``(filters,)``.
+        certain: standard errors that the step must have, ``(filters,)``.
+
+    Returns:
+        Rows ``(filters, p)``, and which of them are new.
+    """
+    groups, new = len(loss.metric.covariance), torch.zeros_like(free)
+    here = loss.at(family.kernels(z))
+    alive = here.length > _DEAD * here.length.median()
+    kept, spare = _of_no_use(_alike(here, here, groups), alive, free)
+    if not spare or not kept:
+        return z, new
+    # More or less of itself is nothing that a filter could not do where it is.
+    itself = inner(here.downhill, here.kernels) / here.length.square().clamp_min(1e-30)
+    step = here.downhill - torch.where(alive, itself, 0.0)[:, None, None] * here.seen
+    # Where every group has a metric of its own, no filter may be left out.
+    index = torch.tensor(spare if groups == 1 else range(len(z)), device=z.device)
+    part, now = family.only(index), loss.pick(index)
+    asked = Quadratic(loss.metric, step[index], now.scale, now.error)
+    rows, there = leap(part, asked, z[index])
+
+    strength = torch.where(alive, here.length, here.length[alive].median())[index]
+    sure = (-2 * there.value).clamp_min(0).sqrt() > certain[index] * now.error
+    sure &= there.length > _WANTED * strength
+    params, ratio = part.record(rows), strength / there.length.clamp_min(1e-30)
+    rows = part.rows_of(params.replace(amplitude=params.amplitude * ratio.unsqueeze(-1)))
+    sure &= rows.isfinite().all(1)
+    there = now.at(part.kernels(rows))
+    like_kept = (_alike(there, here, groups) > _SAME)[:, kept].any(1)
+    like_each = (_alike(there, there, groups) > _SAME).tolist()
+    taken: list[int] = []
+    for row in (sure & ~like_kept).nonzero().flatten().tolist():
+        if int(index[row]) in spare and not any(like_each[row][other] for other in taken):
+            taken.append(row)
+    new[index[taken]] = True
+    return z.index_copy(0, index[taken], rows[taken]), new
+
+
+def _of_no_use(alike: Tensor, alive: Tensor, free: Tensor) -> tuple[list[int], list[int]]:
+    """The filters that stay, and those that do what one of these does, or nothing."""
+    same = (alike > _SAME).tolist()
+    kept: list[int] = (alive & ~free).nonzero().flatten().tolist()
+    spare: list[int] = (free & ~alive).nonzero().flatten().tolist()
+    for i in (alive & free).nonzero().flatten().tolist():  # the first of those alike stays
+        (spare if any(same[i][j] for j in kept) else kept).append(i)
+    return kept, sorted(spare)
+
+
+def _alike(these: Place, those: Place, groups: int) -> Tensor:
+    """Correlation of the responses of each filter with each, 0 to 1; of pairs at any phase."""
+    common = these.kernels.flatten(1) @ those.seen.flatten(1).T
+    if these.kernels.shape[1] == 2:
+        (even, odd), (even_seen, odd_seen) = these.kernels.unbind(1), those.seen.unbind(1)
+        common = torch.hypot(common, even @ odd_seen.T - odd @ even_seen.T)
+    common = common.abs() / (these.length[:, None] * those.length).clamp_min(1e-30)
+    if groups > 1:  # they see other channels
+        rows, columns = (torch.arange(n, device=common.device) * groups // n for n in common.shape)
+        common = torch.where(rows[:, None] == columns, common, 0.0)
+    return common
 
 
 def _promising(
