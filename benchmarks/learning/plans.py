@@ -183,7 +183,13 @@ def starts() -> list[Unit]:
         )
         for one in held
     ]
-    return [*units, *held, *mirrored]
+    longer = Unit(
+        f"{mirrored[0].name}, twice as long",
+        replace(mirrored[0].recipe, epochs=80),
+        sides,
+        tuned_as=held[0].name,
+    )
+    return [*units, *held, *mirrored, longer]
 
 
 def textures() -> list[Unit]:
