@@ -180,3 +180,19 @@ def test_an_example_runs(example, tmp_path):
 def test_every_example_is_listed():
     listing = (EXAMPLES / "README.md").read_text(encoding="utf-8")
     assert [path.name for path in EXAMPLES.glob("*.py") if f"`{path.name}`" not in listing] == []
+
+
+def test_the_tables_of_what_learning_brings_hold_what_was_measured():
+    pytest.importorskip("numpy")
+    results = ROOT / "benchmarks" / "results"
+    pieces = [path.stem for path in (results / "learning").glob("*.jsonl")]
+    experiments = [name for name in pieces if (results / f"learning_{name}.json").exists()]
+    printed: set[str] = set()
+    for chosen in ([], experiments):  # without any, an overview of all
+        program = [sys.executable, str(ROOT / "benchmarks" / "learning" / "tables.py"), *chosen]
+        done = subprocess.run(program, capture_output=True, text=True, check=True)
+        printed |= set(done.stdout.splitlines())
+    page = (ROOT / "docs" / "learning.md").read_text(encoding="utf-8")
+    rows = [line for line in page.splitlines() if line.startswith("|")]
+    assert len(rows) > 50
+    assert [row for row in rows if row not in printed] == []
