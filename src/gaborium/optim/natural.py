@@ -289,7 +289,9 @@ class NaturalGradient(Optimizer):
             state["leaps"] = state.get("leaps", torch.zeros_like(length)) + leaps
         if self._may_reseed(state, group, news.n_batches):
             again = state.get("reseeds", torch.zeros_like(length))
-            certain = _CERTAIN * 2.0**again
+            # A running mean of few moves is worth less than its error says.
+            past = group["momentum"] ** int(state["step"])
+            certain = _CERTAIN * 2.0**again * math.sqrt((1 + past) / (1 - past))
             moved, new = reseed(family, loss, moved, heard & ~leaps, certain=certain)
             state["reseeds"] = again + new
         family.write(torch.where(news.heard.unsqueeze(-1), moved, family.read()))
