@@ -26,6 +26,7 @@ _CERTAIN = 6.0
 # A leap has ended higher where the loss rises there so many times as steeply as it fell where the
 # leap began: a quadratic loss does at 1, but its root is a cone, which rises as it falls.
 _UPHILL = 1.25
+_ALIKE, _SAME = 0.95, 0.99  # correlations of the responses of filters, young and older
 _BOLD = 0.5  # share of the largest rate so far, below which it is too late to leap
 _YOUNG = 100  # steps in which filters move at every one
 _REST = 4  # steps from move to move when they are older
@@ -292,7 +293,9 @@ class NaturalGradient(Optimizer):
             # A running mean of few moves is worth less than its error says.
             past = group["momentum"] ** int(state["step"])
             certain = _CERTAIN * 2.0**again * math.sqrt((1 + past) / (1 - past))
-            moved, new = reseed(family, loss, moved, heard & ~leaps, certain=certain)
+            # Filters that begin alike soon part; of older ones only those that met count.
+            same = _ALIKE if int(state["step"]) < group["leap_every"] else _SAME
+            moved, new = reseed(family, loss, moved, heard & ~leaps, certain=certain, same=same)
             state["reseeds"] = again + new
         family.write(torch.where(news.heard.unsqueeze(-1), moved, family.read()))
 

@@ -18,7 +18,6 @@ from gaborium.optim.quadratic import Metric, Place, Quadratic, inner
 from gaborium.params import Gabor
 
 _HOPEFUL = 0.6  # share of what the filter at hand explains
-_SAME = 0.95  # correlation of two filters' responses
 _DEAD = 1e-3  # of the median strength
 _WANTED = 0.02  # share of its strength that a filter must be asked to change
 
@@ -134,7 +133,13 @@ def leap(
 
 
 def reseed(
-    family: KernelFamily, loss: Quadratic, z: Tensor, free: Tensor, *, certain: Tensor
+    family: KernelFamily,
+    loss: Quadratic,
+    z: Tensor,
+    free: Tensor,
+    *,
+    certain: Tensor,
+    same: float = 0.95,
 ) -> tuple[Tensor, Tensor]:
     """Let filters of no use begin again where the loss has use for them.
 
@@ -149,6 +154,7 @@ def reseed(
         z: the present rows, ``(filters, p)``.
         free: which filters may begin again, ``(filters,)``.
         certain: standard errors that the step must have, ``(filters,)``.
+        same: correlation of two filters' responses above which one of them is enough.
 
     Returns:
         Rows ``(filters, p)``, and which of them are new.
@@ -156,7 +162,7 @@ def reseed(
     groups, new = len(loss.metric.covariance), torch.zeros_like(free)
     here = loss.at(family.kernels(z))
     alive = here.length > _DEAD * here.length.median()
-    kept, spare = _of_no_use(_alike(here, here, groups), alive, free)
+    kept, spare = _of_no_use(_alike(here, here, groups) > same, alive, free)
     if not spare or not kept:
         return z, new
     # More or less of itself is nothing that a filter could not do where it is.
@@ -175,8 +181,8 @@ def reseed(
     rows = part.rows_of(params.replace(amplitude=params.amplitude * ratio.unsqueeze(-1)))
     sure &= rows.isfinite().all(1)
     there = now.at(part.kernels(rows))
-    like_kept = (_alike(there, here, groups) > _SAME)[:, kept].any(1)
-    like_each = (_alike(there, there, groups) > _SAME).tolist()
+    like_kept = (_alike(there, here, groups) > same)[:, kept].any(1)
+    like_each = (_alike(there, there, groups) > same).tolist()
     taken: list[int] = []
     for row in (sure & ~like_kept).nonzero().flatten().tolist():
         if int(index[row]) in spare and not any(like_each[row][other] for other in taken):
@@ -187,11 +193,11 @@ def reseed(
 
 def _of_no_use(alike: Tensor, alive: Tensor, free: Tensor) -> tuple[list[int], list[int]]:
     """The filters that stay, and those that do what one of these does, or nothing."""
-    same = (alike > _SAME).tolist()
+    twins = alike.tolist()
     kept: list[int] = (alive & ~free).nonzero().flatten().tolist()
     spare: list[int] = (free & ~alive).nonzero().flatten().tolist()
     for i in (alive & free).nonzero().flatten().tolist():  # the first of those alike stays
-        (spare if any(same[i][j] for j in kept) else kept).append(i)
+        (spare if any(twins[i][j] for j in kept) else kept).append(i)
     return kept, sorted(spare)
 
 
