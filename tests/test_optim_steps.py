@@ -245,7 +245,7 @@ ALL, SURE = torch.ones(6, dtype=torch.bool), torch.full((6,), 6.0, dtype=torch.f
 def test_filters_that_are_alike_begin_again_where_the_loss_asks_for_it(kwargs):
     family, target = all_alike(**kwargs)
     loss, z = loss_towards(family, target), family.read()
-    rows, new = reseed(family, loss, z, ALL, certain=SURE)
+    rows, new = reseed(family, loss, z, ALL, certain=SURE, same=0.95)
     assert not new[0], "the first one stays"
     assert new.sum() >= 3  # targets may have a wave in common
     assert torch.equal(rows[~new], z[~new])
@@ -265,7 +265,7 @@ def test_phase_alone_makes_no_filter_another_where_responses_come_in_pairs(outpu
     params = family.layer.params
     family.layer.params = params.replace(phase=params.phase + turned)
     loss = loss_towards(family, target)
-    new = reseed(family, loss, family.read(), ALL, certain=SURE)[1]
+    new = reseed(family, loss, family.read(), ALL, certain=SURE, same=0.95)[1]
     assert bool(new[1]) == alike
     assert not new[0]
 
@@ -273,9 +273,11 @@ def test_phase_alone_makes_no_filter_another_where_responses_come_in_pairs(outpu
 def test_filters_that_see_other_channels_are_not_alike():
     family, target = all_alike(channels=6, groups=6)
     loss = loss_towards(family, target)
-    assert not reseed(family, loss, family.read(), ALL, certain=SURE)[1].any()
+    assert not reseed(family, loss, family.read(), ALL, certain=SURE, same=0.95)[1].any()
     family, target = all_alike(channels=2, groups=2)
-    new = reseed(family, loss_towards(family, target), family.read(), ALL, certain=SURE)[1]
+    new = reseed(family, loss_towards(family, target), family.read(), ALL, certain=SURE, same=0.95)[
+        1
+    ]
     assert not new[0]
     assert not new[3]
     assert new.any()
@@ -293,7 +295,7 @@ def test_filters_begin_again_in_the_metric_of_their_group():
     same = loss_towards(family, target)
     metric = Metric(same.metric.covariance * torch.tensor([1.0, 9.0]).double()[:, None, None])
     loss = Quadratic(metric, metric.times(target), same.scale, same.error)
-    rows, new = reseed(family, loss, family.read(), ALL, certain=SURE)
+    rows, new = reseed(family, loss, family.read(), ALL, certain=SURE, same=0.95)
     assert new.tolist() == [False, True, True, False, False, False]
     length = loss.at(family.kernels(rows)).length
     torch.testing.assert_close(length, loss.at(kernels_of(family)).length)
@@ -307,7 +309,7 @@ def test_a_dead_filter_begins_again_as_strong_as_the_others():
     family.layer.params = params.replace(amplitude=amplitude)
     target = kernels_of(family_of(seed=7))
     loss, z = loss_towards(family, target), family.read()
-    rows, new = reseed(family, loss, z, ALL, certain=SURE)
+    rows, new = reseed(family, loss, z, ALL, certain=SURE, same=0.95)
     assert new.nonzero().flatten().tolist() == [2]
     length = loss.at(family.kernels(z)).length
     others = length[torch.arange(6) != 2].median()
@@ -332,6 +334,6 @@ def test_filters_stay_where_nothing_else_is_asked_of_them(case):
     elif case == "all dead":
         family.layer.params = family.layer.params.replace(amplitude=torch.zeros(6, 1).double())
         z = family.read()
-    rows, new = reseed(family, loss, z, free, certain=certain)
+    rows, new = reseed(family, loss, z, free, certain=certain, same=0.95)
     assert not new.any()
     assert torch.equal(rows, z)

@@ -139,7 +139,7 @@ def reseed(
     free: Tensor,
     *,
     certain: Tensor,
-    same: float = 0.95,
+    same: float,
 ) -> tuple[Tensor, Tensor]:
     """Let filters of no use begin again where the loss has use for them.
 
