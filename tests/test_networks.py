@@ -229,24 +229,41 @@ def test_grid_pooling_averages_whole_and_cut_cells():
     assert GridPool(1, 1)(image).flatten().tolist() == [2]
 
 
-def test_texture_statistics_are_logarithms_of_mean_and_deviation():
-    energy = torch.rand(2, 3, 12, 12) + 0.2
+def test_texture_statistics_are_strength_spread_and_flatness():
+    energy = 100 * torch.rand(2, 3, 12, 12, dtype=torch.float64) + 20  # far above what is faint
+    network = TextureClassifier(layer_of("gabor", output="energy"), 4, image_size=(12, 12))
+    strength, spread, flatness = network.statistics(energy).chunk(3, dim=1)
+    assert strength.shape == (2, 3, 3, 3)
+    cell = energy[:, :, 8:, :4].flatten(2)
+    mean = cell.mean(2)
+    near = {"atol": 0.002, "rtol": 0.0}
+    torch.testing.assert_close(spread[:, :, 2, 0], (cell.std(2, correction=0) / mean).log(), **near)
+    torch.testing.assert_close(flatness[:, :, 2, 0], (cell.log().mean(2).exp() / mean).log(), **near)
+    # Compared with one another, cells and channels differ by the logarithms of their means.
+    difference = strength[:, :, 2, 0] - strength[:, :, 0, 1]
+    wanted = (mean / energy[:, :, :4, 4:8].mean((2, 3))).log()
+    torch.testing.assert_close(difference, wanted, **near)
+    torch.testing.assert_close(strength.mean((1, 2, 3)), torch.zeros(2).double())
+
+
+def test_texture_statistics_do_not_see_contrast_and_flatness_sees_gaps():
+    energy = torch.rand(2, 3, 12, 12) + 0.5
     network = TextureClassifier(layer_of("gabor", output="energy"), 4, image_size=(12, 12))
     found = network.statistics(energy)
-    cell = energy[:, :, 8:, :4].flatten(2)
-    wanted = torch.cat([cell.mean(2), cell.std(2, correction=0)], 1).log()
-    torch.testing.assert_close(found[:, :, 2, 0], wanted, atol=0.01, rtol=0)
-    # Contrast is an offset, the same for all.
-    change = network.statistics(2 * energy) - found
-    torch.testing.assert_close(change, torch.full_like(change, math.log(2)), atol=0.01, rtol=0)
+    torch.testing.assert_close(network.statistics(4 * energy), found, atol=0.03, rtol=0)
+    # An even energy is flat; one that is in every other pixel alone is far from it.
+    assert network.statistics(torch.ones(1, 3, 12, 12))[:, 6:].abs().max() < 1e-6
+    gaps = torch.ones(1, 3, 12, 12)
+    gaps[..., ::2] = 0.0
+    assert (network.statistics(gaps)[:, 6:] < -1).all()
 
 
 def test_texture_statistics_have_a_gradient_where_nothing_varies():
     energy = torch.full((1, 8, 8, 8), 0.5, requires_grad=True)
     network = TextureClassifier(layer_of("gabor", output="energy"), 4, image_size=(8, 8))
-    network.statistics(energy).sum().backward()
+    network.statistics(energy)[0, 0, 0, 0].backward()
     assert energy.grad.isfinite().all()
-    assert (energy.grad > 0).all()
+    assert energy.grad[0, 0, 0, 0] > 0
     half = network.statistics(energy.detach().bfloat16())
     assert half.dtype == torch.float32
 

@@ -193,9 +193,9 @@ def starts() -> list[Unit]:
 
 
 def textures() -> list[Unit]:
-    photographs = replace(
-        _BASE, data="kth-tips", kernel_size=11, stride=2, epochs=20, batch_size=25
-    )
+    photographs = replace(_BASE, data="kth-tips", epochs=20, batch_size=25)
+    # Photographs of 128 px hold waves that are longer than a small kernel.
+    large = replace(photographs, n_filters=64, kernel_size=25, stride=4)
     patches = replace(_BASE, data="brodatz", epochs=5, batch_size=64)
     sides = ("free", *_LEARNED, *_FIXED)
     units = [
@@ -204,12 +204,12 @@ def textures() -> list[Unit]:
             replace(one, network="texture"),
             sides,
             n_seeds=5,
-            rate_factor=10.0,
+            rate_factor=3.0,
         )
-        for one in (photographs, patches)
+        for one in (large, patches)
     ]
     # The same without the deviations, on the grid that is for objects.
-    means = replace(photographs, network="energy")
+    means = replace(photographs, network="energy", kernel_size=11, stride=2)
     return [*units, Unit("kth-tips, energy", means, ("adam, bank", *_FIXED), n_seeds=5)]
 
 

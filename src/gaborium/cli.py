@@ -617,7 +617,7 @@ def train(
         data_folder: Where the files of a named data set are.
         samples_per_class: Training images of each class; by default all.
         network: "cnn", "energy": a linear classifier on pooled Gabor energy, or "texture": one on
-            its mean and spread.
+            its mean, spread and flatness.
         first_layer: "gabor", "gabor-fixed", "mixed" or "free".
         beside: First layers to train the same network with, for comparison.
         n_filters: Filters of the first layer.

@@ -32,7 +32,7 @@ _CNN_GRID = {1: 16, 2: 4, 3: 2}
 _ENERGY_GRID = {1: 16, 2: 7, 3: 4}
 _TEXTURE_GRID = {1: 4, 2: 3, 3: 2}  # few: a texture looks much the same everywhere
 # Energies are told apart down to this, where white input of unit variance gives some 0.5.
-_FAINT = 1e-3
+_FAINT = 0.02
 # The variance of the norm of a pair of independent normal responses, in that of one of them.
 _NORM_VARIANCE = 2 - math.pi / 2
 
@@ -335,11 +335,15 @@ class EnergyClassifier(nn.Module):
 
 
 class TextureClassifier(EnergyClassifier):
-    """A linear classifier of the mean and the spread of a first layer's energies.
+    """A linear classifier of how strong a first layer's energies are, and how they are spread.
 
-    Of each channel, in each cell of a grid, the logarithms of the mean and of the standard
-    deviation. The mean is how much of a wave there is; the deviation tells whether it is everywhere
-    or in places, and the logarithm makes contrast an offset.
+    Three numbers of each channel, in each cell of a grid, all of them logarithms:
+
+    - the mean, less the average over the image's channels and cells: how much of a wave there is
+    - the standard deviation over the mean: whether the wave is everywhere or in places
+    - the geometric mean over the mean: whether it ever goes, which strong edges do not hide
+
+    The contrast of an image is an offset of all logarithms, and goes with what is subtracted.
 
     Args:
         first: a layer with ``output="energy"``.
@@ -353,7 +357,7 @@ class TextureClassifier(EnergyClassifier):
     Reference:
         Manjunath & Ma (1996), IEEE Trans. Pattern Anal. Mach. Intell. 18(8),
         doi:10.1109/34.531803: mean and deviation of the energy as features, there of the whole
-        image and without the logarithm.
+        image and without logarithms.
 
     Example:
         >>> first = first_layer(
@@ -361,19 +365,23 @@ class TextureClassifier(EnergyClassifier):
         ... )
         >>> network = TextureClassifier(first, 10, image_size=(64, 64))
         >>> network.statistics(torch.rand(3, 8, 64, 64)).shape
-        torch.Size([3, 16, 3, 3])
+        torch.Size([3, 24, 3, 3])
     """
 
     grids = _TEXTURE_GRID
-    n_statistics = 2
+    n_statistics = 3
 
     def statistics(self, energy: Tensor) -> Tensor:
-        """Logarithms of mean and deviation in each cell, ``(batch, 2 channels, *cells)``."""
+        """Mean, spread and flatness in each cell, ``(batch, 3 channels, *cells)``."""
         # Under autocast energies may come in half precision, too coarse for differences of squares.
         energy = energy if energy.dtype == torch.float64 else energy.float()
         mean = self.pool(energy)
         variance = (self.pool(energy.square()) - mean.square()).clamp_min(0.0)
-        return torch.cat([(mean + _FAINT).log(), (variance + _FAINT**2).log() / 2], dim=1)
+        strength = (mean + _FAINT).log()
+        spread = (variance + _FAINT**2).log() / 2 - strength
+        flatness = self.pool((energy + _FAINT).log()) - strength
+        contrast = strength.flatten(1).mean(1).view(-1, *[1] * (strength.ndim - 1))
+        return torch.cat([strength - contrast, spread, flatness], dim=1)
 
 
 class GridPool(nn.Module):
