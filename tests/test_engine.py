@@ -467,6 +467,18 @@ def test_a_loss_that_is_not_finite_stops_its_run_only(data, tmp_path, monkeypatc
     json.loads(result.to_json(), parse_constant=lambda token: pytest.fail(token))
 
 
+def test_label_smoothing_takes_away_from_the_labels(data):
+    other = dataclasses.replace(data, labels=data.labels.flip(0))
+    recipe = TINY.replace(epochs=1, beside=())
+    plain, smooth, even, swapped = (
+        train(recipe.replace(label_smoothing=share), dataset=some).runs[0]
+        for share, some in ((0.0, data), (0.5, data), (1.0, data), (1.0, other))
+    )
+    assert not torch.equal(plain.kernels[-1], smooth.kernels[-1])
+    # Evenly over all classes: nothing is left of what the labels say.
+    assert torch.equal(even.kernels[-1], swapped.kernels[-1])
+
+
 def test_gabor_parameters_have_an_optimizer_of_their_own():
     module = torch.nn.Sequential(torch.nn.Conv2d(1, 2, 3))
     adam = make_optimizers(module, Recipe(learning_rate=0.5, optimizer="natural"))

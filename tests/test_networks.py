@@ -229,43 +229,71 @@ def test_grid_pooling_averages_whole_and_cut_cells():
     assert GridPool(1, 1)(image).flatten().tolist() == [2]
 
 
-def test_texture_statistics_are_strength_spread_and_flatness():
+def texture_of(channels=3, side=12, **options):
+    first = layer_of("gabor", output="energy", n_filters=channels)
+    return TextureClassifier(first, 4, image_size=(side, side), **options)
+
+
+def test_texture_statistics_are_strength_spread_and_flatness_of_each_cell():
     energy = 100 * torch.rand(2, 3, 12, 12, dtype=torch.float64) + 20  # far above what is faint
-    network = TextureClassifier(layer_of("gabor", output="energy"), 4, image_size=(12, 12))
-    strength, spread, flatness = network.statistics(energy).chunk(3, dim=1)
-    assert strength.shape == (2, 3, 3, 3)
+    found = texture_of().statistics(energy)
+    strength, spread, flatness = found[:, :81].view(2, 3, 3, 3, 3).unbind(1)
     cell = energy[:, :, 8:, :4].flatten(2)
     mean = cell.mean(2)
     near = {"atol": 0.002, "rtol": 0.0}
     torch.testing.assert_close(spread[:, :, 2, 0], (cell.std(2, correction=0) / mean).log(), **near)
-    torch.testing.assert_close(flatness[:, :, 2, 0], (cell.log().mean(2).exp() / mean).log(), **near)
+    torch.testing.assert_close(
+        flatness[:, :, 2, 0], (cell.log().mean(2).exp() / mean).log(), **near
+    )
     # Compared with one another, cells and channels differ by the logarithms of their means.
-    difference = strength[:, :, 2, 0] - strength[:, :, 0, 1]
-    wanted = (mean / energy[:, :, :4, 4:8].mean((2, 3))).log()
+    difference = strength[:, 2, 2, 0] - strength[:, 0, 0, 1]
+    wanted = (mean[:, 2] / energy[:, 0, :4, 4:8].mean((1, 2))).log()
     torch.testing.assert_close(difference, wanted, **near)
     torch.testing.assert_close(strength.mean((1, 2, 3)), torch.zeros(2).double())
 
 
+def test_texture_statistics_end_with_the_correlations_of_logarithms():
+    energy = 100 * torch.rand(2, 4, 12, 12, dtype=torch.float64) + 20
+    energy[1, 2] = 3 * energy[1, 0] ** 2
+    found = texture_of(4).statistics(energy)[:, 4 * 27 :]
+    assert found.shape == (2, 6)
+    one, other = torch.triu_indices(4, 4, 1)
+    for image, numbers in zip(energy, found, strict=True):
+        wanted = torch.corrcoef(image.flatten(1).log())[one, other]
+        torch.testing.assert_close(numbers, wanted, atol=0.01, rtol=0)
+    assert found[1, 1] > 0.99
+    assert texture_of(1).statistics(energy[:, :1]).shape == (2, 27)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        half = texture_of(4).statistics(energy.float())
+    assert half.dtype == torch.float32
+    torch.testing.assert_close(half[:, 4 * 27 :], found.float(), atol=1e-4, rtol=0)
+
+
 def test_texture_statistics_do_not_see_contrast_and_flatness_sees_gaps():
     energy = torch.rand(2, 3, 12, 12) + 0.5
-    network = TextureClassifier(layer_of("gabor", output="energy"), 4, image_size=(12, 12))
-    found = network.statistics(energy)
-    torch.testing.assert_close(network.statistics(4 * energy), found, atol=0.03, rtol=0)
+    statistics = texture_of().statistics
+    torch.testing.assert_close(statistics(4 * energy), statistics(energy), atol=0.05, rtol=0)
     # An even energy is flat; one that is in every other pixel alone is far from it.
-    assert network.statistics(torch.ones(1, 3, 12, 12))[:, 6:].abs().max() < 1e-6
+    assert statistics(torch.ones(1, 3, 12, 12))[:, 54:81].abs().max() < 1e-6
     gaps = torch.ones(1, 3, 12, 12)
     gaps[..., ::2] = 0.0
-    assert (network.statistics(gaps)[:, 6:] < -1).all()
+    assert (statistics(gaps)[:, 54:81] < -1).all()
 
 
 def test_texture_statistics_have_a_gradient_where_nothing_varies():
-    energy = torch.full((1, 8, 8, 8), 0.5, requires_grad=True)
-    network = TextureClassifier(layer_of("gabor", output="energy"), 4, image_size=(8, 8))
-    network.statistics(energy)[0, 0, 0, 0].backward()
+    energy = torch.full((1, 8, 9, 9), 0.5, requires_grad=True)
+    numbers = texture_of(8, 9).statistics(energy)
+    (numbers[0, 0] + numbers[0, 216:].sum()).backward()
     assert energy.grad.isfinite().all()
     assert energy.grad[0, 0, 0, 0] > 0
-    half = network.statistics(energy.detach().bfloat16())
-    assert half.dtype == torch.float32
+
+
+def test_texture_classifier_needs_two_images_to_train_and_one_to_tell():
+    network = texture_of()
+    assert network(torch.rand(2, 1, 12, 12)).shape == (2, 4)
+    with pytest.raises(ValueError, match=r"at least 2 images in training, got 1; take larger"):
+        network(torch.rand(1, 1, 12, 12))
+    assert network.eval()(torch.rand(1, 1, 12, 12)).shape == (1, 4)
 
 
 def test_energy_of_pairs_is_what_a_gabor_layer_gives_and_has_a_gradient_at_zero():

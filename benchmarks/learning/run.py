@@ -234,7 +234,8 @@ class Experiment:
                 name: getattr(unit.recipe, name)
                 for name in (
                     *("data", "network", "samples_per_class", "n_filters", "kernel_size", "stride"),
-                    *("epochs", "batch_size", "schedule", "weight_decay", "augmentation"),
+                    *("epochs", "batch_size", "schedule", "weight_decay", "label_smoothing"),
+                    *("augmentation",),
                 )
             }
             parts.append({"name": unit.name, "recipe": recipe, "sides": sides})

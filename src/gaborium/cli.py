@@ -588,6 +588,7 @@ def train(
     gabor_learning_rate: float | None = None,
     schedule: str | None = None,
     weight_decay: float | None = None,
+    label_smoothing: float | None = None,
     epochs: int | None = None,
     batch_size: int | None = None,
     seeds: tuple[int, ...] | None = None,
@@ -617,7 +618,7 @@ def train(
         data_folder: Where the files of a named data set are.
         samples_per_class: Training images of each class; by default all.
         network: "cnn", "energy": a linear classifier on pooled Gabor energy, or "texture": one on
-            its mean, spread and flatness.
+            its mean, spread, flatness and correlations.
         first_layer: "gabor", "gabor-fixed", "mixed" or "free".
         beside: First layers to train the same network with, for comparison.
         n_filters: Filters of the first layer.
@@ -630,6 +631,7 @@ def train(
         gabor_learning_rate: Of the Gabor parameters.
         schedule: Of all learning rates: "constant" or "cosine", which falls to 0.
         weight_decay: Of all that is no Gabor parameter.
+        label_smoothing: Share of the wanted probability that is spread evenly over all classes.
         epochs: Passes over the training images.
         batch_size: Images of one step at most.
         seeds: A network is trained for each.

@@ -300,8 +300,68 @@ class EnergyClassifier(nn.Module):
         ValueError: the first layer's output is no energy, or leaves no pixel.
     """
 
-    grids = _ENERGY_GRID
-    n_statistics = 1  # of each channel in each cell
+    def __init__(
+        self,
+        first: nn.Module,
+        n_classes: int,
+        *,
+        image_size: tuple[int, ...],
+        grid: int | None = None,
+    ) -> None:
+        super().__init__()
+        _check_energy(self, first)
+        n_dims = len(image_size)
+        self.first = first
+        self.pool = GridPool(_ENERGY_GRID[n_dims] if grid is None else grid, n_dims)
+        n_channels = _n_channels(first)
+        self.norm = _NORMS[n_dims](n_channels)
+        cells = [_cells(side, self.pool.grid) for side in _size_after(first, image_size)]
+        self.classifier = nn.Linear(n_channels * math.prod(cells), n_classes)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Logits ``(batch, n_classes)``."""
+        return self.classifier(self.norm(self.pool(self.first(input))).flatten(1))
+
+
+class TextureClassifier(nn.Module):
+    """A linear classifier of what describes a texture in a first layer's energies.
+
+    Of each channel, in each cell of a grid, three logarithms:
+
+    - strength, the mean, less its average over the image's channels and cells: how much of a wave
+      there is, compared with others
+    - spread, the standard deviation over the mean: whether it is everywhere or in places
+    - flatness, the geometric mean over the mean: whether it ever goes, which a few strong edges
+      do not hide
+
+    and of each pair of channels, over the whole image, the correlation of their logarithms: which
+    waves come at the same place. Contrast is an offset of all logarithms, and makes no difference.
+    All numbers are normalised over the batch, one by one, and classified linearly.
+
+    Args:
+        first: a layer with ``output="energy"``.
+        n_classes: how many classes to tell apart.
+        image_size: of the input.
+        grid: cells along each axis; by default 3, in 1-D 4 and in 3-D 2.
+
+    Raises:
+        ValueError: the first layer's output is no energy, or leaves no pixel; or, in training, a
+            batch of one image.
+
+    Reference:
+        Manjunath & Ma (1996), IEEE Trans. Pattern Anal. Mach. Intell. 18(8),
+        doi:10.1109/34.531803: mean and deviation of the energy as features, there of the whole
+        image and without logarithms. Portilla & Simoncelli (2000), Int. J. Comput. Vis. 40(1),
+        doi:10.1023/A:1026553619983: correlations of energies among what makes a texture.
+
+    Example:
+        >>> first = first_layer(
+        ...     "gabor", n_dims=2, in_channels=1, n_filters=8, kernel_size=9, output="energy"
+        ... )
+        >>> network = TextureClassifier(first, 10, image_size=(64, 64))
+        >>> network.statistics(torch.rand(3, 8, 64, 64)).shape  # 3 * 8 * 9 and 8 * 7 / 2
+        torch.Size([3, 244])
+    """
 
     def __init__(
         self,
@@ -312,76 +372,50 @@ class EnergyClassifier(nn.Module):
         grid: int | None = None,
     ) -> None:
         super().__init__()
-        if getattr(first, "output", None) != "energy":
-            raise ValueError(
-                f"{type(self).__name__} needs a first layer with output='energy', got "
-                f"{getattr(first, 'output', type(first).__name__)!r}."
-            )
+        _check_energy(self, first)
         n_dims = len(image_size)
         self.first = first
-        self.pool = GridPool(self.grids[n_dims] if grid is None else grid, n_dims)
-        n_numbers = self.n_statistics * _n_channels(first)
-        self.norm = _NORMS[n_dims](n_numbers)
+        self.pool = GridPool(_TEXTURE_GRID[n_dims] if grid is None else grid, n_dims)
+        n_channels = _n_channels(first)
         cells = [_cells(side, self.pool.grid) for side in _size_after(first, image_size)]
-        self.classifier = nn.Linear(n_numbers * math.prod(cells), n_classes)
+        n_numbers = 3 * n_channels * math.prod(cells) + n_channels * (n_channels - 1) // 2
+        self.norm = nn.BatchNorm1d(n_numbers)
+        self.classifier = nn.Linear(n_numbers, n_classes)
 
     def statistics(self, energy: Tensor) -> Tensor:
-        """What is kept of the energies in each cell, ``(batch, numbers, *cells)``."""
-        return self.pool(energy)
-
-    def forward(self, input: Tensor) -> Tensor:
-        """Logits ``(batch, n_classes)``."""
-        return self.classifier(self.norm(self.statistics(self.first(input))).flatten(1))
-
-
-class TextureClassifier(EnergyClassifier):
-    """A linear classifier of how strong a first layer's energies are, and how they are spread.
-
-    Three numbers of each channel, in each cell of a grid, all of them logarithms:
-
-    - the mean, less the average over the image's channels and cells: how much of a wave there is
-    - the standard deviation over the mean: whether the wave is everywhere or in places
-    - the geometric mean over the mean: whether it ever goes, which strong edges do not hide
-
-    The contrast of an image is an offset of all logarithms, and goes with what is subtracted.
-
-    Args:
-        first: a layer with ``output="energy"``.
-        n_classes: how many classes to tell apart.
-        image_size: of the input.
-        grid: cells along each axis; by default 3, in 1-D 4 and in 3-D 2.
-
-    Raises:
-        ValueError: the first layer's output is no energy, or leaves no pixel.
-
-    Reference:
-        Manjunath & Ma (1996), IEEE Trans. Pattern Anal. Mach. Intell. 18(8),
-        doi:10.1109/34.531803: mean and deviation of the energy as features, there of the whole
-        image and without logarithms.
-
-    Example:
-        >>> first = first_layer(
-        ...     "gabor", n_dims=2, in_channels=1, n_filters=8, kernel_size=9, output="energy"
-        ... )
-        >>> network = TextureClassifier(first, 10, image_size=(64, 64))
-        >>> network.statistics(torch.rand(3, 8, 64, 64)).shape
-        torch.Size([3, 24, 3, 3])
-    """
-
-    grids = _TEXTURE_GRID
-    n_statistics = 3
-
-    def statistics(self, energy: Tensor) -> Tensor:
-        """Mean, spread and flatness in each cell, ``(batch, 3 channels, *cells)``."""
+        """Strength, spread and flatness in each cell, then correlations, ``(batch, numbers)``."""
         # Under autocast energies may come in half precision, too coarse for differences of squares.
         energy = energy if energy.dtype == torch.float64 else energy.float()
+        logs = (energy + _FAINT).log()
         mean = self.pool(energy)
         variance = (self.pool(energy.square()) - mean.square()).clamp_min(0.0)
         strength = (mean + _FAINT).log()
         spread = (variance + _FAINT**2).log() / 2 - strength
-        flatness = self.pool((energy + _FAINT).log()) - strength
-        contrast = strength.flatten(1).mean(1).view(-1, *[1] * (strength.ndim - 1))
-        return torch.cat([strength - contrast, spread, flatness], dim=1)
+        flatness = self.pool(logs) - strength
+        strength = strength.flatten(1)
+        relative = strength - strength.mean(1, keepdim=True)
+        of_cells = [relative, spread.flatten(1), flatness.flatten(1)]
+        return torch.cat([*of_cells, _correlations(logs.flatten(2))], dim=1)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Logits ``(batch, n_classes)``."""
+        if self.training and len(input) < 2:
+            raise ValueError(
+                "TextureClassifier normalises its numbers over the batch and needs at least 2 "
+                f"images in training, got {len(input)}; take larger batches."
+            )
+        return self.classifier(self.norm(self.statistics(self.first(input))))
+
+
+def _correlations(values: Tensor) -> Tensor:
+    """Of each pair of channels of ``(batch, channels, pixels)``, next to 0 where nothing varies."""
+    values = values - values.mean(2, keepdim=True)
+    values = values / (values.square().mean(2, keepdim=True) + _FAINT**2).sqrt()
+    with torch.autocast(values.device.type, enabled=False):
+        products = values @ values.mT / values.shape[2]
+    n_channels = values.shape[1]
+    one, other = torch.triu_indices(n_channels, n_channels, offset=1, device=values.device)
+    return products[:, one, other]
 
 
 class GridPool(nn.Module):
@@ -410,6 +444,14 @@ class GridPool(nn.Module):
     def extra_repr(self) -> str:
         """The number of cells."""
         return f"{self.grid}"
+
+
+def _check_energy(network: nn.Module, first: nn.Module) -> None:
+    if getattr(first, "output", None) != "energy":
+        raise ValueError(
+            f"{type(network).__name__} needs a first layer with output='energy', got "
+            f"{getattr(first, 'output', type(first).__name__)!r}."
+        )
 
 
 def _cells(side: int, grid: int) -> int:

@@ -37,6 +37,7 @@ _LEAST: dict[str, float] = {
     "learning_rate": 0,
     "gabor_learning_rate": 0,
     "weight_decay": 0,
+    "label_smoothing": 0,
     "epochs": 1,
     "batch_size": 1,
     "seeds": 0,
@@ -87,6 +88,8 @@ class Recipe:
         schedule: of all learning rates: ``"constant"``, or ``"cosine"``, half a cosine from the
             rates above at the first step to 0 after the last.
         weight_decay: decoupled from the gradient, for all that is no Gabor parameter.
+        label_smoothing: share of the wanted probability, from 0 to 1, that is spread evenly over
+            all classes: with it no step makes sure what is right already.
         epochs: passes over the training images.
         batch_size: images of one step at most, of all processes together.
         seeds: a network is trained for each; the seed decides its start, its samples and their
@@ -129,6 +132,7 @@ class Recipe:
     gabor_learning_rate: float | None = None
     schedule: str = "constant"
     weight_decay: float = 0.0
+    label_smoothing: float = 0.0
     epochs: int = 10
     batch_size: int = 64
     seeds: tuple[int, ...] = (0, 1, 2)
@@ -151,6 +155,8 @@ class Recipe:
             for number in value if isinstance(value, tuple) else (value,):
                 if number is not None and not least <= number < math.inf:
                     raise ValueError(f"{name} must be at least {least:g}, got {number}.")
+        if self.label_smoothing > 1:
+            raise ValueError(f"label_smoothing must be at most 1, got {self.label_smoothing}.")
         if not self.data:
             raise ValueError("data must be the name of a data set, got an empty text.")
         for name, choices in (

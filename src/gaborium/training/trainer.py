@@ -201,7 +201,8 @@ class Trainer:
             waits = i + 1 < len(parts) and fabric.world_size > 1
             with fabric.no_backward_sync(self.module) if waits else contextlib.nullcontext():
                 scores = self._scores(self.module(self._seen(self.images, part, epoch)))
-                loss = F.cross_entropy(scores, labels, reduction="sum")
+                smoothing = self.job.recipe.label_smoothing
+                loss = F.cross_entropy(scores, labels, reduction="sum", label_smoothing=smoothing)
                 # Fabric averages over the processes, whose shares differ in size.
                 fabric.backward(loss * (fabric.world_size / len(rows)))
             with torch.no_grad():
