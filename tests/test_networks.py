@@ -286,6 +286,7 @@ def test_texture_statistics_have_a_gradient_where_nothing_varies():
     (numbers[0, 0] + numbers[0, 216:].sum()).backward()
     assert energy.grad.isfinite().all()
     assert energy.grad[0, 0, 0, 0] > 0
+    assert texture_of(8, 9).statistics(energy.detach().bfloat16()).dtype == torch.float32
 
 
 def test_texture_classifier_needs_two_images_to_train_and_one_to_tell():
