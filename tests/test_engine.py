@@ -310,6 +310,7 @@ def test_put_back_means_the_start_and_nothing_else(data, monkeypatch):
     "options",
     [
         {"network": "energy"},
+        {"network": "texture"},
         {"network": "energy", "first_layer": "mixed", "beside": ("free",)},
         {"first_layer": "mixed", "learn": ("orientation",), "beside": ("gabor-fixed",)},
         {"start": "equal", "precision": "bf16-mixed"},
@@ -325,6 +326,8 @@ def test_every_part_of_a_recipe_trains(data, options):
         assert run.kernels.isfinite().all()
         if run.side != "gabor-fixed":
             assert not torch.equal(run.kernels[0], run.kernels[-1])
+    if options == {"network": "texture"}:
+        assert min(result.runs[0].displacement.values()) > 1e-6, "every field moves"
     if "learn" in options:
         moved = {name for name, value in result.runs[0].displacement.items() if value > 1e-6}
         assert moved == {"orientation"}

@@ -3,11 +3,11 @@
     python benchmarks/learning/svm.py
     python benchmarks/learning/svm.py --quick --output /tmp/quick
 
-The networks of ``run.py textures`` on KTH-TIPS, with the rates that were chosen there: mean, spread
-and flatness of the energies of 64 filters in nine cells, the filters learned together with the
-linear classifier or fixed at the good bank. Beside that classifier a support-vector machine with a
-Gaussian kernel on the same numbers, its penalty chosen on images that are kept apart, by the mean
-over the seeds.
+The networks of ``run.py textures`` on KTH-TIPS, with the rates that were chosen there: strength,
+spread and flatness of the energies of 64 filters in nine cells, and their correlations, the filters
+learned together with the linear classifier or fixed at the good bank. Beside that classifier a
+support-vector machine with a Gaussian kernel on the same numbers, its penalty chosen on images that
+are kept apart, by the mean over the seeds.
 """
 
 from __future__ import annotations

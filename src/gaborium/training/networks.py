@@ -300,6 +300,8 @@ class EnergyClassifier(nn.Module):
         ValueError: the first layer's output is no energy, or leaves no pixel.
     """
 
+    grids = _ENERGY_GRID
+
     def __init__(
         self,
         first: nn.Module,
@@ -309,21 +311,28 @@ class EnergyClassifier(nn.Module):
         grid: int | None = None,
     ) -> None:
         super().__init__()
-        _check_energy(self, first)
+        if getattr(first, "output", None) != "energy":
+            raise ValueError(
+                f"{type(self).__name__} needs a first layer with output='energy', got "
+                f"{getattr(first, 'output', type(first).__name__)!r}."
+            )
         n_dims = len(image_size)
         self.first = first
-        self.pool = GridPool(_ENERGY_GRID[n_dims] if grid is None else grid, n_dims)
-        n_channels = _n_channels(first)
-        self.norm = _NORMS[n_dims](n_channels)
+        self.pool = GridPool(self.grids[n_dims] if grid is None else grid, n_dims)
         cells = [_cells(side, self.pool.grid) for side in _size_after(first, image_size)]
-        self.classifier = nn.Linear(n_channels * math.prod(cells), n_classes)
+        n_numbers, self.norm = self._numbers(_n_channels(first), math.prod(cells))
+        self.classifier = nn.Linear(n_numbers, n_classes)
+
+    def _numbers(self, n_channels: int, n_cells: int) -> tuple[int, nn.Module]:
+        """How many numbers are classified, and what normalises them."""
+        return n_channels * n_cells, _NORMS[self.pool.n_dims](n_channels)
 
     def forward(self, input: Tensor) -> Tensor:
         """Logits ``(batch, n_classes)``."""
         return self.classifier(self.norm(self.pool(self.first(input))).flatten(1))
 
 
-class TextureClassifier(nn.Module):
+class TextureClassifier(EnergyClassifier):
     """A linear classifier of what describes a texture in a first layer's energies.
 
     Of each channel, in each cell of a grid, three logarithms:
@@ -363,24 +372,11 @@ class TextureClassifier(nn.Module):
         torch.Size([3, 244])
     """
 
-    def __init__(
-        self,
-        first: nn.Module,
-        n_classes: int,
-        *,
-        image_size: tuple[int, ...],
-        grid: int | None = None,
-    ) -> None:
-        super().__init__()
-        _check_energy(self, first)
-        n_dims = len(image_size)
-        self.first = first
-        self.pool = GridPool(_TEXTURE_GRID[n_dims] if grid is None else grid, n_dims)
-        n_channels = _n_channels(first)
-        cells = [_cells(side, self.pool.grid) for side in _size_after(first, image_size)]
-        n_numbers = 3 * n_channels * math.prod(cells) + n_channels * (n_channels - 1) // 2
-        self.norm = nn.BatchNorm1d(n_numbers)
-        self.classifier = nn.Linear(n_numbers, n_classes)
+    grids = _TEXTURE_GRID
+
+    def _numbers(self, n_channels: int, n_cells: int) -> tuple[int, nn.Module]:
+        n_numbers = 3 * n_channels * n_cells + n_channels * (n_channels - 1) // 2
+        return n_numbers, nn.BatchNorm1d(n_numbers)
 
     def statistics(self, energy: Tensor) -> Tensor:
         """Strength, spread and flatness in each cell, then correlations, ``(batch, numbers)``."""
@@ -444,14 +440,6 @@ class GridPool(nn.Module):
     def extra_repr(self) -> str:
         """The number of cells."""
         return f"{self.grid}"
-
-
-def _check_energy(network: nn.Module, first: nn.Module) -> None:
-    if getattr(first, "output", None) != "energy":
-        raise ValueError(
-            f"{type(network).__name__} needs a first layer with output='energy', got "
-            f"{getattr(first, 'output', type(first).__name__)!r}."
-        )
 
 
 def _cells(side: int, grid: int) -> int:
