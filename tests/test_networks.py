@@ -255,18 +255,58 @@ def test_texture_statistics_are_strength_spread_and_flatness_of_each_cell():
 def test_texture_statistics_end_with_the_correlations_of_logarithms():
     energy = 100 * torch.rand(2, 4, 12, 12, dtype=torch.float64) + 20
     energy[1, 2] = 3 * energy[1, 0] ** 2
-    found = texture_of(4).statistics(energy)[:, 4 * 27 :]
+    found = texture_of(4).statistics(energy)[:, 4 * 39 :]
     assert found.shape == (2, 6)
     one, other = torch.triu_indices(4, 4, 1)
     for image, numbers in zip(energy, found, strict=True):
         wanted = torch.corrcoef(image.flatten(1).log())[one, other]
         torch.testing.assert_close(numbers, wanted, atol=0.01, rtol=0)
     assert found[1, 1] > 0.99
-    assert texture_of(1).statistics(energy[:, :1]).shape == (2, 27)
+    assert texture_of(1).statistics(energy[:, :1]).shape == (2, 39)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         half = texture_of(4).statistics(energy.float())
     assert half.dtype == torch.float32
-    torch.testing.assert_close(half[:, 4 * 27 :], found.float(), atol=1e-4, rtol=0)
+    torch.testing.assert_close(half[:, 4 * 39 :], found.float(), atol=1e-4, rtol=0)
+
+
+def test_texture_statistics_hold_each_channel_beside_itself():
+    energy = 100 * torch.rand(2, 3, 12, 12, dtype=torch.float64) + 20
+    found = texture_of().statistics(energy)[:, 81:117].view(2, 3, 3, 4)  # distances, directions
+    logs = energy.log()
+    values = logs - logs.mean((2, 3), keepdim=True)
+    variance = values.square().mean((2, 3))
+    for i, k in enumerate((1, 2, 4)):
+        pairs = (
+            (values[..., k:], values[..., :-k]),
+            (values[..., k:, :-k], values[..., :-k, k:]),
+            (values[..., k:, :], values[..., :-k, :]),
+            (values[..., k:, k:], values[..., :-k, :-k]),
+        )
+        for j, (one, other) in enumerate(pairs):
+            wanted = (one * other).mean((2, 3)) / variance
+            torch.testing.assert_close(found[:, :, i, j], wanted, atol=0.01, rtol=0)
+    # Stripes come again after every fourth column, and are opposite half way.
+    stripes = (torch.arange(12) % 4 < 2).double().mul(9).add(1).expand(1, 3, 12, 12)
+    along = texture_of().statistics(stripes)[:, 81:117].view(1, 3, 3, 4)
+    torch.testing.assert_close(
+        along[0, 0, 1:, 0], torch.tensor([-1.0, 1.0]).double(), atol=0.01, rtol=0
+    )
+    torch.testing.assert_close(along[0, 0, :, 2], torch.ones(3).double(), atol=0.01, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("n_dims", "side", "n"), [(1, 9, 3), (1, 2, 1), (2, 4, 8), (3, 5, 39), (2, 1, 0)]
+)
+def test_channels_are_held_beside_themselves_as_far_as_there_is_room(n_dims, side, n):
+    first = first_layer(
+        "gabor", n_dims=n_dims, in_channels=1, n_filters=2, kernel_size=3, output="energy"
+    )
+    size = (side,) * n_dims
+    network = TextureClassifier(first, 4, image_size=size)
+    n_cells = math.prod(network.pool(torch.zeros(1, 2, *size)).shape[2:])
+    numbers = network.statistics(torch.rand(3, 2, *size, requires_grad=True))
+    assert numbers.shape == (3, 2 * 3 * n_cells + 2 * n + 1)
+    assert network(torch.rand(3, 1, *size)).shape == (3, 4)
 
 
 def test_texture_statistics_do_not_see_contrast_and_flatness_sees_gaps():

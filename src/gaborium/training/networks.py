@@ -6,6 +6,7 @@ import copy
 import math
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
+from itertools import product
 from typing import Any
 
 import torch
@@ -33,6 +34,8 @@ _ENERGY_GRID = {1: 16, 2: 7, 3: 4}
 _TEXTURE_GRID = {1: 4, 2: 3, 3: 2}  # few: a texture looks much the same everywhere
 # Energies are told apart down to this, where white input of unit variance gives some 0.5.
 _FAINT = 0.02
+# Pixels between two places of an energy that are compared, diagonally as many along both axes.
+_DISTANCES = (1, 2, 4)
 # The variance of the norm of a pair of independent normal responses, in that of one of them.
 _NORM_VARIANCE = 2 - math.pi / 2
 
@@ -319,12 +322,12 @@ class EnergyClassifier(nn.Module):
         n_dims = len(image_size)
         self.first = first
         self.pool = GridPool(self.grids[n_dims] if grid is None else grid, n_dims)
-        cells = [_cells(side, self.pool.grid) for side in _size_after(first, image_size)]
-        n_numbers, self.norm = self._numbers(_n_channels(first), math.prod(cells))
+        n_numbers, self.norm = self._numbers(_n_channels(first), _size_after(first, image_size))
         self.classifier = nn.Linear(n_numbers, n_classes)
 
-    def _numbers(self, n_channels: int, n_cells: int) -> tuple[int, nn.Module]:
-        """How many numbers are classified, and what normalises them."""
+    def _numbers(self, n_channels: int, size: tuple[int, ...]) -> tuple[int, nn.Module]:
+        """How many numbers of energies of a size are classified, and what normalises them."""
+        n_cells = math.prod(_cells(side, self.pool.grid) for side in size)
         return n_channels * n_cells, _NORMS[self.pool.n_dims](n_channels)
 
     def forward(self, input: Tensor) -> Tensor:
@@ -343,9 +346,14 @@ class TextureClassifier(EnergyClassifier):
     - flatness, the geometric mean over the mean: whether it ever goes, which a few strong edges
       do not hide
 
-    and of each pair of channels, over the whole image, the correlation of their logarithms: which
-    waves come at the same place. Contrast is an offset of all logarithms, and makes no difference.
-    All numbers are normalised over the batch, one by one, and classified linearly.
+    and over the whole image, of the logarithms of energies, correlations
+
+    - of each channel with itself 1, 2 and 4 pixels aside, along the axes and diagonally: how far a
+      wave goes on, and at what distance it comes again
+    - of each pair of channels: which waves come at the same place
+
+    Contrast is an offset of all logarithms, and makes no difference. All numbers are normalised
+    over the batch, one by one, and classified linearly.
 
     Args:
         first: a layer with ``output="energy"``.
@@ -368,18 +376,25 @@ class TextureClassifier(EnergyClassifier):
         ...     "gabor", n_dims=2, in_channels=1, n_filters=8, kernel_size=9, output="energy"
         ... )
         >>> network = TextureClassifier(first, 10, image_size=(64, 64))
-        >>> network.statistics(torch.rand(3, 8, 64, 64)).shape  # 3 * 8 * 9 and 8 * 7 / 2
-        torch.Size([3, 244])
+        >>> energy = torch.rand(3, 8, 64, 64)
+        >>> network.statistics(energy).shape  # 3 * 8 * 9, 12 * 8 and 8 * 7 / 2
+        torch.Size([3, 340])
     """
 
     grids = _TEXTURE_GRID
 
-    def _numbers(self, n_channels: int, n_cells: int) -> tuple[int, nn.Module]:
-        n_numbers = 3 * n_channels * n_cells + n_channels * (n_channels - 1) // 2
+    def _numbers(self, n_channels: int, size: tuple[int, ...]) -> tuple[int, nn.Module]:
+        of_cells, _ = super()._numbers(n_channels, size)
+        of_pairs = n_channels * (n_channels - 1) // 2
+        n_numbers = 3 * of_cells + n_channels * len(_shifts(size)) + of_pairs
         return n_numbers, nn.BatchNorm1d(n_numbers)
 
     def statistics(self, energy: Tensor) -> Tensor:
-        """Strength, spread and flatness in each cell, then correlations, ``(batch, numbers)``."""
+        """Of energies ``(batch, channels, *size)`` what is classified, ``(batch, numbers)``.
+
+        Strength, spread and flatness in each cell, then correlations, of each channel with itself
+        and of pairs of channels.
+        """
         # Under autocast energies may come in half precision, too coarse for differences of squares.
         energy = energy if energy.dtype == torch.float64 else energy.float()
         logs = (energy + _FAINT).log()
@@ -391,7 +406,8 @@ class TextureClassifier(EnergyClassifier):
         strength = strength.flatten(1)
         relative = strength - strength.mean(1, keepdim=True)
         of_cells = [relative, spread.flatten(1), flatness.flatten(1)]
-        return torch.cat([*of_cells, _correlations(logs.flatten(2))], dim=1)
+        standard = _standardised(logs)
+        return torch.cat([*of_cells, _autocorrelations(standard), _correlations(standard)], dim=1)
 
     def forward(self, input: Tensor) -> Tensor:
         """Logits ``(batch, n_classes)``."""
@@ -403,10 +419,43 @@ class TextureClassifier(EnergyClassifier):
         return self.classifier(self.norm(self.statistics(self.first(input))))
 
 
-def _correlations(values: Tensor) -> Tensor:
-    """Of each pair of channels of ``(batch, channels, pixels)``, next to 0 where nothing varies."""
-    values = values - values.mean(2, keepdim=True)
-    values = values / (values.square().mean(2, keepdim=True) + _FAINT**2).sqrt()
+def _standardised(values: Tensor) -> Tensor:
+    """Each channel of ``(batch, channels, *size)`` with mean 0 and variance 1, less if flat."""
+    axes = tuple(range(2, values.ndim))
+    values = values - values.mean(axes, keepdim=True)
+    return values / (values.square().mean(axes, keepdim=True) + _FAINT**2).sqrt()
+
+
+def _autocorrelations(standard: Tensor) -> Tensor:
+    """Of each channel with itself, moved by each of the shifts, ``(batch, channels * shifts)``."""
+    size, axes = standard.shape[2:], tuple(range(2, standard.ndim))
+    shifts = _shifts(tuple(size))
+    if not shifts:
+        return standard.new_zeros(len(standard), 0)
+    # All sums of products at once, as a power spectrum; zeros keep the borders apart.
+    padded = [side + max(_DISTANCES) for side in size]
+    spectrum = torch.fft.rfftn(standard, s=padded, dim=axes)
+    power = spectrum.real.square() + spectrum.imag.square()
+    sums = torch.fft.irfftn(power, s=padded, dim=axes)
+    n_pairs = [
+        math.prod(side - abs(step) for side, step in zip(size, shift, strict=True))
+        for shift in shifts
+    ]
+    places: Any = (..., *torch.tensor(shifts, device=sums.device).unbind(1))
+    return (sums[places] / sums.new_tensor(n_pairs)).flatten(1)
+
+
+def _shifts(size: tuple[int, ...]) -> list[tuple[int, ...]]:
+    """Pixels along each axis from one place to another, one of each two that are opposite."""
+    nowhere = (0,) * len(size)
+    ways = [way for way in product((-1, 0, 1), repeat=len(size)) if way > nowhere]
+    distances = [distance for distance in _DISTANCES if distance < min(size)]
+    return [tuple(distance * step for step in way) for distance in distances for way in ways]
+
+
+def _correlations(standard: Tensor) -> Tensor:
+    """Of each pair of channels, ``(batch, pairs)``."""
+    values = standard.flatten(2)
     with torch.autocast(values.device.type, enabled=False):
         products = values @ values.mT / values.shape[2]
     n_channels = values.shape[1]

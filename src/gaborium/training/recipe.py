@@ -67,8 +67,8 @@ class Recipe:
         samples_per_class: training images of each class, drawn with the seed of each run; by
             default all.
         network: ``"cnn"``, a small convolutional network; ``"energy"``, a linear classifier on
-            the pooled energy of the first layer; ``"texture"``, one on the logarithms of mean and
-            deviation of that energy.
+            the pooled energy of the first layer; ``"texture"``, one on its mean, spread,
+            flatness and correlations.
         first_layer: ``"gabor"``, learned Gabor filters; ``"gabor-fixed"``, the same and they stay
             where they start; ``"free"``, an ordinary convolution; ``"mixed"``, some filters of
             each kind.
