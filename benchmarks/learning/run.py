@@ -28,6 +28,7 @@ benchmarks/results/learning_EXPERIMENT.json.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import math
 import shutil
@@ -177,7 +178,10 @@ class Experiment:
             if tuning
             else self.data.test(recipe.data, unit.n_test)
         )
-        place = self.checkpoints / "-".join(map(str, piece)).replace(", ", "-").replace(" ", "-")
+        # Named by the recipe too: what a kill has left of another one is not gone on with.
+        digest = hashlib.sha256(repr(recipe).encode()).hexdigest()[:8]
+        name = "-".join(map(str, (*piece, digest)))
+        place = self.checkpoints / name.replace(", ", "-").replace(" ", "-")
         result = train(
             recipe,
             dataset=data,
