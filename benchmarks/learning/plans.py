@@ -195,7 +195,7 @@ def starts() -> list[Unit]:
 def textures() -> list[Unit]:
     photographs = replace(_BASE, data="kth-tips", batch_size=25)
     # Photographs of 128 px hold waves that are longer than a small kernel; and 450 of them are
-    # few beside 3700 numbers, by which a classifier must not be too sure.
+    # few beside 4500 numbers, by which a classifier must not be too sure.
     held = {"weight_decay": 1.0, "label_smoothing": 0.3, "epochs": 30}
     large = replace(photographs, network="texture", n_filters=64, kernel_size=21, stride=4, **held)
     patches = replace(_BASE, network="texture", data="brodatz", epochs=5, batch_size=64)
