@@ -193,12 +193,12 @@ class Gabor:
     @property
     def batch_shape(self) -> torch.Size:
         """Shape the fields broadcast to; ``center`` has one axis more."""
-        return torch.broadcast_shapes(
-            *(
-                value.shape[:-1] if name == "center" else value.shape
-                for name, value in self.as_dict().items()
-            )
-        )
+        # Each shape once: torch compares them one by one, and takes its time.
+        shapes = {
+            value.shape[:-1] if name == "center" else value.shape
+            for name, value in self.as_dict().items()
+        }
+        return torch.broadcast_shapes(*shapes)
 
     @property
     def dtype(self) -> torch.dtype:

@@ -41,21 +41,24 @@ def draw_patches(layer: Any, images: Tensor, generator: torch.Generator) -> Tens
         chosen = torch.randint(total, (limit,), generator=generator)
     chosen = chosen.to(images.device)
 
-    first, inner = torch.zeros_like(chosen), torch.zeros((), dtype=torch.long, device=chosen.device)
+    # A patch is copied row by row: along the last axis its pixels lie side by side in memory.
+    gap, k = layer.dilation[-1], layer.kernel_size[-1]
+    rows = images.flatten().unfold(0, gap * (k - 1) + 1, 1)[:, ::gap]
+    first, inner = torch.zeros_like(chosen), torch.zeros_like(chosen[:1])
     for axis in reversed(range(d)):
         reach = images.stride(2 + axis)
         first += (chosen % room[axis]) * layer.stride[axis] * reach
         chosen = chosen // room[axis]
-        pixel = torch.arange(layer.kernel_size[axis], device=chosen.device)
-        pixel = pixel * (layer.dilation[axis] * reach)
-        inner = pixel.reshape(-1, *[1] * inner.ndim) + inner
+        if axis < d - 1:
+            pixel = torch.arange(layer.kernel_size[axis], device=chosen.device)
+            pixel = pixel * (layer.dilation[axis] * reach)
+            inner = (pixel.unsqueeze(-1) + inner).flatten()
     first += chosen * images.stride(0)
     channel = torch.arange(images.shape[1], device=chosen.device) * images.stride(1)
-    inner = (channel.unsqueeze(-1) + inner.flatten()).flatten()
-    patches = images.flatten()[first.unsqueeze(-1) + inner].to(
-        torch.promote_types(images.dtype, torch.float32)
-    )
-    return patches.unflatten(1, (layer.groups, n))
+    inner = (channel.unsqueeze(-1) + inner).flatten()
+    patches = rows.index_select(0, (first.unsqueeze(-1) + inner).flatten())
+    patches = patches.to(torch.promote_types(images.dtype, torch.float32))
+    return patches.reshape(len(first), layer.groups, n)
 
 
 def mean_patch(layer: Any, images: Tensor) -> Tensor:

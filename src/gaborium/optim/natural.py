@@ -317,18 +317,14 @@ class NaturalGradient(Optimizer):
         """How kernels change at z; where a filter has hardly moved, how they did before."""
         old = state.get("slopes_at", torch.full_like(kernels, torch.inf))
         moved = (kernels - old).flatten(1).norm(dim=1) > _STALE * kernels.flatten(1).norm(dim=1)
-        known = "slopes" in state and state["slopes"].shape[2] == z.shape[1]
-        if not known or len(metric.covariance) > 1 or bool(moved.all()):
-            slopes = Slopes.at(family, metric, z)
-            state.update(slopes=slopes.kernels, hessian=slopes.hessian, slopes_at=kernels)
-        elif bool(moved.any()):
-            index = moved.nonzero().flatten()
-            fresh = Slopes.at(family.only(index), metric, z[index])
-            news = {"slopes": fresh.kernels, "hessian": fresh.hessian, "slopes_at": kernels[index]}
-            state.update(
-                {name: state[name].index_copy(0, index, new) for name, new in news.items()}
-            )
-        return Slopes(state["slopes"], state["hessian"])
+        if "slopes" in state and state["slopes"].shape[2] == z.shape[1]:
+            known = Slopes(state["slopes"], state["hessian"])
+            slopes = known.anew(family, metric, z, moved)
+            at = torch.where(moved[:, None, None], kernels, old)
+        else:
+            slopes, at = Slopes.at(family, metric, z), kernels
+        state.update(slopes=slopes.kernels, hessian=slopes.hessian, slopes_at=at)
+        return slopes
 
     def _may_leap(self, state: dict[str, Any], group: dict[str, Any], n_batches: int) -> bool:
         """Whether it was time to leap in the steps since the last move."""

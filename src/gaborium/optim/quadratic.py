@@ -95,7 +95,7 @@ class Quadratic:
     error: Tensor
 
     def pick(self, chosen: Tensor) -> Quadratic:
-        """That of some filters, of a layer with one group."""
+        """That of some filters: of several groups as many of each, in their order."""
         return Quadratic(self.metric, self.linear[chosen], self.scale[chosen], self.error[chosen])
 
     def at(self, kernels: Tensor) -> Place:

@@ -34,6 +34,16 @@ class Slopes(NamedTuple):
         _, J = family.jacobian(z)
         return cls(J, (metric.times(J) @ J.mT).sum(1))
 
+    def anew(self, family: KernelFamily, metric: Metric, z: Tensor, moved: Tensor) -> Slopes:
+        """These, and those at z for the filters that have moved, ``(filters,)``."""
+        index = moved.nonzero().flatten()
+        if not len(index):
+            return self
+        if len(index) == len(z) or len(metric.covariance) > 1:
+            return Slopes.at(family, metric, z)
+        fresh = Slopes.at(family.only(index), metric, z[index])
+        return Slopes(*(a.index_copy(0, index, b) for a, b in zip(self, fresh, strict=True)))
+
 
 def descend(
     family: KernelFamily,
@@ -62,10 +72,10 @@ def descend(
         The rows, where they lead, and the damping for next time.
     """
     place = home = loss.at(family.kernels(z)) if place is None else place
-    excess = family.excess(z)
-    for _ in range(n_iterations):
-        J, hessian = slopes or Slopes.at(family, loss.metric, z)
-        slopes = None
+    slopes = slopes or Slopes.at(family, loss.metric, z)
+    excess: Tensor | None = None
+    for i in range(n_iterations):
+        J, hessian = slopes
         slope = (J @ place.downhill.unsqueeze(-1)).squeeze(-1).sum(1)
         diagonal = hessian.diagonal(dim1=-2, dim2=-1)
         # Marquardt's scaling, with a floor for directions that move nothing.
@@ -78,11 +88,16 @@ def descend(
         new = loss.at(family.kernels(z + step))
         better = (new.value < place.value) & (new.distance(home) <= 1.5 * radius)
         beyond = family.excess(z + step)
-        better &= beyond <= excess
-        excess = torch.where(better, beyond, excess)
+        if excess is None and not bool((beyond <= 0).all()):
+            excess = family.excess(z)
+        if excess is not None:
+            better &= beyond <= excess
+            excess = torch.where(better, beyond, excess)
         z = torch.where(better.unsqueeze(-1), z + step, z)
         place = new.or_else(place, better)
         damping = torch.where(better, 0.25 * damping, 8.0 * damping).clamp(1e-9, 1e9)
+        if i + 1 < n_iterations:
+            slopes = slopes.anew(family, loss.metric, z, better)
     return z, place, damping
 
 
@@ -109,26 +124,30 @@ def leap(
     n_channels = family.record(z).amplitude.shape[1]
     parts = [slice(c, c + 1) for c in range(n_channels)]
     for part in parts if family.layer.geometry == "pair" else [slice(None)]:
-        for params in _promising(family, loss, best, part, n_best):
-            start = family.rows_of(params)
-            there = loss.at(family.kernels(start))
-            # What is far below the best need not be polished.
-            index = (there.value < _HOPEFUL * place.value).nonzero().flatten()
-            if len(loss.metric.covariance) > 1:
-                index = torch.arange(len(z), device=z.device)
-            if not len(index):
-                continue
-            some = loss.pick(index)
-            free, damping = (
-                torch.full_like(some.scale, torch.inf),
-                torch.full_like(some.scale, 1e-2),
-            )
-            end, reached, _ = descend(
-                family.only(index), some, start[index], free, damping, n_iterations=n_iterations
-            )
-            better = reached.value < place.value[index]
-            best = best.index_copy(0, index[better], end[better])
-            place = place.put(index[better], reached.pick(better))
+        # Candidates of a filter side by side: so the groups stay together.
+        rows = [family.rows_of(p) for p in _promising(family, loss, best, part, n_best)]
+        start = torch.stack(rows, 1).flatten(0, 1)
+        whose = torch.arange(len(z), device=z.device).repeat_interleave(n_best)
+        there = loss.pick(whose).at(family.only(whose).kernels(start))
+        # What is far below the best need not be polished.
+        index = (there.value < _HOPEFUL * place.value[whose]).nonzero().flatten()
+        if len(loss.metric.covariance) > 1:
+            index = torch.arange(len(whose), device=z.device)
+        if not len(index):
+            continue
+        some = loss.pick(whose[index])
+        free, damping = torch.full_like(some.scale, torch.inf), torch.full_like(some.scale, 1e-2)
+        polished, reached, _ = descend(
+            family.only(whose[index]), some, start[index], free, damping, n_iterations=n_iterations
+        )
+        end, there = start.index_copy(0, index, polished), there.put(index, reached)
+        value = torch.full_like(there.value, torch.inf)
+        value[index] = torch.where(reached.value.isnan(), torch.inf, reached.value)
+        first = value.unflatten(0, (-1, n_best)).argmin(1)
+        first += n_best * torch.arange(len(z), device=z.device)
+        better = value[first] < place.value
+        best = torch.where(better.unsqueeze(-1), end[first], best)
+        place = there.pick(first).or_else(place, better)
     return best, place
 
 
