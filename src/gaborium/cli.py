@@ -34,6 +34,12 @@ Progress = Callable[[str, int, int], None]
 Work = Callable[[Path, Progress], "tuple[Any, Tensor | None, Facts]"]
 
 
+def _at_least(least: int, **options: float) -> None:
+    for name, value in options.items():
+        if not least <= value < math.inf:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least {least}, got {value}.")
+
+
 @dataclass(frozen=True)
 class Output:
     """Where a command writes.
@@ -173,8 +179,8 @@ def main(tokens: Sequence[str] | None = None) -> NoReturn:
 
 
 def recover(
-    experiment: Experiment = _EXPERIMENT,
     *,
+    experiment: Experiment = _EXPERIMENT,
     noise: float = 0.0,
     learning_rate: tuple[float, ...] = (0.001, 0.01, 0.1, 1.0),
     momentum: tuple[float, ...] = (0.0, 0.9),
@@ -219,10 +225,10 @@ def recover(
 def fit(
     file: Path,
     /,
-    kernels: Kernels = _KERNELS,
     *,
+    kernels: Kernels = _KERNELS,
     geometry: Literal["pair", "filter"] | None = None,
-    center: bool = True,
+    fixed_center: bool = False,
     isotropic: bool = False,
     n_starts: int = 12,
     output: Output = _OUTPUT,
@@ -236,7 +242,7 @@ def fit(
         geometry: "filter": the channels of a filter share orientation, wavelength, sigma, aspect
             ratio and centre. "pair": each channel has its own. By default "filter" if there is
             an axis of channels.
-        center: Search for the envelope's centre; otherwise it is the kernel's middle.
+        fixed_center: Keep the envelope's centre at the kernel's middle.
         isotropic: Keep the aspect ratio at 1.
         n_starts: Maximum number of starts for each filter.
     """
@@ -260,13 +266,17 @@ def fit(
         results: list[Any] = []
         for piece in filters.split(max(1, min(_PIECE, _PIECE_VALUES // filters[0].numel()))):
             on_progress("Fitting", sum(map(len, results)), len(filters))
-            options: Any = {"center": center, "isotropic": isotropic, "n_starts": n_starts}
+            options: Any = {
+                "center": not fixed_center,
+                "isotropic": isotropic,
+                "n_starts": n_starts,
+            }
             results.append(fit_kernels(piece, n_dims=n_dims, geometry=share, **options))
         on_progress("Fitting", len(filters), len(filters))
         facts = {
             **_source(found),
             "geometry": share,
-            "centre": "searched" if center else "the kernel's middle",
+            "centre": "the kernel's middle" if fixed_center else "searched",
             "aspect ratio": "1" if isotropic else "searched",
             "starts": str(n_starts),
         }
@@ -278,8 +288,8 @@ def fit(
 def census(
     file: Path,
     /,
-    kernels: Kernels = _KERNELS,
     *,
+    kernels: Kernels = _KERNELS,
     n_starts: int = 12,
     output: Output = _OUTPUT,
 ) -> None:
@@ -307,8 +317,8 @@ def census(
 def convert(
     file: Path,
     /,
-    kernels: Kernels = _KERNELS,
     *,
+    kernels: Kernels = _KERNELS,
     images: Path | None = None,
     max_images: int = 64,
     threshold: float = 0.8,
@@ -379,8 +389,8 @@ def convert(
 def diagnose(
     file: Path | None = None,
     /,
-    experiment: Experiment = _EXPERIMENT,
     *,
+    experiment: Experiment = _EXPERIMENT,
     padding: int = 0,
     loss: Literal["rmse", "mse"] = "rmse",
     learning_rate: float = 1.0,
@@ -445,8 +455,8 @@ def diagnose(
 def train(
     recipe: Path | None = None,
     /,
-    options: Any = None,
     *,
+    options: Any = None,
     tensorboard: bool = False,
     output: Output = _OUTPUT,
 ) -> None:
@@ -646,12 +656,6 @@ def _by(shape: Sequence[int]) -> str:
     return " × ".join(map(str, shape))
 
 
-def _at_least(least: int, **options: float) -> None:
-    for name, value in options.items():
-        if not least <= value < math.inf:
-            raise ValueError(f"--{name.replace('_', '-')} must be at least {least}, got {value}.")
-
-
 @contextmanager
 def _rename(option: str, ours: str) -> Iterator[None]:
     """Errors name an argument of a function by the option of this command."""
@@ -673,14 +677,12 @@ def _app(cyclopts: Any, tokens: Sequence[str]) -> Any:
     )
     for record in (Output, Experiment, Kernels):
         cyclopts.Parameter(name="*")(record)
-    for command in (recover, diagnose, census, convert):
+    for command in (recover, fit, census, convert, diagnose):
         app.command(command)
-    # A default that is on needs an option that turns it off.
-    negative = {"negative": None, "negative_bool": ("no-",)}
-    app.command(fit, default_parameter=cyclopts.Parameter(**negative))
     if tokens[:1] == ["train"]:  # reading the recipe's fields takes a while
         kind = _recipe_options(cyclopts)
-        train.__annotations__["options"], train.__defaults__ = kind, (None, kind())
+        train.__annotations__["options"], train.__kwdefaults__["options"] = kind, kind()
+    # An empty list needs an option of its own, such as --no-compare-with.
     negative = {"negative": None, "negative_bool": (), "negative_iterable": ("no-",)}
     app.command(train, default_parameter=cyclopts.Parameter(**negative))
     return app
