@@ -1113,8 +1113,8 @@ def _print_diagnosis(console: Any, result: Any) -> None:
         )
         console.print(head)
         _print_indented(console, found.sentence)
-        if found.where:
-            _print_indented(console, "Where: " + _shortened(found.where), "dim")
+        if found.location:
+            _print_indented(console, "Where: " + _shortened(found.location), "dim")
         numbers = ", ".join(f"{name} {value}" for name, value in worded_numbers(found))
         if numbers:
             _print_indented(console, numbers[0].upper() + numbers[1:] + ".", "dim")
