@@ -16,8 +16,7 @@ from torch import Tensor, nn
 from gaborium.conversion.first_conv import find_first_conv, replace_first_conv
 from gaborium.conversion.measures import geometry
 from gaborium.fitting import FitResult, Outcome, fit
-from gaborium.layers import GABOR_LAYERS, LAYERS, n_learned
-from gaborium.mixed import MixedConv
+from gaborium.layers import GABOR_LAYERS, LAYERS, MixedConv, n_learned
 from gaborium.optim.inputs import draw_patches, moments_of
 from gaborium.optim.quadratic import Metric
 from gaborium.params import Gabor, plain

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gaborium import cortex
+from gaborium import starts
 from gaborium.conversion.classes import CLASSES, DEAD, probabilities, reason
 from gaborium.conversion.first_conv import find_first_conv
 from gaborium.conversion.measures import NUMBERS, geometry, measure
@@ -21,8 +21,8 @@ from gaborium.conversion.pairs import Pair, find_pairs
 from gaborium.files import read_tensors, write_tensors
 from gaborium.fitting import FitResult, fit
 from gaborium.fitting.result import fit_from_tensors, fit_tensors
+from gaborium.kernels import bandwidth_from_sigma
 from gaborium.params import plain
-from gaborium.spectrum import bandwidth_from_sigma
 
 _PIECE = 64  # filters between two calls of on_progress
 
@@ -131,7 +131,7 @@ class Census:
             Gabor function. Nothing of filters that are not two-dimensional.
 
         Reference:
-            ``gaborium.cortex`` names the publications.
+            ``gaborium.starts`` names the publications.
 
         Example:
             >>> from gaborium import Gabor2d, census, gabor
@@ -148,9 +148,9 @@ class Census:
         if self.fit.params.n_dims != 2:
             return {}
         found = self.distribution()
-        n_x, n_y = (10**mean for mean in cortex.WIDTH_MEAN)
+        n_x, n_y = (10**mean for mean in starts.V1_WIDTH_MEAN)
         bandwidth = bandwidth_from_sigma(torch.tensor(n_x), torch.tensor(1.0)).item()
-        inside = cortex.distance(found["n_x"], found["n_y"]) <= cortex.reach(0.95)
+        inside = starts.v1_distance(found["n_x"], found["n_y"]) <= starts.v1_radius(0.95)
         turned = found["orientation"] % (math.pi / 2)
         cardinal = torch.minimum(turned, math.pi / 2 - turned) <= math.pi / 8
         octaves = found["wavelength"].log2()
@@ -160,7 +160,7 @@ class Census:
             "cardinal": cardinal.double().mean().item(),
             "octaves": (octaves - octaves.mean()).square().mean().sqrt().item(),
         }
-        v1 = (n_x, n_y, bandwidth, 0.95, cortex.CARDINAL, cortex.FREQUENCY_STD)
+        v1 = (n_x, n_y, bandwidth, 0.95, starts.V1_CARDINAL, starts.V1_FREQUENCY_STD)
         return {name: (own, of_v1) for (name, own), of_v1 in zip(layer.items(), v1, strict=True)}
 
     def to_table(self) -> list[dict[str, object]]:

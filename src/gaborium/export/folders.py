@@ -22,8 +22,7 @@ from gaborium.export.plain import LAYERS_OF_OURS, to_plain
 from gaborium.export.saved import save_layer
 from gaborium.export.tables import write_params
 from gaborium.files import write_tensors, write_text
-from gaborium.layers import PairEnergy
-from gaborium.mixed import GaborLayer, MixedConv
+from gaborium.layers import GaborLayer, MixedConv, PairEnergy
 from gaborium.training import Trained
 
 # What each form is called in the folder; the graph of a network has a name of its own.

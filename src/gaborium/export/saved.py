@@ -15,8 +15,7 @@ from gaborium import __version__
 from gaborium.errors import as_sizes, one_of
 from gaborium.files import read_tensors, write_tensors
 from gaborium.images import cannot_read
-from gaborium.layers import LAYERS
-from gaborium.mixed import GaborLayer, MixedConv
+from gaborium.layers import LAYERS, GaborLayer, MixedConv
 from gaborium.params import RECORDS, UNITS, Gabor
 from gaborium.starts import STARTS
 
