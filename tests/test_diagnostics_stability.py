@@ -322,7 +322,7 @@ def test_bad_input_gets_one_clear_line():
         "holds none of the layer's": lambda: step_limit(loss, layer, optimizer=other),
         "at least 1": lambda: step_limit(loss, layer, n_iterations=0),
         "has no gradient": lambda: step_limit(lambda one: loss(one).detach(), layer),
-        "one floating number": lambda: step_limit(lambda one: one(loss.inputs), layer),
+        "must return a scalar": lambda: step_limit(lambda one: one(loss.inputs), layer),
         "The loss is nan": lambda: step_limit(lambda one: loss(one) * math.nan, layer),
         "too coarse": lambda: step_limit(loss, layer_of_orientation().bfloat16()),
         "inputs are torch.float64": lambda: step_limit(

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from gaborium.diagnostics.causes import Finding, Severity, by_severity
-from gaborium.diagnostics.losses import LayerLoss, OutputLoss, Probe
+from gaborium.diagnostics.sandbox import LayerLoss, OutputLoss, Probe
 from gaborium.diagnostics.views import (
     GaborLayer,
     filter_moments,
@@ -547,7 +547,7 @@ def _quadratic(
     layer = family.layer
     fits = (
         layer is module
-        and loss.is_squared_kind()
+        and isinstance(loss.measure, str)
         and layer.output == "real"
         and all(step == 1 for step in layer.dilation)
         and loss.inputs.ndim == layer.n_dims + 2

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from gaborium.diagnostics.causes import Finding, Severity, by_severity
-from gaborium.diagnostics.losses import LayerLoss, OutputLoss, Probe, duplicate
+from gaborium.diagnostics.sandbox import LayerLoss, OutputLoss, Probe, copied, is_response
 from gaborium.diagnostics.views import filter_moments, find_gabor_layer, kernel_slopes
 
 _DESCENT_STEPS = 200
@@ -164,17 +164,17 @@ def step_limit(
     settings = _settings(layer, optimizer)
     Probe(loss, layer)  # says what is wrong with them in their own precision
     if isinstance(loss, OutputLoss):
-        loss, layer = loss.double(), duplicate(layer).double()
+        loss, layer = loss.double(), copied(layer).double()
     probe = Probe(loss, layer)
     probe.learned = {name: value for name, value in probe.learned.items() if name in chosen}
     here = probe.flat()
     present_loss, _ = probe.slope(here)
 
     squared, is_smooth = None, False
-    if isinstance(loss, OutputLoss) and loss.has_outputs_like_targets(layer):
-        squared = Probe(loss.squared(), layer)
+    if isinstance(loss, OutputLoss) and is_response(copied(layer)(loss.inputs), loss.targets):
+        squared = Probe(OutputLoss(loss.inputs, loss.targets), layer)
         squared.learned = probe.learned
-        is_smooth = loss.is_squared_kind()
+        is_smooth = isinstance(loss.measure, str)
     there = _descend(squared or probe, here)
     if not is_smooth:  # other measures may have other minima
         there = min(
@@ -394,9 +394,9 @@ def _response_slopes(loss: LayerLoss, probe: Probe, point: Tensor) -> dict[str, 
         return {}
     if layer.output != "real" or any(step != 1 for step in layer.dilation) or not layer.learn:
         return {}
-    copied = duplicate(layer)
-    copied.load_state_dict(layer.state_dict() | probe.named(point))
-    names, slopes = kernel_slopes(copied)
+    twin = copied(layer)
+    twin.load_state_dict(layer.state_dict() | probe.named(point))
+    names, slopes = kernel_slopes(twin)
     powers = []
     for index in range(layer.n_filters):
         squares = filter_moments(layer, index, loss.inputs, None).second_moment
