@@ -136,7 +136,10 @@ def test_a_cone_is_seen_through_any_function_of_the_layer():
 def test_a_cone_has_the_basin_of_its_square():
     layer = layer_of_orientation()
     loss = near(layer, "rmse")
-    root, squared = step_limit(loss, layer), step_limit(loss.squared(), layer)
+    root, squared = (
+        step_limit(loss, layer),
+        step_limit(OutputLoss(loss.inputs, loss.targets), layer),
+    )
     assert root.basin == pytest.approx(squared.basin, rel=0.11)  # the grid of distances
     assert squared.basin == pytest.approx(
         landscape(loss, layer, "orientation").half_width[0], rel=0.15

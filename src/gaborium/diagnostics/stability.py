@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from gaborium.diagnostics.causes import Finding, Severity, by_severity
-from gaborium.diagnostics.sandbox import LayerLoss, OutputLoss, Probe, copied, is_response
+from gaborium.diagnostics.sandbox import LayerLoss, OutputLoss, Probe, Sandbox, copied, is_response
 from gaborium.diagnostics.views import filter_moments, find_gabor_layer, kernel_slopes
 
 _DESCENT_STEPS = 200
@@ -171,7 +171,9 @@ def step_limit(
     present_loss, _ = probe.slope(here)
 
     squared, is_smooth = None, False
-    if isinstance(loss, OutputLoss) and is_response(copied(layer)(loss.inputs), loss.targets):
+    if isinstance(loss, OutputLoss) and is_response(
+        Sandbox(layer, loss.inputs).run().output, loss.targets
+    ):
         squared = Probe(OutputLoss(loss.inputs, loss.targets), layer)
         squared.learned = probe.learned
         is_smooth = isinstance(loss.measure, str)
