@@ -136,7 +136,8 @@ def test_a_cone_is_seen_through_any_function_of_the_layer():
 def test_a_cone_has_the_basin_of_its_square():
     layer = layer_of_orientation()
     loss = near(layer, "rmse")
-    root, squared = (
+    root = step_limit(loss, layer)
+    squared = step_limit(OutputLoss(loss.inputs, loss.targets), layer)
         step_limit(loss, layer),
         step_limit(OutputLoss(loss.inputs, loss.targets), layer),
     )
