@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import cmath
 import math
+from typing import Any
 
 import torch
 
@@ -196,7 +197,7 @@ def from_opencv(
         (-1.5708, 0.5)
     """
     given = {"orientation": theta, "wavelength": lambd, "sigma": sigma, "aspect_ratio": gamma}
-    fields = as_tensors(given | {"phase": psi}, dtype)
+    fields: dict[str, Any] = as_tensors(given | {"phase": psi}, dtype)
     return Gabor2d.of(**fields | {"phase": -fields["phase"]})
 
 
