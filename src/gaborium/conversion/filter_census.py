@@ -24,8 +24,6 @@ from gaborium.fitting.result import fit_from_tensors, fit_tensors
 from gaborium.kernels import bandwidth_from_sigma
 from gaborium.params import plain
 
-_FORMAT = 1  # of saved censuses
-_NEED = {"extra": "shards", "purpose": "Saved censuses"}
 _PIECE = 64  # filters between two calls of on_progress
 
 
@@ -183,7 +181,7 @@ class Census:
     def to_json(self, *, indent: int | None = None) -> str:
         """All that was found as JSON text; infinities and missing numbers are inf and nan."""
         document = {
-            "name": self.name,
+            "model": self.name,
             "classes": CLASSES,
             "counts": self.counts,
             "labels": self.labels,
@@ -222,12 +220,13 @@ class Census:
         tensors |= {f"numbers.{name}": value for name, value in self.numbers.items()}
         tensors["probability"] = self.probability
         facts |= {
-            "format": _FORMAT,
+            "name": "gaborium.census",
+            "format": 1,
             "labels": self.labels,
             "pairs": [list(pair) for pair in self.pairs],
-            "name": self.name,
+            "model": self.name,
         }
-        write_tensors(path, tensors, facts, **_NEED)
+        write_tensors(path, tensors, facts)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Census:
@@ -244,9 +243,7 @@ class Census:
             OSError: the file cannot be read.
             ValueError: it is cut off or damaged, is no saved census, or has a newer format.
         """
-        tensors, facts = read_tensors(
-            path, newest=_FORMAT, what="a census of Census.save", again="take it again", **_NEED
-        )
+        tensors, facts = read_tensors(path, kind="census")
         try:
             return cls(
                 labels=tuple(facts["labels"]),
@@ -254,7 +251,7 @@ class Census:
                 numbers={name: tensors[f"numbers.{name}"] for name in NUMBERS},
                 fit=fit_from_tensors(tensors, facts),
                 pairs=tuple(Pair(*pair) for pair in facts["pairs"]),
-                name=facts["name"],
+                name=facts["model"],
             )
         except LookupError as error:
             raise ValueError(

@@ -191,4 +191,4 @@ def _input(trained: Trained) -> dict[str, Any]:
 def _write_plain(model: nn.Module, path: Path) -> None:
     plain = to_plain(model)
     facts = {"format": 1, "name": "gaborium.plain", "layer": " ".join(repr(plain).split())}
-    write_tensors(path, plain.state_dict(), facts, extra="export", purpose="Saved layers")
+    write_tensors(path, plain.state_dict(), facts)
