@@ -138,9 +138,6 @@ def test_a_cone_has_the_basin_of_its_square():
     loss = near(layer, "rmse")
     root = step_limit(loss, layer)
     squared = step_limit(OutputLoss(loss.inputs, loss.targets), layer)
-        step_limit(loss, layer),
-        step_limit(OutputLoss(loss.inputs, loss.targets), layer),
-    )
     assert root.basin == pytest.approx(squared.basin, rel=0.11)  # the grid of distances
     assert squared.basin == pytest.approx(
         landscape(loss, layer, "orientation").half_width[0], rel=0.15
