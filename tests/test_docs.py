@@ -20,7 +20,7 @@ from gaborium.cli import diagnose as diagnose_command
 from gaborium.cli import export as export_command
 from gaborium.cli import recover as recover_command
 from gaborium.cli import train as train_command
-from gaborium.diagnostics.diagnosis import _ORDER as CAUSES
+from gaborium.diagnostics.causes import CAUSES
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"

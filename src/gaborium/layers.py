@@ -29,30 +29,33 @@ PLAIN_LAYERS: dict[int, Any] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 # Standard deviations of the envelope that a kernel should hold to each side; below that its
 # border cuts the envelope at more than a third of its height, and it is no Gabor any more.
 ENOUGH_STDS = 1.5
-_MOST_INPUTS = 32  # parts of a batch that a tap keeps
+_MOST_INPUTS = 32  # parts of a batch that a hook keeps
 # A smaller norm at amplitude 1 is rounding error, or an envelope lost between pixels.
 FAINTEST = 1e-6
 
 Record = TypeVar("Record", bound=Gabor)
 
 
-class KernelTap:
-    """Where an optimiser reads the gradient of a layer's kernels.
+class KernelGradientHook:
+    """Gives an optimiser the gradient of the loss with respect to a layer's kernels.
 
-    ``kernel`` and ``offset`` are zeros that are added to the kernels and to the responses, at
-    least in single precision. They never change; but after ``loss.backward()`` their gradients
-    are those of the loss with respect to the kernels and to each response's mean, accumulated,
-    scaled and reduced as any parameter's. A module makes room for one as ``tap``. Where there is
-    no bias and ``hears_offset`` is false, the responses are left alone.
+    ``kernel`` and ``offset`` are zeros, at least in single precision, that the layer adds to its
+    kernels and its bias. They never change. After ``loss.backward()`` their gradients are the
+    gradients of the loss with respect to the kernels and to the mean of each channel's responses;
+    like all gradients they add up, and are scaled and reduced with the others.
 
     Args:
-        weight: kernels of the shape to come, ``(out, in / groups, *kernel_size)``.
+        weight: kernels ``(out, in / groups, *kernel_size)``, for their shape, dtype and device.
+
+    Attributes:
+        inputs: the last inputs of the layer, until an optimiser clears them.
+        needs_output_mean: whether ``offset`` is added; it costs a sum over all responses.
 
     Example:
         >>> layer = GaborConv2d(1, 4, 7)
-        >>> layer.tap = KernelTap(layer.weight)
+        >>> layer.gradient_hook = KernelGradientHook(layer.weight)
         >>> layer(torch.rand(2, 1, 16, 16)).sum().backward()
-        >>> layer.tap.kernel.grad.shape
+        >>> layer.gradient_hook.kernel.grad.shape
         torch.Size([4, 1, 7, 7])
     """
 
@@ -60,18 +63,16 @@ class KernelTap:
         zeros = torch.zeros_like(weight, dtype=torch.promote_types(weight.dtype, torch.float32))
         self.kernel = nn.Parameter(zeros)
         self.offset = nn.Parameter(zeros.flatten(1)[:, 0].clone())
-        # What the layer saw since an optimiser last stepped; one that never steps must not fill
-        # the memory.
+        # Limited, so that a hook whose optimiser never steps does not fill the memory.
         self.inputs: deque[Tensor] = deque(maxlen=_MOST_INPUTS)
-        # A sum over all responses, which a layer without bias can be spared.
-        self.hears_offset = True
+        self.needs_output_mean = True
 
     def __call__(
         self, input: Tensor, weight: Tensor, bias: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
-        """The same kernels and bias, with the zeros added."""
+        """Kernels and bias with the zeros added."""
         self.inputs.append(input.detach())
-        if bias is None and not self.hears_offset:
+        if bias is None and not self.needs_output_mean:
             return weight + self.kernel.to(weight), None
         offset = self.offset.to(weight)
         return weight + self.kernel.to(weight), offset if bias is None else bias + offset
@@ -83,7 +84,7 @@ class _GaborConv(nn.Module, Generic[Record]):
     n_dims: ClassVar[int]
     log_sigma: Tensor
     bias: nn.Parameter | None
-    tap: KernelTap | None = None
+    gradient_hook: KernelGradientHook | None = None
 
     def __init__(
         self,
@@ -168,17 +169,17 @@ class _GaborConv(nn.Module, Generic[Record]):
 
     def forward(self, input: Tensor) -> Tensor:
         """Convolve ``(batch, in_channels, *size)``, or the same without batch."""
-        responses = self.convolve(input, *self.tapped(input))
+        responses = self.convolve(input, *self.weight_and_bias(input))
         if self.output != "energy":
             return responses
         return biased(pair_norms(responses, dim=-self.n_dims - 1), self.bias, self.n_dims)
 
-    def tapped(self, input: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The kernels and the bias to convolve with, which an optimiser may listen to."""
+    def weight_and_bias(self, input: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Kernels and bias to convolve with, through the gradient hook if there is one."""
         bias = None if self.output == "energy" else self.bias
-        if self.tap is None or not torch.is_grad_enabled():
+        if self.gradient_hook is None or not torch.is_grad_enabled():
             return self.weight, bias
-        return self.tap(input, self.weight, bias)
+        return self.gradient_hook(input, self.weight, bias)
 
     def convolve(self, image: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """Convolve with any kernels, otherwise as this layer does."""

@@ -129,7 +129,7 @@ class MixedConv(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         """Convolve ``(batch, in_channels, *size)``, or the same without batch."""
-        weight, bias = self.gabor.tapped(input)
+        weight, bias = self.gabor.weight_and_bias(input)
         weight = torch.cat([weight, self.free])[self.order]
         if bias is not None:
             free = bias.new_zeros(len(self.free)) if self.free_bias is None else self.free_bias

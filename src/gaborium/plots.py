@@ -1119,7 +1119,7 @@ def plot_training(result: TrainResult) -> Figure:
     """
     moving = [run for run in result.runs if any(run.displacement.values())]
     fields = list(moving[0].displacement) if moving else []
-    colors = dict(zip(result.sides, (TRAINED, INK, *_RATES), strict=False))
+    colors = dict(zip(result.variants, (TRAINED, INK, *_RATES), strict=False))
     with _style():
         rows = 1 + math.ceil(len(fields) / 3)
         figure = _figure(_WIDTH, 2.2 * rows)
@@ -1131,9 +1131,9 @@ def plot_training(result: TrainResult) -> Figure:
             place = figure.add_subplot(grid[0, columns])
             for run in result.runs:
                 points = [(p["epoch"], p[name]) for p in run.curve if name in p]
-                label = run.side if run.seed == result.recipe.seeds[0] else None
+                label = run.variant if run.seed == result.recipe.seeds[0] else None
                 if points:
-                    place.plot(*zip(*points, strict=True), color=colors[run.side], label=label)
+                    place.plot(*zip(*points, strict=True), color=colors[run.variant], label=label)
             place.set(title=title, xlabel="epoch")
             if name == "test_accuracy":
                 place.yaxis.set_major_formatter(lambda value, _: f"{100 * value:g} %")
@@ -1145,7 +1145,7 @@ def plot_training(result: TrainResult) -> Figure:
             turn = 180 / math.pi if unit == "rad" else 1.0
             for run in moving:
                 values = [turn * point["displacement"][name] for point in run.curve]
-                place.plot([p["epoch"] for p in run.curve], values, color=colors[run.side])
+                place.plot([p["epoch"] for p in run.curve], values, color=colors[run.variant])
             shown = {"rad": ", degrees", "px": ", px"}.get(unit, "")
             place.set(title=f"Moved: {name.replace('_', ' ')}{shown}", xlabel="epoch")
             place.set_ylim(bottom=0)
@@ -1164,7 +1164,7 @@ def plot_trained_filters(result: TrainResult) -> Figure:
     Raises:
         ImportError: matplotlib is not installed.
     """
-    runs = [result.of(side)[0] for side in result.sides]
+    runs = [result.runs_of(variant)[0] for variant in result.variants]
     pairs = [kernel_images(run.kernels[[0, -1]]) for run in runs]
     n = max(pair.shape[1] for pair in pairs)
     columns = min(n, 8)
@@ -1175,7 +1175,9 @@ def plot_trained_filters(result: TrainResult) -> Figure:
         parts = figure.subfigures(len(runs), 2, squeeze=False)
         for line, run, pair in zip(parts, runs, pairs, strict=True):
             for part, images, when in zip(line, pair, ("start", "end"), strict=True):
-                part.suptitle(f"{run.side}, seed {run.seed}: {when}", fontsize=8, x=0.02, ha="left")
+                part.suptitle(
+                    f"{run.variant}, seed {run.seed}: {when}", fontsize=8, x=0.02, ha="left"
+                )
                 axes = part.subplots(rows, columns, squeeze=False)
                 for index, place in enumerate(axes.flat):
                     _frame(place, visible=index < len(images))

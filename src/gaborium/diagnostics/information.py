@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from gaborium.diagnostics.findings import Finding, Severity, by_severity
+from gaborium.diagnostics.causes import Finding, Severity, by_severity
 from gaborium.diagnostics.losses import check_same_place
 from gaborium.diagnostics.moments import Moments
 from gaborium.diagnostics.views import (

@@ -84,7 +84,7 @@ class Journal:
         if self.writer is not None:
             for name, value in line.items():
                 if isinstance(value, float):
-                    tag = f"{line['side']}, seed {line['seed']}/{line['kind']} {name}"
+                    tag = f"{line['variant']}, seed {line['seed']}/{line['kind']} {name}"
                     self.writer.add_scalar(tag, value, line["step"])
         if self.progress is not None:
             self.progress({**line, "n_steps": n_steps})
