@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -131,7 +130,7 @@ def landscape(
           wavelength not below 2 px), an amplitude to twice its size on either side of 0, a centre
           over half of the kernel
         - if a filter has several values of a field, one per input channel, all of them move
-          together; the position is that of the first
+          together; the position is the first one's
         - a start descends on the grid, from each point to its steepest neighbour
 
     Args:
@@ -168,7 +167,7 @@ def landscape(
     probe = Probe(loss, layer)
     varied = _varied(probe.layer, filter, names)
     axes = [_axis(field, (span or {}).get(field.name, field.span), n) for field in varied.fields]
-    exact = _from_patches(loss, probe.layer, varied)
+    exact = _from_patches(loss, varied)
     is_root = isinstance(loss, OutputLoss) and loss.measure == "rmse"
 
     @torch.no_grad()
@@ -275,9 +274,8 @@ class _Axis(NamedTuple):
 def _axis(field: _Field, span: Span | None, n: int) -> _Axis:
     here = torch.tensor(field.present, dtype=torch.float64)
     if span is None and not field.unit:
-        raise ValueError(
-            f"{field.name} is a parameter of unknown range; give span={{{field.name!r}: (low, high)}}."
-        )
+        name = field.name
+        raise ValueError(f"{name} has an unknown range; give span={{{name!r}: (low, high)}}.")
     if span is None:
         # The present value is a point of the grid, which begins near -π.
         step = 2 * math.pi / n
@@ -345,12 +343,12 @@ class _Parameters:
 class _GaborFields:
     """One or two fields of one filter of a Gabor layer."""
 
-    def __init__(self, name: str, layer: Any, index: int, names: tuple[str, ...]) -> None:
+    def __init__(self, layer_name: str, layer: Any, index: int, names: Sequence[str]) -> None:
         if not 0 <= index < layer.n_filters:
             raise ValueError(
                 f"filter must be from 0 to {layer.n_filters - 1} in this layer, got {index}."
             )
-        self.name, self.layer, self.index = name, layer, index
+        self.layer_name, self.layer, self.index = layer_name, layer, index
         params = layer.params.detach().to(torch.float64)
         self.record = type(params)
         self.base = {name: value[index] for name, value in params.as_dict().items()}
@@ -367,7 +365,7 @@ class _GaborFields:
 
     def tensors(self, points: Tensor) -> Iterator[dict[str, Tensor]]:
         """The layer's tensors, by name in the module, for each of the points."""
-        raw, prefix = self._raw(points), self.name and self.name + "."
+        raw, prefix = self._raw(points), self.layer_name and self.layer_name + "."
         for i in range(len(points)):
             whole = {name: getattr(self.layer, name).detach().clone() for name in raw}
             for name, tensor in whole.items():
@@ -399,7 +397,9 @@ class _GaborFields:
         arguments = recover_arguments(self.layer) if exact else None
         if arguments is not None:
             return RECOVER.format(arguments=arguments)
-        code = f"layer = module.get_submodule({self.name!r})\nparams = layer.params.detach()\n"
+        code = (
+            f"layer = module.get_submodule({self.layer_name!r})\nparams = layer.params.detach()\n"
+        )
         for (name, *_), value in zip(self.fields, position, strict=True):
             place = f"{name}[{self.index}]"
             if name in _CENTER:
@@ -425,15 +425,13 @@ def _default_span(field: str, present: float, kernel_size: tuple[int, ...]) -> S
     return low, 4 * present
 
 
-def _from_patches(
-    loss: LayerLoss, module: nn.Module, varied: _Parameters | _GaborFields
-) -> _Function | None:
+def _from_patches(loss: LayerLoss, varied: _Parameters | _GaborFields) -> _Function | None:
     """The squared error at values ``(batch, fields)``, where patch statistics give it."""
     if not isinstance(loss, OutputLoss) or not isinstance(varied, _GaborFields):
         return None
     layer, index = varied.layer, varied.index
     if (
-        layer is not module
+        varied.layer_name
         or not loss.is_squared_kind()
         or layer.output != "real"
         or any(step != 1 for step in layer.dilation)
@@ -461,7 +459,7 @@ def _watershed(
 ) -> tuple[Tensor, Tensor]:
     """The minima of a grid (flat indices), and for each point which of them it descends to.
 
-    A minimum less than ``rounding`` deep is none: descent goes on over its rim.
+    Minima at most ``rounding`` deep do not count: descent goes on over their rims.
     """
     shape, flat = values.shape, values.flatten().tolist()
     places = list(itertools.product(*map(range, shape)))

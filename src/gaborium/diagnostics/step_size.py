@@ -39,8 +39,6 @@ class StepLimit:
         basin: distance at which the squared error stops being convex along that direction;
             infinite if it never does.
         steepest: the largest slope up to there.
-        minimum_loss: where the descent ended.
-        present_loss: where it began.
         learning_rate: of the optimiser; ``None`` without one.
         momentum: of the optimiser, 0 without one.
         adaptive: whether the optimiser divides by the gradient's size, as Adam does.
@@ -55,8 +53,6 @@ class StepLimit:
     slopes: tuple[float, ...]
     basin: float
     steepest: float
-    minimum_loss: float
-    present_loss: float
     learning_rate: float | None = None
     momentum: float = 0.0
     adaptive: bool = False
@@ -96,7 +92,7 @@ class StepLimit:
 
     @property
     def findings(self) -> list[Finding]:
-        """What is wrong with the loss' shape or with the optimiser's step."""
+        """Faults of the loss' shape and of the optimiser's step."""
         return by_severity(_findings(self))
 
     def travel(self, slope: float) -> float:
@@ -122,44 +118,27 @@ def step_limit(
 
     Raises:
         ValueError: the loss is not a finite scalar, not the same twice or has no gradient, or
-            nothing is learned.
+            no parameter is learned.
 
     Example:
-        >>> from gaborium import Gabor2d, GaborConv2d
-        >>> layer = GaborConv2d(
-        ...     1,
-        ...     1,
-        ...     9,
-        ...     bias=False,
-        ...     learn="orientation",
-        ...     coordinates="textbook",
-        ...     start=Gabor2d.of(orientation=0.5, wavelength=5.0, sigma=2.0),
-        ... )
-        >>> image = torch.randn(1, 1, 40, 40)
-        >>> targets = layer(image).detach()
-        >>> layer.params = layer.params.detach().replace(orientation=torch.tensor([[0.4]]))
-        >>> squared, root = (
-        ...     step_limit(OutputLoss(image, targets, measure), layer)
-        ...     for measure in ("mse", "rmse")
-        ... )
-        >>> squared.is_cone, root.is_cone, root.step_limit
-        (False, True, 0.0)
+        >>> layer, inputs = nn.Linear(2, 1), torch.randn(50, 2)
+        >>> targets = inputs.sum(1, keepdim=True)
+        >>> found = [step_limit(OutputLoss(inputs, targets, m), layer) for m in ("mse", "rmse")]
+        >>> [(one.is_cone, one.step_limit > 0) for one in found]
+        [(False, True), (True, False)]
     """
-    chosen = _learned_by(layer, optimizer)
-    Probe(loss, layer)  # reports what is wrong with them in their own precision
+    chosen, settings = _stepped(layer, optimizer)
+    Probe(loss, layer)  # reports faults in their own precision
     if isinstance(loss, OutputLoss):
         loss, layer = loss.double(), duplicate(layer).double()
     probe = Probe(loss, layer)
     probe.learned = {name: value for name, value in probe.learned.items() if name in chosen}
-    here = probe.flat()
-    present_loss, _ = probe.slope(here)
-
     squared, is_smooth = None, False
     if isinstance(loss, OutputLoss) and loss.has_outputs_like_targets(layer):
         squared = Probe(loss.squared(), layer)
         squared.learned = probe.learned
         is_smooth = loss.is_squared_kind()
-    there = _descend(squared or probe, here)
+    there = _descend(squared or probe, probe.flat())
     if not is_smooth:  # other measures may have other minima
         there = min(
             (_descend(probe, there), _descend(probe, there, square=True), there),
@@ -188,44 +167,39 @@ def step_limit(
         slopes=tuple(slopes),
         basin=basin,
         steepest=steepest,
-        minimum_loss=probe.at(there).item(),
-        present_loss=present_loss,
         has_targets=squared is not None,
-        **_settings(layer, optimizer),
+        **settings,
     )
 
 
 # -- the optimiser ------------------------------------------------------------------------------
 
 
-def _learned_by(layer: nn.Module, optimizer: torch.optim.Optimizer | None) -> set[str]:
-    """Names of the parameters that are learned, by the optimiser if there is one."""
+def _stepped(
+    layer: nn.Module, optimizer: torch.optim.Optimizer | None
+) -> tuple[set[str], dict[str, Any]]:
+    """Names of the parameters that are learned, and the optimiser's settings for them.
+
+    Of several groups the one with the largest step counts.
+    """
     if not isinstance(layer, nn.Module):
         raise TypeError(f"layer must be an nn.Module, got {type(layer).__name__}.")
     learned = {name: p for name, p in layer.named_parameters() if p.requires_grad}
     if not learned:
-        raise ValueError("The layer learns nothing: none of its parameters requires a gradient.")
+        raise ValueError("The layer learns no parameter: not one of them requires a gradient.")
     if optimizer is None:
-        return set(learned)
-    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    chosen = {name for name, p in learned.items() if id(p) in held}
-    if not chosen:
+        return set(learned), {}
+    mine = {id(p): name for name, p in learned.items()}
+    held = [(group, [mine.get(id(p)) for p in group["params"]]) for group in optimizer.param_groups]
+    groups = [group for group, names in held if any(names)]
+    if not groups:
         raise ValueError(
-            "The optimizer holds none of the layer's learned parameters; make it from "
+            "The optimizer has no learned parameter of the layer; make it from "
             "layer.parameters() of this very layer."
         )
-    return chosen
-
-
-def _settings(layer: nn.Module, optimizer: torch.optim.Optimizer | None) -> dict[str, Any]:
-    """Of the group with the largest step among those that hold parameters of the layer."""
-    if optimizer is None:
-        return {}
-    mine = {id(p) for p in layer.parameters()}
-    groups = [g for g in optimizer.param_groups if any(id(p) in mine for p in g["params"])]
     group = max(groups, key=lambda group: float(group["lr"]))
     adaptive = "eps" in group or "etas" in group
-    return {
+    return {name for _, names in held for name in names if name}, {
         "learning_rate": float(group["lr"]),
         "momentum": 0.0 if adaptive else float(group.get("momentum", 0.0)),
         "adaptive": adaptive,
@@ -318,7 +292,11 @@ def _basin(
 
 def _findings(found: StepLimit) -> Iterator[Finding]:
     rate, momentum, basin = found.learning_rate, found.momentum, found.basin
-    measured = {"exponent": found.exponent, "basin": basin, "sharpness": found.sharpness}
+    measured: dict[str, Any] = {
+        "exponent": found.exponent,
+        "basin": basin,
+        "sharpness": found.sharpness,
+    }
     if rate is None:
         if found.is_cone:
             consequence = "Descent with a fixed step cycles around it and never settles"
@@ -372,7 +350,7 @@ def _findings(found: StepLimit) -> Iterator[Finding]:
 
 
 def _cone(
-    found: StepLimit, severity: Severity, consequence: str, measured: dict[str, float]
+    found: StepLimit, severity: Severity, consequence: str, measured: dict[str, Any]
 ) -> Finding:
     """With the squared error for a remedy, and a step that settles there."""
     if found.has_targets:
@@ -390,7 +368,7 @@ def _cone(
 
 
 def _momentum(
-    found: StepLimit, travel: float, reason: str, momentum: float, measured: dict[str, float]
+    found: StepLimit, travel: float, reason: str, momentum: float, measured: dict[str, Any]
 ) -> Finding:
     at_cone = found.is_cone
     return finding(
