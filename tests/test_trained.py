@@ -1,6 +1,5 @@
 """Trained networks: what comes out of a training's folder is what was measured, or one line."""
 
-import re
 import shutil
 from pathlib import Path
 
@@ -179,10 +178,10 @@ def test_a_flipped_bit_and_a_cut_are_noticed(place, tmp_path, where):
     data = bytearray((place / "gabor-3" / NETWORK_FILE).read_bytes())
     copy = tmp_path / NETWORK_FILE
     copy.write_bytes(data[:where])
-    assert re.search(r"is cut off|is not a network of gaborium train", told(copy))
+    assert "is not a saved network of gaborium, or is damaged" in told(copy)
     data[where] ^= 4
     copy.write_bytes(data)
-    assert re.search(r"is damaged|is cut off|first bytes are damaged", told(copy))
+    assert "is damaged" in told(copy)
     assert repr(str(copy)) in told(copy)
 
 
@@ -192,7 +191,7 @@ def test_files_of_another_kind_are_told(place, tmp_path):
     checkpoint = next((place / "gabor-3").glob("checkpoint-*"))
     for path in (tmp_path / "layer.safetensors", checkpoint):
         assert not is_trained(path)
-        assert "is another file of gaborium and not a network of gaborium train" in told(path)
-    assert "is not a network of gaborium train" in told(tmp_path / "pickle.pt")
-    with pytest.raises(ValueError, match="is another file of gaborium and not a checkpoint"):
+        assert "expected a saved network" in told(path)
+    assert "is not a saved network of gaborium" in told(tmp_path / "pickle.pt")
+    with pytest.raises(ValueError, match="expected a saved checkpoint"):
         load_state(place / "gabor-3" / NETWORK_FILE)

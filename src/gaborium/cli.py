@@ -435,8 +435,6 @@ def convert(
                 folder / "weights.safetensors",
                 weights,
                 {"name": "gaborium.weights", "format": 1, "file": found.name, "array": found.key},
-                extra="cli",
-                purpose=".safetensors files",
             )
             write_conversion(conversion, found.layer.weight.detach(), folder, facts=facts)
     _print_conversion(console, conversion, found, set(weights) - set(found.arrays))

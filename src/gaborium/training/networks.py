@@ -14,8 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gaborium.errors import as_sizes, one_of
-from gaborium.layers import LAYERS, PLAIN_LAYERS, PairEnergy
-from gaborium.mixed import MixedConv
+from gaborium.layers import LAYERS, PLAIN_LAYERS, MixedConv, PairEnergy
 from gaborium.params import RECORDS, Gabor
 from gaborium.starts import STARTS
 

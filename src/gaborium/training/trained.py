@@ -25,11 +25,8 @@ from gaborium.training.networks import FIRST_OUTPUTS, build_network, make_first_
 from gaborium.training.recipe import Recipe
 
 NETWORK_FILE = "network.safetensors"
-_FORMAT = 1
-_NAME = "gaborium.trained"
-_WHAT = "a network of gaborium train"
+_NAME = "gaborium.network"
 _AGAIN = "train again"
-_NEED = {"extra": "train", "purpose": "Trained networks"}
 
 
 @dataclass(frozen=True)
@@ -147,9 +144,7 @@ def load_trained(
     """
     file = find_network(Path(path), variant, seed)
     shown = repr(os.fspath(file))
-    tensors, facts = read_tensors(file, newest=_FORMAT, what=_WHAT, again=_AGAIN, **_NEED)
-    if facts.get("name") != _NAME:
-        raise ValueError(f"{shown} is another file of gaborium and not {_WHAT}; give such a file.")
+    tensors, facts = read_tensors(file, kind="network")
     try:
         if facts["own"] and model is None:
             told = f"{shown} was trained with a network of yours; give it as model."
@@ -224,7 +219,7 @@ def save_trained(
     """
     facts = {
         "name": _NAME,
-        "format": _FORMAT,
+        "format": 1,
         "gaborium": __version__,
         "recipe": vars(trained.recipe),
         "variant": trained.variant,
@@ -233,7 +228,7 @@ def save_trained(
         "start": None if start is None else json.loads(start.to_json()),
         "own": own,
     }
-    write_tensors(path, trained.network.state_dict(), facts, **_NEED)
+    write_tensors(path, trained.network.state_dict(), facts)
 
 
 def make_network(
