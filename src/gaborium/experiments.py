@@ -21,10 +21,10 @@ from torch import Tensor
 from gaborium.diagnostics import SetUp
 from gaborium.errors import as_sizes, one_of
 from gaborium.fitting import FitResult, fit, recover
-from gaborium.fitting.statistics import PatchStatistics
 from gaborium.kernels import gabor, orientation_basin
 from gaborium.layers import GaborConv2d
 from gaborium.params import UNITS, Gabor, Gabor2d
+from gaborium.patches import PatchStatistics
 
 Progress = Callable[[str, int, int], None]  # stage, steps done, steps in all
 
@@ -526,10 +526,9 @@ def _global_step(layer: GaborConv2d, x: Tensor, y: Tensor, covariance: Tensor) -
 
 def _patch_covariance(x: Tensor, kernel_size: tuple[int, int]) -> Tensor:
     """Covariance of the patches of images, ``(channels · pixels,) * 2``."""
-    statistics = PatchStatistics(kernel_size, n_channels=x.shape[1], n_outputs=0)
-    room = [axis - size + 1 for axis, size in zip(x.shape[2:], kernel_size, strict=True)]
-    statistics.add(x, x.new_zeros(len(x), 0, *room))
-    return statistics.covariance()
+    statistics = PatchStatistics(kernel_size, n_channels=x.shape[1])
+    statistics.add(x)
+    return statistics.covariance
 
 
 def _decorrelation(x: Tensor) -> tuple[Tensor, Tensor]:

@@ -24,14 +24,7 @@ from torch.utils import _pytree as pytree
 
 from gaborium.errors import one_of, require
 from gaborium.files import csv_text, read_tensors, write_bytes, write_tensors, write_text
-from gaborium.interop import (
-    from_opencv,
-    from_skimage,
-    opencv_scale,
-    skimage_scale,
-    to_opencv,
-    to_skimage,
-)
+from gaborium.interop import from_opencv, from_skimage, to_opencv, to_skimage
 from gaborium.layers import GABOR_LAYERS, GaborLayer, MixedConv, PairEnergy, plain_conv
 from gaborium.params import RECORDS, UNITS, Gabor
 from gaborium.starts import STARTS
@@ -43,13 +36,13 @@ _KINDS: tuple[Any, ...] = tuple(_LAYERS.values())
 _CONVENTIONS: dict[str, tuple[dict[str, str], Callable[..., Any], Callable[..., Any]]] = {
     "opencv": (
         {"sigma": "px", "theta": "rad", "lambd": "px", "gamma": "1", "psi": "rad"},
-        lambda one: (to_opencv(one), opencv_scale(one)),
+        to_opencv,
         from_opencv,
     ),
     "skimage": (
         {"frequency": "cycles/px", "theta": "rad", "sigma_x": "px", "sigma_y": "px"}
         | {"offset": "rad"},
-        lambda one: (to_skimage(one), skimage_scale(one)),
+        to_skimage,
         from_skimage,
     ),
 }

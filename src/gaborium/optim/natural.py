@@ -13,9 +13,9 @@ from torch.optim import Optimizer
 
 from gaborium.layers import GABOR_LAYERS, KernelGradientHook
 from gaborium.optim.family import KernelFamily
-from gaborium.optim.inputs import draw_patches, mean_patch, moments_of
 from gaborium.optim.quadratic import Evidence, Metric, inner, pull_of_brightness
 from gaborium.optim.steps import Slopes, descend, leap, reseed
+from gaborium.patches import mean_patch, patch_moments, sample_patches
 
 _PATCH_MOMENTUM = 0.9  # of the patches' moments, from look to look
 _HEEDED = 1e-6  # share of the gradient that the responses' means must have, to be heeded
@@ -450,9 +450,9 @@ def _moments(
     n = layer.in_channels // layer.groups * math.prod(layer.kernel_size)
     patches = layer.log_sigma.new_zeros(1, layer.groups, n, dtype=family.dtype)
     if inputs:
-        drawn = [draw_patches(layer, part, draw) for part in inputs]
+        drawn = [sample_patches(layer, part, draw) for part in inputs]
         patches = torch.cat(drawn).to(family.dtype)
-    mean, second = moments_of(patches)
+    mean, second = patch_moments(patches)
     return _mean(mean, mean), _mean(second, second)
 
 
