@@ -9,7 +9,7 @@ from gaborium.diagnostics.landscape import Landscape, Minimum, landscape
 from gaborium.diagnostics.mending import replace_by_gabor
 from gaborium.diagnostics.recorder import Recorder, watch
 from gaborium.diagnostics.sandbox import OutputLoss, TrainingSetup
-from gaborium.diagnostics.stability import StepLimit, step_limit
+from gaborium.diagnostics.step_size import StepLimit, step_limit
 
 __all__ = [
     "Diagnosis",

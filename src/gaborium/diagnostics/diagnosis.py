@@ -28,7 +28,7 @@ from gaborium.diagnostics.sandbox import (
     copied,
     is_response,
 )
-from gaborium.diagnostics.stability import step_limit
+from gaborium.diagnostics.step_size import step_limit
 from gaborium.diagnostics.views import GaborLayer, recover_arguments, recover_options
 from gaborium.fitting import FitResult, fit, recover
 from gaborium.layers import GABOR_LAYERS

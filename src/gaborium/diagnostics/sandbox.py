@@ -461,6 +461,15 @@ class OutputLoss:
         squared = F.mse_loss(output, self.targets.to(output))
         return squared if self.measure == "mse" else squared.sqrt()
 
+    @property
+    def is_squared(self) -> bool:
+        """Whether it is the squared error or its root, which have the same minima."""
+        return isinstance(self.measure, str)
+
+    def compares_responses(self, layer: nn.Module) -> bool:
+        """Whether outputs and targets are of one kind, so that a squared error makes sense."""
+        return is_response(Sandbox(layer, self.inputs).run().output, self.targets)
+
     def double(self) -> OutputLoss:
         """The same loss in double precision; whole numbers, such as classes, stay whole."""
         inputs, targets = (
