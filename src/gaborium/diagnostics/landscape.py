@@ -432,7 +432,7 @@ def _from_patches(loss: LayerLoss, varied: _Parameters | _GaborFields) -> _Funct
     layer, index = varied.layer, varied.index
     if (
         varied.layer_name
-        or not isinstance(loss.measure, str)
+        or not loss.is_squared
         or layer.output != "real"
         or any(step != 1 for step in layer.dilation)
         or loss.inputs.ndim != layer.n_dims + 2

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from gaborium.diagnostics.causes import SET_RATE, Finding, Severity, by_severity, finding
-from gaborium.diagnostics.sandbox import LayerLoss, OutputLoss, Probe, Sandbox, copied, is_response
+from gaborium.diagnostics.sandbox import LayerLoss, OutputLoss, Probe, copied
 
 _DESCENT_STEPS = 200
 _CONE = 0.3  # slope ∝ distance^exponent: a cone below this exponent, a bowl above it
@@ -134,12 +134,10 @@ def step_limit(
     probe = Probe(loss, layer)
     probe.learned = {name: value for name, value in probe.learned.items() if name in chosen}
     squared, is_smooth = None, False
-    if isinstance(loss, OutputLoss) and is_response(
-        Sandbox(layer, loss.inputs).run().output, loss.targets
-    ):
+    if isinstance(loss, OutputLoss) and loss.compares_responses(layer):
         squared = Probe(OutputLoss(loss.inputs, loss.targets), layer)
         squared.learned = probe.learned
-        is_smooth = loss.is_squared_kind()
+        is_smooth = loss.is_squared
     there = _descend(squared or probe, probe.flat())
     if not is_smooth:  # other measures may have other minima
         there = min(
