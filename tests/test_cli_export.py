@@ -24,7 +24,7 @@ safetensors = pytest.importorskip("safetensors.torch")
 
 
 TINY = Recipe(
-    n_filters=4, kernel_size=5, epochs=1, batch_size=7, seeds=(3, 1), beside=("free",),
+    n_filters=4, kernel_size=5, epochs=1, batch_size=7, seeds=(3, 1), compare_with=("free",),
     accelerator="cpu",
 )  # fmt: skip
 
@@ -94,7 +94,11 @@ def test_bad_input_is_one_line_and_leaves_nothing(layer, capsys):
         ("text",): "is not a layer of save_layer",
         ("first.safetensors", "--size", "0"): "--size must be at least 1, got 0",
         ("first.safetensors", "--name", "a/b"): "--name must be a plain folder name",
-        ("first.safetensors", "--side", "gabor"): "--side is an option of a training's folder",
+        (
+            "first.safetensors",
+            "--variant",
+            "gabor",
+        ): "--variant is an option of a training's folder",
         ("first.safetensors", "--seed", "0"): "--seed is an option of a training's folder",
         ("first.safetensors", "--formats", "png"): 'Invalid value "png" for --formats',
         ("sound", "--formats", "json", "opencv"): "OpenCV has two-dimensional Gabor functions",
@@ -155,7 +159,7 @@ def test_a_trained_network_is_written_whole(trained, stripes, capsys):
     assert read_params(folder / "params.json").isclose(first.params.detach()).all()
     plain = to_plain(load_trained(trained, seed=1).network).eval()  # of other numbers
     plain.load_state_dict(safetensors.load_file(folder / "plain.safetensors"))
-    seen = mine.seen(stripes.test_images)
+    seen = mine.preprocess(stripes.test_images)
     assert torch.equal(plain(seen), mine.network(seen))
 
     record = json.loads((folder / "result.json").read_text(encoding="utf-8"))
@@ -174,14 +178,14 @@ def test_a_trained_network_is_written_whole(trained, stripes, capsys):
     for some in (images, images[:1]):
         (scores,) = session.run(None, {session.get_inputs()[0].name: some})
         with torch.no_grad():
-            expected = mine.network(mine.seen(stripes.test_images[: len(some)])).numpy()
+            expected = mine.network(mine.preprocess(stripes.test_images[: len(some)])).numpy()
         assert abs(scores - expected).max() <= 1e-6
 
 
 def test_side_and_seed_choose_the_network(trained):
     for name, options, path in (
         ("one", ("--seed", 1), "gabor-1"),
-        ("two", ("--side", "free", "--seed", 1), "free-1"),
+        ("two", ("--variant", "free", "--seed", 1), "free-1"),
         ("three", (), "free-1/network.safetensors"),
     ):
         file = trained / path if name == "three" else trained
@@ -193,11 +197,11 @@ def test_side_and_seed_choose_the_network(trained):
 
 def test_a_network_without_a_gabor_layer_has_no_parameters(trained, capsys):
     pytest.importorskip("onnxscript")
-    assert run("export", trained, "--side", "free") == 0
+    assert run("export", trained, "--variant", "free") == 0
     names = {path.name for path in Path("runs/export").iterdir()}
     assert names == {"plain.safetensors", "network.onnx", "result.json", "report.html"}
     capsys.readouterr()
-    assert run("export", trained, "--side", "free", "--formats", "csv", "--name", "other") == 2
+    assert run("export", trained, "--variant", "free", "--formats", "csv", "--name", "other") == 2
     assert "its formats are 'plain', 'onnx', got 'csv'" in one_line(capsys)
     assert not Path("runs/other").exists()
 
@@ -227,13 +231,13 @@ def test_a_network_that_is_not_there_is_one_line(trained, capsys):
     for tokens, message in {
         ("missing",): "No layer at 'missing'; check the path",
         ("other",): "'other' holds neither recipe.toml nor network.safetensors",
-        ("half", "--side", "free"): "seed 3: its training has not ended; train again",
-        ("damaged",): "is damaged: its checksum does not agree",
-        ("cut.safetensors",): "is cut off: ",
-        (trained, "--side", "mixed"): "side must be one of 'gabor', 'free', got 'mixed'",
+        ("half", "--variant", "free"): "seed 3: its training has not ended; train again",
+        ("damaged",): "is damaged: its checksum is wrong",
+        ("cut.safetensors",): "or is damaged",
+        (trained, "--variant", "mixed"): "variant must be one of 'gabor', 'free', got 'mixed'",
         (trained, "--seed", 7): "seed must be one of 3, 1",
         (trained, "--size", 32): "--size is no option of a network",
-        (checkpoint,): "is another file of gaborium and not a layer of save_layer",
+        (checkpoint,): "expected a saved layer",
         (trained / "recipe.toml",): "is not a layer of save_layer",
     }.items():
         assert run("export", *tokens) == 2

@@ -12,8 +12,6 @@ from gaborium import Gabor1d, Gabor2d, GaborConv1d, GaborConv2d, gabor
 from gaborium.diagnostics import OutputLoss, Severity, landscape
 from gaborium.diagnostics.landscape import _watershed
 from gaborium.diagnostics.losses import Probe
-from gaborium.diagnostics.moments import patch_moments
-from gaborium.fitting.statistics import PatchStatistics
 
 PLANTED = Gabor2d.of(orientation=0.8, wavelength=6.0, sigma=2.5)
 
@@ -169,33 +167,6 @@ def test_sounds_have_landscapes_too():
     assert found.exact
     expected = directly(loss, layer, "wavelength", found.grids[0])
     torch.testing.assert_close(found.values, expected, rtol=1e-10, atol=1e-12)
-
-
-@pytest.mark.parametrize(
-    ("batch", "channels", "size", "kernel"),
-    [
-        (1, 1, (60, 70), (7, 5)),
-        (2, 3, (64, 50), (5, 6)),
-        (1, 2, (90,), (9,)),
-        (1, 1, (50, 9), (7, 1)),
-    ],
-)
-def test_moments_from_the_autocorrelation_are_those_of_the_patches(batch, channels, size, kernel):
-    x = 200 + torch.rand(batch, channels, *size, dtype=torch.float64)
-    room = [a - k + 1 for a, k in zip(size, kernel, strict=True)]
-    y = 3 + torch.randn(batch, 1, *room, dtype=torch.float64)
-    moments = patch_moments(x, y, kernel)
-    statistics = PatchStatistics(kernel, n_channels=channels, n_outputs=1)
-    statistics.add(x, y)
-    torch.testing.assert_close(moments.covariance, statistics.covariance(), atol=1e-13, rtol=0)
-    torch.testing.assert_close(moments.cross, statistics.cross_covariance()[0], atol=1e-13, rtol=0)
-    assert moments.variance == pytest.approx(statistics.response_variance().item(), rel=1e-12)
-    means = statistics.origin + statistics.total / statistics.count
-    torch.testing.assert_close(moments.mean, means[:-1])
-    assert (moments.response_mean, moments.count) == (
-        pytest.approx(means[-1].item()),
-        statistics.count,
-    )
 
 
 # -- minima, basins, widths ---------------------------------------------------------------------

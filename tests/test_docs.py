@@ -20,13 +20,13 @@ from gaborium.cli import diagnose as diagnose_command
 from gaborium.cli import export as export_command
 from gaborium.cli import recover as recover_command
 from gaborium.cli import train as train_command
-from gaborium.diagnostics.diagnosis import _ORDER as CAUSES
+from gaborium.diagnostics.causes import CAUSES
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
 EXAMPLES = ROOT / "examples"
 # Packages that a page may use and a user may lack; the development environment has them.
-OPTIONAL = {"cv2", "matplotlib", "numpy", "onnxruntime", "skimage"}
+OPTIONAL = {"cv2", "huggingface_hub", "matplotlib", "numpy", "onnxruntime", "skimage"}
 
 PAGES = [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))]
 # A block of Python and, where a block of text follows at once, what it prints.

@@ -16,7 +16,7 @@ from torch import nn
 from gaborium import GaborConv1d, GaborConv2d, GaborConv3d, MixedConv, files
 from gaborium.export import to_onnx, to_plain
 from gaborium.layers import GABOR_LAYERS, PairEnergy
-from gaborium.training import build_network, first_layer
+from gaborium.training import build_network, make_first_layer
 
 LAYERS = {
     "real": lambda: GaborConv2d(3, 8, 7, padding=3),
@@ -92,7 +92,9 @@ def test_layers_at_any_depth_and_in_several_places_are_replaced():
 @pytest.mark.parametrize("kind", ["gabor", "mixed", "free"])
 @pytest.mark.parametrize("output", ["real", "energy"])
 def test_the_trainers_networks_become_plain(kind, output):
-    first = first_layer(kind, n_dims=2, in_channels=1, n_filters=4, kernel_size=7, output=output)
+    first = make_first_layer(
+        kind, n_dims=2, in_channels=1, n_filters=4, kernel_size=7, output=output
+    )
     network = build_network("cnn", first=first, n_classes=3, image_size=(24, 24), seed=0).eval()
     plain = to_plain(network)
     image = torch.rand(2, 1, 24, 24)

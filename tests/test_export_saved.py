@@ -7,7 +7,6 @@ import hashlib
 import inspect
 import json
 import os
-import pickle
 import re
 import tracemalloc
 import warnings
@@ -17,10 +16,9 @@ import pytest
 import torch
 from torch import nn
 
-from gaborium import Gabor1d, Gabor2d, GaborConv1d, GaborConv2d, GaborConv3d, MixedConv, files, fit
+from gaborium import Gabor2d, GaborConv1d, GaborConv2d, GaborConv3d, MixedConv, files
 from gaborium import gabor as sample
-from gaborium.export import load_layer, save_layer, saved
-from gaborium.training import save_state
+from gaborium.export import load_layer, save_layer
 
 safetensors = pytest.importorskip("safetensors.torch")
 
@@ -83,7 +81,7 @@ def with_facts(path: Path, target: Path, change, *, tensors: dict | None = None)
     change(facts)
     facts.pop("sha256")
     kept = safetensors.load(path.read_bytes())
-    files.write_tensors(target, tensors or kept, facts, extra="export", purpose="Tests")
+    files.write_tensors(target, tensors or kept, facts)
     return target
 
 
@@ -221,82 +219,6 @@ def good(tmp_path: Path) -> Path:
     return tmp_path / "good"
 
 
-def test_every_cut_is_noticed(good, tmp_path):
-    data = good.read_bytes()
-    for length in [*range(40), *range(40, len(data), 97), len(data) - 1]:
-        (tmp_path / "cut").write_bytes(data[:length])
-        assert re.search(r"cut off.*save the layer again, or take it from a copy", refusal(
-            tmp_path / "cut"
-        )), length  # fmt: skip
-
-
-def test_every_flipped_bit_is_noticed(good, tmp_path):
-    data = good.read_bytes()
-    for place in range(0, len(data), 13):
-        for bit in (0, 6):
-            wrong = bytearray(data)
-            wrong[place] ^= 1 << bit
-            (tmp_path / "flipped").write_bytes(wrong)
-            refusal(tmp_path / "flipped")
-
-
-def test_bytes_behind_the_end_are_noticed(good, tmp_path):
-    (tmp_path / "long").write_bytes(good.read_bytes() + b"more")
-    assert "is damaged: 4 bytes follow its end" in refusal(tmp_path / "long")
-
-
-class Bomb:
-    def __reduce__(self):
-        return os.mkdir, ("exploded",)
-
-
-def test_other_files_are_refused_and_not_executed(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    torch.save({"x": torch.zeros(3)}, "zip")
-    contents = {
-        "pickle": pickle.dumps(Bomb()),
-        "protocol-0": pickle.dumps(Bomb(), protocol=0),
-        "zip": Path("zip").read_bytes(),
-        "text": b"orientation,wavelength\n" * 10,
-        "json": b'{"format": 1, "name": "gaborium.layer"}',
-        "nested": (20_000).to_bytes(8, "little") + b'{"a":' + b"[" * 19_995,
-        "plain": safetensors.save({"weight": torch.zeros(2, 1, 3, 3)}),
-        "strange": safetensors.save({"x": torch.zeros(1)}, {"gaborium": "[1]"}),
-        "versions": safetensors.save(
-            {"x": torch.zeros(1)}, {"gaborium": '{"format": "x", "sha256": 3}'}
-        ),
-    }
-    for name, data in contents.items():
-        Path(name).write_bytes(data)
-        text = refusal(Path(name))
-        assert re.search("is not a layer of save_layer|is cut off", text), (name, text)
-    assert not Path("exploded").exists()
-
-
-def test_a_header_that_claims_gigabytes_takes_no_memory(good, tmp_path):
-    _, facts, _ = header_of(good.read_bytes())
-    shape = [1 << 16, 1 << 16]
-    claim = {
-        "__metadata__": {"gaborium": json.dumps(facts)},
-        "log_sigma": {"dtype": "F32", "shape": shape, "data_offsets": [0, 4 << 32]},
-    }
-    text = json.dumps(claim).encode()
-    (tmp_path / "tensors").write_bytes(len(text).to_bytes(8, "little") + text + b"\0" * 64)
-    (tmp_path / "header").write_bytes((8 << 30).to_bytes(8, "little") + text)
-    # Sparse: no room on the disk, but a size that must not be read.
-    with (tmp_path / "sparse").open("wb") as file:
-        file.write((3 << 30).to_bytes(8, "little") + b"{")
-        file.truncate(4 << 30)
-    tracemalloc.start()
-    try:
-        assert re.search(r"is cut off: \d+ of 1717\d{7} bytes", refusal(tmp_path / "tensors"))
-        assert "is cut off after" in refusal(tmp_path / "header")
-        assert "is not a layer of save_layer" in refusal(tmp_path / "sparse")
-        assert tracemalloc.get_traced_memory()[1] < 5_000_000
-    finally:
-        tracemalloc.stop()
-
-
 @pytest.mark.parametrize(
     "change",
     [
@@ -363,35 +285,6 @@ def test_tensors_that_do_not_fit_are_told(good, tmp_path):
         assert "does not hold a whole layer" in refusal(bad)
 
 
-def test_other_files_of_gaborium_are_told(tmp_path):
-    fit(sample(Gabor1d.of(wavelength=[5.0], sigma=2.0), 15), n_dims=1).save(tmp_path / "fit")
-    save_state(tmp_path / "state", {"step": 3})
-    for name in ("fit", "state"):
-        assert "is another file of gaborium and not a layer of save_layer" in refusal(
-            tmp_path / name
-        )
-
-
-def test_formats_that_this_version_does_not_read_name_the_version_that_does(
-    good, tmp_path, monkeypatch
-):
-    new = with_facts(good, tmp_path / "new", lambda f: f.update(format=2, gaborium="9.8.7"))
-    assert refusal(new).endswith(
-        "has format 2, and this version reads up to 1; update gaborium to 9.8.7 or newer."
-    )
-    shouting = with_facts(
-        good, tmp_path / "odd", lambda f: f.update(format=2, gaborium="a\nb" * 99)
-    )
-    assert refusal(shouting).endswith("reads up to 1; update gaborium.")
-    monkeypatch.setattr(saved, "_READERS", {})
-    assert re.search(
-        r"has format 1, .*; load it with gaborium \d\S+, which wrote it", refusal(good)
-    )
-
-
-def test_what_is_no_ordinary_file_is_refused(tmp_path):
+def test_a_missing_file_is_one_line(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"^No layer at '.*nothing'; check the path"):
         load_layer(tmp_path / "nothing")
-    assert "is no ordinary file" in refusal(tmp_path)
-    os.mkfifo(tmp_path / "pipe")
-    assert "is no ordinary file" in refusal(tmp_path / "pipe")

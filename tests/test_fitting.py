@@ -16,12 +16,12 @@ from scipy.optimize import least_squares
 from torch import Tensor
 
 from gaborium import FitResult, Gabor2d, GaborConv2d, Outcome, fit, gabor, recover
-from gaborium.fitting import api, search, statistics
+from gaborium.fitting import api, search
 from gaborium.fitting.solver import Family, Target, linearise, misfit, solve
 from gaborium.fitting.start import StartGrid
-from gaborium.fitting.statistics import PatchStatistics, root_of
 from gaborium.images import camera, center_crop
 from gaborium.params import RECORDS, Gabor
+from gaborium.patches import PatchStatistics
 
 RANDOM = settings(max_examples=25, deadline=None, derandomize=True)
 F64 = torch.float64
@@ -584,7 +584,7 @@ def test_in_the_metric_of_an_image_kernels_are_fitted_as_its_responses_are(photo
     seen = PatchStatistics((9, 9), n_channels=1, n_outputs=6)
     seen.add(photograph, responses)
     wanted = recover(photograph, responses, 9)
-    result = fit(kernels, geometry="filter", metric=seen.covariance(), n_starts=5)
+    result = fit(kernels, geometry="filter", metric=seen.covariance, n_starts=5)
     assert_same_parameters(result.params, wanted.params, 1e-5)
     torch.testing.assert_close(result.explained_variance, wanted.explained_variance)
     assert (wanted.params.sigma - fit(kernels).params.sigma[:, None]).abs().max() > 0.05
@@ -874,66 +874,6 @@ def test_recover_refuses_what_it_cannot_read(images, responses, options, message
     with pytest.raises(ValueError, match="^" + re.escape(message)) as caught:
         recover(images, responses, **{"kernel_size": 9} | options)
     assert "\n" not in str(caught.value)
-
-
-# -- patch statistics ---------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "options",
-    [{}, {"stride": (2, 3)}, {"padding": (1, 2)}, {"padding": (3, 0), "stride": (3, 1)}],
-    ids=str,
-)
-def test_statistics_are_those_of_all_patches(options):
-    images = 3 + torch.rand(3, 2, 12, 14, dtype=F64)
-    responses = F.conv2d(images, torch.randn(4, 2, 3, 5, dtype=F64), **options)
-    gathered = PatchStatistics((3, 5), n_channels=2, n_outputs=4, **options)
-    gathered.add(images, responses)
-    patches = F.unfold(images, (3, 5), **options).transpose(1, 2).flatten(0, 1)
-    answers = responses.flatten(2).transpose(1, 2).flatten(0, 1)
-    everything = torch.cov(torch.cat([patches, answers], 1).T, correction=0)
-    assert gathered.count == len(patches)
-    for ours, wanted in (
-        (gathered.covariance(), everything[:30, :30]),
-        (gathered.cross_covariance(), everything[30:, :30]),
-        (gathered.response_variance(), everything.diagonal()[30:]),
-    ):
-        torch.testing.assert_close(ours, wanted, rtol=1e-10, atol=1e-12)
-
-
-def test_statistics_do_not_depend_on_the_pieces(monkeypatch):
-    images, responses = torch.rand(4, 1, 20, 16, dtype=F64), torch.rand(4, 2, 16, 12, dtype=F64)
-
-    def covariance(*sizes: int) -> Tensor:
-        gathered = PatchStatistics((5, 5), n_channels=1, n_outputs=2)
-        for pair in zip(images.split(sizes), responses.split(sizes), strict=True):
-            gathered.add(*pair)
-        return torch.cat([gathered.covariance(), gathered.cross_covariance()])
-
-    once = covariance(4)
-    torch.testing.assert_close(covariance(1, 3), once, rtol=1e-12, atol=1e-14)
-    monkeypatch.setattr(statistics, "_CHUNK", 1)  # a row of positions at a time
-    torch.testing.assert_close(covariance(2, 2), once, rtol=1e-12, atol=1e-14)
-
-
-def test_a_large_mean_costs_no_digits():
-    images, responses = torch.rand(1, 1, 30, 30, dtype=F64), torch.rand(1, 1, 26, 26, dtype=F64)
-    covariances = []
-    for mean in (0.0, 1e6):
-        gathered = PatchStatistics((5, 5), n_channels=1, n_outputs=1)
-        gathered.add(images + mean, responses - mean)
-        covariances.append(gathered.covariance())
-    # Seven digits of sixteen are lost in adding the mean, none by the sums of squares.
-    torch.testing.assert_close(*covariances, rtol=0, atol=1e-9)
-
-
-def test_the_root_leaves_out_what_no_patch_has():
-    vectors = torch.randn(3, 8, dtype=F64)
-    covariance = vectors.T @ vectors
-    root, inverse = root_of(covariance)
-    assert root.shape == inverse.shape == (3, 8)
-    torch.testing.assert_close(root.T @ root, covariance)
-    torch.testing.assert_close(root @ inverse.T, torch.eye(3, dtype=F64))
 
 
 def test_starts_at_random_are_the_same_for_every_kernel():

@@ -13,7 +13,7 @@ from gaborium.export import load_layer, write_formats
 from gaborium.export.folders import FORMATS
 from gaborium.layers import PairEnergy
 from gaborium.reporting import report_export, write_export
-from gaborium.training import Inputs, Recipe, Trained, build_network, first_layer
+from gaborium.training import Inputs, Recipe, Trained, build_network, make_first_layer
 
 pytest.importorskip("jinja2")
 pytest.importorskip("matplotlib")
@@ -41,7 +41,7 @@ def run_codes(page: str) -> dict[str, dict[str, object]]:
 
 def trained(kind: str, network: str = "cnn", n_channels: int = 1) -> Trained:
     output = "real" if network == "cnn" else "energy"
-    first = first_layer(
+    first = make_first_layer(
         kind, n_dims=2, in_channels=n_channels, n_filters=4, kernel_size=5, output=output
     )
     model = build_network(network, first=first, image_size=(16, 20), n_classes=2)
@@ -92,7 +92,7 @@ def test_the_code_of_a_network_reads_its_files(kind, network, tmp_path, monkeypa
     monkeypatch.chdir(tmp_path)
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
     found = run_codes(page)
-    dark = source.network(source.seen(torch.zeros(2, 3, 16, 20, dtype=torch.uint8))).float()
+    dark = source.network(source.preprocess(torch.zeros(2, 3, 16, 20, dtype=torch.uint8))).float()
     scores = torch.from_numpy(found["network.onnx"]["scores"])
     assert torch.allclose(scores, dark, atol=1e-5)
     assert found["network.onnx"]["classes"] == [source.inputs.classes[i] for i in dark.argmax(1)]

@@ -29,9 +29,9 @@ RECORDS: dict[str, dict[str, Any]] = {
         "facts": {"command": "gaborium train mine.toml"},
         "headline": HOSTILE,
         "table": [
-            {"first_layer": "gabor", "accuracy": 0.918, "accuracy_error": 0.002},
-            {"first_layer": "free", "accuracy": 0.857, "accuracy_error": None},
-            {"first_layer": "mixed", "accuracy": None, "accuracy_error": None},
+            {"variant": "gabor", "accuracy": 0.918, "accuracy_error": 0.002},
+            {"variant": "free", "accuracy": 0.857, "accuracy_error": None},
+            {"variant": "mixed", "accuracy": None, "accuracy_error": None},
         ],
     },
     "fit": {

@@ -253,7 +253,7 @@ def phrases(results: dict[str, Any]) -> list[str]:
         f"{sections['cone_MSE'][0]['runs']} runs in every cell",
         f"{runs['scikit-image']} runs on scikit-image's and {runs['Kodak']} on Kodak's",
         f"between {100 * min(found):.1f} % and {100 * max(found):.1f} %",
-        f"{trained['photograph']} as it is, {trained['whitened']} whitened",
+        f"{trained['photograph']} unchanged, {trained['whitened']} whitened",
         f"{min(spurious):.0f} to {max(spurious):.0f} wrong minima",
     ]
 

@@ -435,8 +435,6 @@ def convert(
                 folder / "weights.safetensors",
                 weights,
                 {"name": "gaborium.weights", "format": 1, "file": found.name, "array": found.key},
-                extra="cli",
-                purpose=".safetensors files",
             )
             write_conversion(conversion, found.layer.weight.detach(), folder, facts=facts)
     _print_conversion(console, conversion, found, set(weights) - set(found.arrays))
@@ -577,7 +575,7 @@ def train(
     samples_per_class: int | None = None,
     network: str | None = None,
     first_layer: str | None = None,
-    beside: tuple[str, ...] | None = None,
+    compare_with: tuple[str, ...] | None = None,
     n_filters: int | None = None,
     kernel_size: int | None = None,
     stride: int | None = None,
@@ -620,7 +618,7 @@ def train(
         network: "cnn", "energy": a linear classifier on pooled Gabor energy, or "texture": one on
             its mean, spread, flatness and correlations.
         first_layer: "gabor", "gabor-fixed", "mixed" or "free".
-        beside: First layers to train the same network with, for comparison.
+        compare_with: First layers to train the same network with, for comparison.
         n_filters: Filters of the first layer.
         kernel_size: Of the first layer, px.
         stride: Of the first layer, px.
@@ -698,7 +696,7 @@ def export(
     file: Path,
     /,
     *,
-    side: str | None = None,
+    variant: str | None = None,
     seed: int | None = None,
     formats: tuple[Literal["layer", "json", "csv", "skimage", "opencv", "plain", "onnx"], ...]
     | None = None,
@@ -714,7 +712,7 @@ def export(
     Args:
         file: A layer that gaborium.export.save_layer has written; or the folder of a gaborium
             train, or a network.safetensors in it. Nothing in them is executed.
-        side: Network: kind of its first layer, as "free"; by default that of the recipe.
+        variant: Network: kind of its first layer, as "free"; by default that of the recipe.
         seed: Network: of its run; by default the first of the recipe.
         formats: Of the Gabor layer, a network's first one: "layer", as save_layer writes it,
             layer.safetensors; "json" and "csv", the parameters, params.json and params.csv;
@@ -748,11 +746,11 @@ def export(
     if is_trained(file):
         if size is not None:
             raise ValueError("--size is no option of a network, which has that of its training.")
-        file = find_network(file, side, seed)
-        source = load_trained(file, side=side, seed=seed)
-        facts |= {"first layer": source.side, "seed": str(source.seed)}
+        file = find_network(file, variant, seed)
+        source = load_trained(file, variant=variant, seed=seed)
+        facts |= {"first layer": source.variant, "seed": str(source.seed)}
     else:
-        for option, value in (("--side", side), ("--seed", seed)):
+        for option, value in (("--variant", variant), ("--seed", seed)):
             if value is not None:
                 raise ValueError(f"{option} is an option of a training's folder, not of a layer.")
         source = load_layer(file)
@@ -955,7 +953,7 @@ class _training_progress:  # noqa: N801  (used like a function)
             self._bars.__exit__(*error)
 
     def _tell(self, line: Mapping[str, Any]) -> None:
-        run = f"{line['side']}, seed {line['seed']}"
+        run = f"{line['variant']}, seed {line['seed']}"
         if self._update is not None:
             self._update(run, line["step"], line["n_steps"])
         elif line["kind"] == "epoch" and "test_accuracy" in line and line["step"]:
@@ -979,14 +977,14 @@ def _print_training(console: Any, result: Any) -> None:
          "numbers in it"),
         first=("first layer",),
     )  # fmt: skip
-    for side in result.sides:
-        corrupted = [in_percent(result.mean_corrupted(side))] if result.recipe.corruption else []
+    for variant in result.variants:
+        corrupted = [in_percent(result.mean_corrupted(variant))] if result.recipe.corruption else []
         table.add_row(
-            side,
-            in_percent(result.accuracy(side)),
-            in_percent(result.accuracy_put_back(side)),
+            variant,
+            in_percent(result.accuracy(variant)),
+            in_percent(result.accuracy_reset(variant)),
             *corrupted,
-            str(result.of(side)[0].n_first_parameters),
+            str(result.runs_of(variant)[0].n_first_parameters),
         )
     console.print(table)
     console.print(text(training_headline(result), "bold"), highlight=False)
@@ -1113,8 +1111,8 @@ def _print_diagnosis(console: Any, result: Any) -> None:
         )
         console.print(head)
         _print_indented(console, found.sentence)
-        if found.where:
-            _print_indented(console, "Where: " + _shortened(found.where), "dim")
+        if found.location:
+            _print_indented(console, "Where: " + _shortened(found.location), "dim")
         numbers = ", ".join(f"{name} {value}" for name, value in worded_numbers(found))
         if numbers:
             _print_indented(console, numbers[0].upper() + numbers[1:] + ".", "dim")

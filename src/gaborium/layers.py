@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections import deque
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, ClassVar, Generic, TypeVar, cast
 
 import torch
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from gaborium.coordinates import Coordinates
 from gaborium.errors import as_sizes, one_of
-from gaborium.kernels import combine, even_odd, turned
+from gaborium.kernels import combine, even_odd, quadrature_partner
 from gaborium.params import RECORDS, Gabor, Gabor1d, Gabor2d, Gabor3d, Waveform
 from gaborium.starts import STARTS
 from gaborium.starts import start as draw_start
@@ -29,30 +29,33 @@ PLAIN_LAYERS: dict[int, Any] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 # Standard deviations of the envelope that a kernel should hold to each side; below that its
 # border cuts the envelope at more than a third of its height, and it is no Gabor any more.
 ENOUGH_STDS = 1.5
-_MOST_INPUTS = 32  # parts of a batch that a tap keeps
+_MOST_INPUTS = 32  # parts of a batch that a hook keeps
 # A smaller norm at amplitude 1 is rounding error, or an envelope lost between pixels.
 FAINTEST = 1e-6
 
 Record = TypeVar("Record", bound=Gabor)
 
 
-class KernelTap:
-    """Where an optimiser reads the gradient of a layer's kernels.
+class KernelGradientHook:
+    """Gives an optimiser the gradient of the loss with respect to a layer's kernels.
 
-    ``kernel`` and ``offset`` are zeros that are added to the kernels and to the responses, at
-    least in single precision. They never change; but after ``loss.backward()`` their gradients
-    are those of the loss with respect to the kernels and to each response's mean, accumulated,
-    scaled and reduced as any parameter's. A module makes room for one as ``tap``. Where there is
-    no bias and ``hears_offset`` is false, the responses are left alone.
+    ``kernel`` and ``offset`` are zeros, at least in single precision, that the layer adds to its
+    kernels and its bias. They never change. After ``loss.backward()`` their gradients are the
+    gradients of the loss with respect to the kernels and to the mean of each channel's responses;
+    like all gradients they add up, and are scaled and reduced with the others.
 
     Args:
-        weight: kernels of the shape to come, ``(out, in / groups, *kernel_size)``.
+        weight: kernels ``(out, in / groups, *kernel_size)``, for their shape, dtype and device.
+
+    Attributes:
+        inputs: the last inputs of the layer, until an optimiser clears them.
+        needs_output_mean: whether ``offset`` is added; it costs a sum over all responses.
 
     Example:
         >>> layer = GaborConv2d(1, 4, 7)
-        >>> layer.tap = KernelTap(layer.weight)
+        >>> layer.gradient_hook = KernelGradientHook(layer.weight)
         >>> layer(torch.rand(2, 1, 16, 16)).sum().backward()
-        >>> layer.tap.kernel.grad.shape
+        >>> layer.gradient_hook.kernel.grad.shape
         torch.Size([4, 1, 7, 7])
     """
 
@@ -60,18 +63,16 @@ class KernelTap:
         zeros = torch.zeros_like(weight, dtype=torch.promote_types(weight.dtype, torch.float32))
         self.kernel = nn.Parameter(zeros)
         self.offset = nn.Parameter(zeros.flatten(1)[:, 0].clone())
-        # What the layer saw since an optimiser last stepped; one that never steps must not fill
-        # the memory.
+        # Limited, so that a hook whose optimiser never steps does not fill the memory.
         self.inputs: deque[Tensor] = deque(maxlen=_MOST_INPUTS)
-        # A sum over all responses, which a layer without bias can be spared.
-        self.hears_offset = True
+        self.needs_output_mean = True
 
     def __call__(
         self, input: Tensor, weight: Tensor, bias: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
-        """The same kernels and bias, with the zeros added."""
+        """Kernels and bias with the zeros added."""
         self.inputs.append(input.detach())
-        if bias is None and not self.hears_offset:
+        if bias is None and not self.needs_output_mean:
             return weight + self.kernel.to(weight), None
         offset = self.offset.to(weight)
         return weight + self.kernel.to(weight), offset if bias is None else bias + offset
@@ -83,7 +84,7 @@ class _GaborConv(nn.Module, Generic[Record]):
     n_dims: ClassVar[int]
     log_sigma: Tensor
     bias: nn.Parameter | None
-    tap: KernelTap | None = None
+    gradient_hook: KernelGradientHook | None = None
 
     def __init__(
         self,
@@ -168,17 +169,17 @@ class _GaborConv(nn.Module, Generic[Record]):
 
     def forward(self, input: Tensor) -> Tensor:
         """Convolve ``(batch, in_channels, *size)``, or the same without batch."""
-        responses = self.convolve(input, *self.tapped(input))
+        responses = self.convolve(input, *self.weight_and_bias(input))
         if self.output != "energy":
             return responses
         return biased(pair_norms(responses, dim=-self.n_dims - 1), self.bias, self.n_dims)
 
-    def tapped(self, input: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The kernels and the bias to convolve with, which an optimiser may listen to."""
+    def weight_and_bias(self, input: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Kernels and bias to convolve with, through the gradient hook if there is one."""
         bias = None if self.output == "energy" else self.bias
-        if self.tap is None or not torch.is_grad_enabled():
+        if self.gradient_hook is None or not torch.is_grad_enabled():
             return self.weight, bias
-        return self.tap(input, self.weight, bias)
+        return self.gradient_hook(input, self.weight, bias)
 
     def convolve(self, image: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """Convolve with any kernels, otherwise as this layer does."""
@@ -245,7 +246,7 @@ class _GaborConv(nn.Module, Generic[Record]):
 
     def _members(self, even: Tensor, odd: Tensor, wave: Waveform) -> Tensor:
         """Each filter's kernel, or its quadrature pair: ``(filters, 1 or 2, channels, *size)``."""
-        waves = [wave] if self.output == "real" else [wave, turned(wave)]
+        waves = [wave] if self.output == "real" else [wave, quadrature_partner(wave)]
         return torch.stack([combine(even, odd, member) for member in waves], dim=1)
 
     def _without_dc(self, part: Tensor, wave: Waveform) -> Tensor:
@@ -715,3 +716,207 @@ def _learned_fields(record: type[Gabor], learn: Collection[str] | str | None) ->
                 f"learn must name fields of {record.__name__} ({', '.join(names)}), got {name!r}."
             )
     return frozenset(chosen)
+
+
+GaborLayer = GaborConv1d | GaborConv2d | GaborConv3d
+
+
+class MixedConv(nn.Module):
+    """A convolution whose kernels are Gabor functions and, some of them, free.
+
+    First layers of trained networks are mixed: beside oriented edges they hold colour contrasts
+    and others that no Gabor function is. Both kinds of kernel go through one convolution.
+
+    Convention:
+        - output channel ``i`` belongs to filter ``order[i]``; filters are counted from the Gabor
+          layer's channels to the free ones
+        - arguments of the convolution (stride, padding, ...) are the Gabor layer's, for all
+        - the layer is convolved with ``weight``: ``gabor.forward`` and its hooks are not called
+
+    Args:
+        gabor: a ``GaborConvNd`` with ``groups=1`` and an output of ``"real"`` or ``"quadrature"``.
+            It becomes a part of this layer, under the name ``gabor``.
+        free: how many free filters, drawn as ``nn.ConvNd`` draws its own; or their kernels,
+            ``(filters, in_channels, *kernel_size)``, which are copied.
+        free_bias: of the free filters ``(filters,)``; by default drawn as ``nn.ConvNd`` does, if
+            the Gabor layer has a bias.
+        order: the filter of each output channel, a permutation; by default Gabor first.
+        seed: of what is drawn; by default torch's global generator.
+
+    Attributes:
+        gabor: the Gabor layer.
+        free: the free kernels, a parameter.
+        free_bias: their bias, a parameter, or ``None``.
+        order: int64 ``(out_channels,)``, a buffer.
+
+    Raises:
+        TypeError: ``gabor`` is no Gabor layer, or a value is of another type.
+        ValueError: its groups or its output are others, a shape does not fit, or ``order`` is no
+            permutation.
+
+    Example:
+        >>> from gaborium import GaborConv2d
+        >>> layer = MixedConv(GaborConv2d(3, 12, 7, padding=3), free=4)
+        >>> layer(torch.rand(2, 3, 32, 32)).shape
+        torch.Size([2, 16, 32, 32])
+        >>> layer.gabor.params.orientation.shape, layer.free.shape
+        (torch.Size([12, 1]), torch.Size([4, 3, 7, 7]))
+    """
+
+    order: Tensor
+    free_bias: nn.Parameter | None
+
+    def __init__(
+        self,
+        gabor: GaborLayer,
+        free: int | Tensor,
+        *,
+        free_bias: Tensor | None = None,
+        order: Sequence[int] | Tensor | None = None,
+        seed: int | None = None,
+    ) -> None:
+        super().__init__()
+        if not isinstance(gabor, GABOR_LAYERS):
+            raise TypeError(
+                f"gabor must be a GaborConv1d, GaborConv2d or GaborConv3d, got "
+                f"{type(gabor).__name__}."
+            )
+        if gabor.groups != 1 or gabor.output == "energy":
+            raise ValueError(
+                "gabor must have groups=1 and output='real' or 'quadrature', so that its kernels "
+                f"fit beside free ones; got groups={gabor.groups}, output={gabor.output!r}."
+            )
+        shape = (gabor.in_channels, *gabor.kernel_size)
+        if isinstance(free, bool) or not isinstance(free, (int, Tensor)):
+            raise TypeError(
+                f"free must be a number of filters or their kernels, got {type(free).__name__}."
+            )
+        if isinstance(free, Tensor) and tuple(free.shape[1:]) != shape:
+            raise ValueError(
+                f"free must have shape {('filters', *shape)} as the Gabor layer wants it, got "
+                f"{tuple(free.shape)}."
+            )
+        n_free = free if isinstance(free, int) else len(free)
+        if n_free < 1:
+            raise ValueError(f"free must be at least 1 filter, got {n_free}.")
+
+        self.gabor = gabor
+        self.n_dims: int = gabor.n_dims
+        self.in_channels, self.groups = gabor.in_channels, 1
+        self.out_channels = gabor.out_channels + n_free
+        self.kernel_size: Any = gabor.kernel_size
+        self.stride, self.padding, self.dilation = gabor.stride, gabor.padding, gabor.dilation
+        self.padding_mode = gabor.padding_mode
+        self.seed = seed
+        like = gabor.log_sigma.detach()
+        self.free = nn.Parameter(like.new_empty(n_free, *shape))
+        if gabor.bias is not None:
+            self.free_bias = nn.Parameter(like.new_empty(n_free))
+        else:
+            self.register_parameter("free_bias", None)
+        places = _permutation(order, self.out_channels)
+        self.register_buffer("order", places.to(like.device))
+        self.reset_free()
+        with torch.no_grad():
+            if isinstance(free, Tensor):
+                if not free.is_floating_point():
+                    raise TypeError(f"free must be of a real floating type, got {free.dtype}.")
+                self.free.copy_(free)
+            if free_bias is not None:
+                if self.free_bias is None:
+                    raise ValueError(
+                        "free_bias needs a Gabor layer with a bias; this one has bias=False."
+                    )
+                if free_bias.shape != self.free_bias.shape:
+                    raise ValueError(
+                        f"free_bias must have shape ({n_free},), one per free filter, got "
+                        f"{tuple(free_bias.shape)}."
+                    )
+                self.free_bias.copy_(free_bias)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Convolve ``(batch, in_channels, *size)``, or the same without batch."""
+        weight, bias = self.gabor.weight_and_bias(input)
+        weight = torch.cat([weight, self.free])[self.order]
+        if bias is not None:
+            free = bias.new_zeros(len(self.free)) if self.free_bias is None else self.free_bias
+            bias = torch.cat([bias, free])[self.order]
+        return self.gabor.convolve(input, weight, bias)
+
+    @property
+    def weight(self) -> Tensor:
+        """All kernels, ``(out_channels, in_channels, *kernel_size)``, sampled at this moment."""
+        return torch.cat([self.gabor.weight, self.free])[self.order]
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The bias of each output channel, or ``None``."""
+        if self.gabor.bias is None or self.free_bias is None:
+            return None
+        return torch.cat([self.gabor.bias, self.free_bias])[self.order]
+
+    @property
+    def is_gabor(self) -> Tensor:
+        """Which output channels are Gabor filters', boolean ``(out_channels,)``."""
+        return self.order < self.gabor.out_channels
+
+    def reset_parameters(self) -> None:
+        """Begin again: the Gabor layer as it starts, the free filters as ``nn.ConvNd`` does."""
+        self.gabor.reset_parameters()
+        self.reset_free()
+
+    def reset_free(self) -> None:
+        """Draw the free filters and their bias as ``nn.ConvNd`` draws its own."""
+        generator = None if self.seed is None else torch.Generator().manual_seed(self.seed)
+        bound = 1 / math.sqrt(math.prod(self.free.shape[1:]))
+        with torch.no_grad():
+            for value in (self.free, self.free_bias):
+                if value is not None:
+                    # Drawn on the CPU, so that a seed gives the same layer on every device.
+                    drawn = torch.empty_like(value, device="cpu")
+                    value.copy_(drawn.uniform_(-bound, bound, generator=generator))
+
+    def to_conv(self) -> nn.Conv1d | nn.Conv2d | nn.Conv3d:
+        """A plain ``nn.ConvNd`` with the present kernels, equal outputs and no Gabor inside.
+
+        Returns:
+            A new layer on the same device, of the same dtype and training mode; all its kernels
+            learn freely.
+
+        Example:
+            >>> from gaborium import GaborConv1d
+            >>> layer = MixedConv(GaborConv1d(1, 3, 9), free=2)
+            >>> sound = torch.rand(1, 1, 50)
+            >>> torch.equal(layer(sound), layer.to_conv()(sound))
+            True
+        """
+        return plain_conv(self, self.weight, self.bias)
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        places = state_dict.get(f"{prefix}order")
+        if isinstance(places, Tensor) and places.shape == self.order.shape:
+            _permutation(places, self.out_channels)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    def extra_repr(self) -> str:
+        """What there is beside the Gabor layer."""
+        return f"{self.in_channels}, {self.out_channels}, free={len(self.free)}"
+
+
+def _permutation(order: Sequence[int] | Tensor | None, n: int) -> Tensor:
+    if order is None:
+        return torch.arange(n)
+    places = torch.as_tensor(order)
+    if places.is_floating_point() or sorted(places.flatten().tolist()) != list(range(n)):
+        raise ValueError(
+            f"order must hold each of 0 to {n - 1} once, the filter of each output channel; got "
+            f"{_shortened(places)}."
+        )
+    return places.to(torch.int64).flatten()
+
+
+def _shortened(places: Tensor) -> str:
+    values = places.flatten().tolist()
+    return f"{values[:8]}" + (f" and {len(values) - 8} more" if len(values) > 8 else "")

@@ -1,8 +1,8 @@
 """Why does it not learn, and what to do: causes found in any layer, loss and training loop."""
 
+from gaborium.diagnostics.causes import Finding, Severity
 from gaborium.diagnostics.diagnosis import Diagnosis, diagnose
 from gaborium.diagnostics.filters import Duplicate, Health, health, reseed
-from gaborium.diagnostics.findings import Finding, Severity
 from gaborium.diagnostics.gradients import GradientCheck, ParameterCheck, check_gradients
 from gaborium.diagnostics.information import Identifiability, identifiability
 from gaborium.diagnostics.landscape import Landscape, Minimum, landscape

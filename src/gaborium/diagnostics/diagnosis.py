@@ -14,13 +14,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gaborium.diagnostics import units
+from gaborium.diagnostics.causes import CAUSES, CLEAR_OPTIMIZER, RECOVER, Finding, Severity, finding
 from gaborium.diagnostics.filters import health
-from gaborium.diagnostics.findings import Finding, Severity
 from gaborium.diagnostics.gradients import check_gradients
 from gaborium.diagnostics.information import identifiability
 from gaborium.diagnostics.landscape import landscape
 from gaborium.diagnostics.losses import OutputLoss
-from gaborium.diagnostics.mending import NEW_OPTIMIZER, convolution_of
+from gaborium.diagnostics.mending import convolution_of
 from gaborium.diagnostics.setups import Loss, SetUp
 from gaborium.diagnostics.stability import step_limit
 from gaborium.diagnostics.trials import copied, seeded, tensors_of
@@ -30,42 +30,6 @@ from gaborium.layers import GABOR_LAYERS
 
 Progress = Callable[[str, int, int], None]  # what is looked at, parts done, parts in all
 
-# What comes first is the cause of what comes later: a gradient that is lost before a start that is
-# bad, images that are too bright before a step that is then too long.
-_ORDER = (
-    "no gradient",
-    "nan gradient",
-    "stale cache",
-    "wrong gradient",
-    "frozen",
-    "does not move",
-    "wrong unit",
-    "off-centre grid",
-    "wrong sign of phase",
-    "not identifiable",
-    "image scale",
-    "loss scale",
-    "vanishing step",
-    "dead filters",
-    "aliased wavelength",
-    "duplicate filters",
-    "amplitude absorbed",
-    "zero padding",
-    "image mean",
-    "momentum too large",
-    "step too large",
-    "cone at the minimum",
-    "antipodal start",
-    "flat plateau",
-    "outside the basin",
-    "degenerate filters",
-    "truncated envelope",
-    "divergence",
-    "ejection",
-    "oscillation",
-    "spurious minima",
-    "ill-conditioned input",
-)
 # Faults of the code, which are faults however well the rest of the parameters learns.
 _BUGS = ("no gradient", "nan gradient", "stale cache", "wrong gradient", "off-centre grid")
 # What concerns other starts and other inputs rather than this one.
@@ -305,21 +269,13 @@ class _Examination:
 
     def _off_centre(self, name: str, middle: Tensor) -> Finding:
         shift = ", ".join(f"{value:+.2f}" for value in middle.tolist())
-        code = (
-            "from gaborium.diagnostics import replace_by_gabor\n"
-            f"module = replace_by_gabor(module, {name!r}, inputs)\n"
-            f"layer = module.get_submodule({name!r})\n"
-            "layer.params = layer.params.replace(center=0 * layer.params.center)\n"
-        )
-        return Finding(
+        return finding(
             "off-centre grid",
-            Severity.SEVERE,
-            f"The kernels{_of(name)} are sampled around a point ({shift}) px (x first) from their "
-            "middle: the pixel grid is off centre, so responses are displaced and parameters "
-            "biased.",
-            {"largest_shift_px": middle.abs().amax().item()},
-            code + NEW_OPTIMIZER,
             (name,),
+            of=_of(name),
+            name=name,
+            shift=shift,
+            largest_shift_px=middle.abs().amax().item(),
         )
 
     def _absorbed(self, name: str) -> list[Finding] | None:
@@ -345,22 +301,20 @@ class _Examination:
             "size = layer.weight.detach().flatten(1).norm(dim=1, keepdim=True)\n"
             "size = size.unflatten(0, (layer.n_filters, -1)).amax(1)\n"
             "layer.params = layer.params.replace(amplitude=layer.params.amplitude / size)\n"
-            "if optimizer is not None:\n    optimizer.state.clear()\n"
         )
         return [
-            Finding(
+            finding(
                 "amplitude absorbed",
-                Severity.SEVERE if far else Severity.NOTE,
-                f"The output does not depend on the amplitude{_of(name)}: a normalisation behind "
-                f"the layer divides it away. With kernels of norm {size:.3g} a step "
-                + ("is not of the right length for phases, which are stored with it." if far
-                   else "has about the right length."),
-                {"kernel_norm": size},
-                code if far else "",
                 (name,),
-                0.8,
+                severity=Severity.SEVERE if far else None,
+                remedy=code + CLEAR_OPTIMIZER if far else "",
+                of=_of(name),
+                length="the wrong length for phases, which are stored with the amplitude"
+                if far
+                else "about the right length",
+                kernel_norm=size,
             )
-        ]  # fmt: skip
+        ]
 
     @cached_property
     def output(self) -> Any:
@@ -402,11 +356,7 @@ class _Examination:
         """Frozen fields whose values are not those of the responses."""
         present = layer.params.detach().to(torch.float64)
         difference = result.params.difference(present)
-        remedy = (
-            "from gaborium import recover\n"
-            f"module.params = recover(inputs, targets, module.kernel_size{recover_arguments(layer)}"
-            ").params\n"
-        )
+        remedy = RECOVER.format(arguments=recover_arguments(layer))
         for field, value in difference.items():
             if field in layer.learn or field == "center":
                 continue
@@ -421,25 +371,21 @@ class _Examination:
                 opposite = result.params.phase + present.expand().phase
                 turned = torch.remainder(opposite + math.pi, 2 * math.pi) - math.pi
                 if bool((turned.abs()[off] < 0.1).all()):
-                    yield Finding(
+                    yield finding(
                         "wrong sign of phase",
-                        Severity.SEVERE,
-                        "The responses ask for the opposite phase, and the phase does not learn: "
-                        "some libraries, OpenCV among them, count it the other way.",
-                        {"largest_difference_rad": value.abs()[off].max().item()},
-                        "module.params = module.params.replace(phase=-module.params.phase)\n",
                         filters,
+                        largest_difference_rad=value.abs()[off].max().item(),
                     )
                     continue
-            yield Finding(
+            largest = value.abs()[off].max().item()
+            yield finding(
                 "frozen",
-                Severity.SEVERE,
-                f"{field} does not learn, and is off by up to {value.abs()[off].max():.3g} from "
-                "what the responses ask for.",
-                {"largest_difference": value.abs()[off].max().item()},
-                remedy,
                 filters,
-                0.9,
+                severity=Severity.SEVERE,
+                confidence=0.9,
+                remedy=remedy,
+                reason=f"its {field} is off by up to {largest:.3g} from what the responses ask for",
+                largest_difference=largest,
             )
 
     def _looked_at(self) -> list[tuple[str, int]]:
@@ -484,9 +430,9 @@ class _Examination:
                 merged[key] = found
                 continue
             first = merged[key]
-            worse = min(first, found, key=lambda one: (one.severity.rank, -one.likelihood))
-            where = tuple(dict.fromkeys((*first.where, *found.where)))
-            merged[key] = replace(worse, where=where)
+            worse = min(first, found, key=lambda one: (one.severity.rank, -one.confidence))
+            location = tuple(dict.fromkeys((*first.location, *found.location)))
+            merged[key] = replace(worse, location=location)
         return list(merged.values())
 
     def _tried(self, findings: list[Finding], losses: list[float], after: float) -> list[Finding]:
@@ -509,13 +455,12 @@ class _Examination:
                 if helps and not learns and found.cause not in _OF_OTHER_STARTS:
                     severity = Severity.SEVERE
             judged.append((replace(found, severity=severity, numbers=numbers), helps))
-        order = {cause: i for i, cause in enumerate(_ORDER)}
         judged.sort(
             key=lambda pair: (
                 pair[0].severity.rank,
                 not pair[1],
-                order.get(pair[0].cause, len(order)),
-                -pair[0].likelihood,
+                CAUSES.index(pair[0].cause),
+                -pair[0].confidence,
             )
         )
         return [found for found, _ in judged]

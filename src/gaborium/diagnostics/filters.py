@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from gaborium.diagnostics.findings import Finding, Severity, by_severity
+from gaborium.diagnostics.causes import Finding, Severity, by_severity
 from gaborium.diagnostics.mending import rebuilding_code
 from gaborium.fitting import fit
 from gaborium.kernels import gabor

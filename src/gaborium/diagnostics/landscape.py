@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from gaborium.diagnostics.findings import Finding, Severity, by_severity
+from gaborium.diagnostics.causes import Finding, Severity, by_severity
 from gaborium.diagnostics.losses import LayerLoss, OutputLoss, Probe
 from gaborium.diagnostics.views import (
     GaborLayer,

@@ -7,26 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gaborium.diagnostics.causes import NEW_OPTIMIZER, RENEW_OPTIMIZER
 from gaborium.diagnostics.trials import Convolution, Trace, Trials, copied, same
 from gaborium.fitting import fit
 from gaborium.layers import LAYERS
 from gaborium.params import Gabor
 from gaborium.starts import start as draw_start
-
-# A replaced module has new parameters, which an optimiser made before does not know.
-RENEW_OPTIMIZER = """\
-if optimizer is not None:
-    rate = optimizer.param_groups[0]["lr"]
-    optimizer.param_groups.clear()
-    optimizer.state.clear()
-    optimizer.add_param_group({"params": list(module.parameters()), "lr": rate})
-"""
-
-# A step that suited the parameters of another layer need not suit those of a Gabor layer.
-NEW_OPTIMIZER = """\
-import torch
-optimizer = torch.optim.Adam(module.parameters(), lr=0.01)
-"""
 
 
 def replace_by_gabor(module: nn.Module, name: str, inputs: Any) -> nn.Module:

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from gaborium.diagnostics.findings import Finding, Severity, by_severity
+from gaborium.diagnostics.causes import Finding, Severity, by_severity
 from gaborium.diagnostics.losses import LayerLoss, OutputLoss, Probe, duplicate
 from gaborium.diagnostics.views import filter_moments, find_gabor_layer, kernel_slopes
 
@@ -454,7 +454,7 @@ def _findings(found: StepLimit) -> list[Finding]:
                     "step alone would not leave it.",
                     numbers_here,
                     "for group in optimizer.param_groups:\n    group['momentum'] = 0.0",
-                    likelihood=0.7,
+                    confidence=0.7,
                 )
             )
     if rate is None:
@@ -497,7 +497,7 @@ def _findings(found: StepLimit) -> list[Finding]:
                     "minimum many times.",
                     numbers | {"travel": travel},
                     "for group in optimizer.param_groups:\n    group['momentum'] = 0.5",
-                    likelihood=0.6,
+                    confidence=0.6,
                 )
             )
     n_steps = found.n_steps or 0.0

@@ -22,8 +22,7 @@ from gaborium.export.plain import LAYERS_OF_OURS, to_plain
 from gaborium.export.saved import save_layer
 from gaborium.export.tables import write_params
 from gaborium.files import write_tensors, write_text
-from gaborium.layers import PairEnergy
-from gaborium.mixed import GaborLayer, MixedConv
+from gaborium.layers import GaborLayer, MixedConv, PairEnergy
 from gaborium.training import Trained
 
 # What each form is called in the folder; the graph of a network has a name of its own.
@@ -192,4 +191,4 @@ def _input(trained: Trained) -> dict[str, Any]:
 def _write_plain(model: nn.Module, path: Path) -> None:
     plain = to_plain(model)
     facts = {"format": 1, "name": "gaborium.plain", "layer": " ".join(repr(plain).split())}
-    write_tensors(path, plain.state_dict(), facts, extra="export", purpose="Saved layers")
+    write_tensors(path, plain.state_dict(), facts)

@@ -7,8 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from gaborium.layers import GABOR_LAYERS, PairEnergy, plain_conv
-from gaborium.mixed import MixedConv
+from gaborium.layers import GABOR_LAYERS, MixedConv, PairEnergy, plain_conv
 
 LAYERS_OF_OURS: tuple[Any, ...] = (*GABOR_LAYERS, MixedConv)
 

@@ -15,8 +15,7 @@ from gaborium import __version__
 from gaborium.errors import as_sizes, one_of
 from gaborium.files import read_tensors, write_tensors
 from gaborium.images import cannot_read
-from gaborium.layers import LAYERS
-from gaborium.mixed import GaborLayer, MixedConv
+from gaborium.layers import LAYERS, GaborLayer, MixedConv
 from gaborium.params import RECORDS, UNITS, Gabor
 from gaborium.starts import STARTS
 
@@ -24,9 +23,7 @@ from gaborium.starts import STARTS
 FORMAT = 1
 _NAME = "gaborium.layer"
 _KINDS: dict[str, Any] = {layer.__name__: layer for layer in LAYERS.values()}
-_WHAT = "a layer of save_layer"
 _AGAIN = "save the layer again"
-_NEED = {"extra": "export", "purpose": "Saved layers"}
 
 
 def save_layer(layer: GaborLayer | MixedConv, path: str | os.PathLike[str]) -> None:
@@ -66,7 +63,7 @@ def save_layer(layer: GaborLayer | MixedConv, path: str | os.PathLike[str]) -> N
         "frozen": [name for name, value in layer.named_parameters() if not value.requires_grad],
         "units": {name: UNITS[name] for name in RECORDS[layer.n_dims].field_names()},
     }
-    write_tensors(path, layer.state_dict(), facts, **_NEED)
+    write_tensors(path, layer.state_dict(), facts)
 
 
 def load_layer(path: str | os.PathLike[str]) -> Any:
@@ -88,11 +85,9 @@ def load_layer(path: str | os.PathLike[str]) -> Any:
     """
     shown = repr(os.fspath(path))
     try:
-        tensors, facts = read_tensors(path, newest=FORMAT, what=_WHAT, again=_AGAIN, **_NEED)
+        tensors, facts = read_tensors(path, kind="layer", newest=FORMAT)
     except OSError as error:
         raise cannot_read(shown, error, what="layer") from None
-    if facts.get("name") != _NAME:
-        raise ValueError(f"{shown} is another file of gaborium and not {_WHAT}; give such a file.")
     if facts["format"] not in _READERS:
         raise ValueError(
             f"{shown} has format {facts['format']}, which this version does not read; load it "

@@ -23,8 +23,7 @@ from gaborium.interop import (
     to_opencv,
     to_skimage,
 )
-from gaborium.layers import GABOR_LAYERS
-from gaborium.mixed import GaborLayer, MixedConv
+from gaborium.layers import GABOR_LAYERS, GaborLayer, MixedConv
 from gaborium.params import RECORDS, UNITS, Gabor, Gabor2d
 
 WORDS = ("gaborium", "skimage", "opencv")

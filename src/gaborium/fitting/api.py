@@ -18,8 +18,8 @@ from gaborium.fitting.robust import LOSSES, reweighted
 from gaborium.fitting.search import Search
 from gaborium.fitting.solver import Family, Target, misfit, without_offset
 from gaborium.fitting.start import StartGrid
-from gaborium.fitting.statistics import PatchStatistics, root_of
 from gaborium.params import RECORDS
+from gaborium.patches import PatchStatistics, root_of
 
 _PIECE = 2**22  # numbers in the kernels that are held as a problem at a time
 _F = TypeVar("_F", bound=Callable[..., FitResult])
@@ -275,17 +275,16 @@ def _solve_statistics(
     max_iterations: int,
     tolerance: float,
 ) -> FitResult:
-    C, c = statistics.covariance(), statistics.cross_covariance()
-    variance, count = statistics.response_variance(), statistics.count
-    mean_square = C.diagonal().mean()
-    if not mean_square > 1e-12 * (statistics.squares.diagonal().mean() / count + 1e-30):
+    C, c = statistics.covariance, statistics.cross_covariance
+    variance, count = statistics.response_variance, statistics.count
+    if statistics.is_constant:
         raise ValueError(
             "The images are constant: every kernel of the same sum gives the same responses, so "
             "nothing can be recovered; use images with structure."
         )
     root, inverse = root_of(C)
     scale = variance.clamp_min(1e-300).sqrt()
-    bad = ~(variance > 1e-20 * mean_square)
+    bad = ~(variance > 1e-20 * C.diagonal().mean())
     y = (c / scale.unsqueeze(-1)) @ inverse.T  # (filters, m)
     y = torch.where(bad.unsqueeze(-1), torch.ones_like(y), y)
     target = Target(y.unsqueeze(1), root)

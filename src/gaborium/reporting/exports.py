@@ -17,8 +17,7 @@ from gaborium.conversion import find_first_conv
 from gaborium.export import to_plain, write_formats
 from gaborium.export.folders import gabor_part, is_paired
 from gaborium.files import write_text
-from gaborium.layers import PairEnergy
-from gaborium.mixed import GaborLayer, MixedConv
+from gaborium.layers import GaborLayer, MixedConv, PairEnergy
 from gaborium.params import UNITS, Gabor
 from gaborium.plots import colored, kernel_images
 from gaborium.reporting.charts import DARK, data_uri

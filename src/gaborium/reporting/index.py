@@ -107,12 +107,12 @@ def _recovery(record: Mapping[str, Any]) -> _Told:
 def _training(record: Mapping[str, Any]) -> _Told:
     first, *others = record["table"]
     beside = [
-        f"{row['first_layer']}: {_share(row['accuracy'], row['accuracy_error'])}" for row in others
+        f"{row['variant']}: {_share(row['accuracy'], row['accuracy_error'])}" for row in others
     ]
     return (
         "Training of networks",
         _share(first["accuracy"], first["accuracy_error"]),
-        [f"test accuracy, {first['first_layer']}", *beside],
+        [f"test accuracy, {first['variant']}", *beside],
         record["headline"],
     )
 
