@@ -28,7 +28,7 @@ from _report import RESULTS, parsed, print_table, provenance, write_json
 from torch import Tensor, nn
 
 from gaborium import convert
-from gaborium.training import build_network, first_layer, load_dataset
+from gaborium.training import build_network, load_dataset, make_first_layer
 
 BATCH, RATE, DECAY = 128, 3e-3, 0.05
 EPOCHS = {"fashion-mnist": 4, "cifar10": 8}
@@ -80,7 +80,7 @@ class Data:
 
 def small_cnn(data: str, kernel_size: int, seed: int) -> nn.Module:
     channels, side = (1, 28) if data == "fashion-mnist" else (3, 32)
-    first = first_layer(
+    first = make_first_layer(
         "free", n_dims=2, in_channels=channels, n_filters=32, kernel_size=kernel_size, seed=seed
     )
     return build_network("cnn", first=first, image_size=(side, side), n_classes=10, seed=seed)

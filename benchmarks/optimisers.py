@@ -532,7 +532,7 @@ def naturally(task: Task, options: Options, **settings: Any) -> Tensor:
     layer = learner(task.starts)
     optimizer = NaturalGradient(layer, **settings)
     if "gradient noise" in task.condition:
-        layer.tap.kernel.register_hook(noisy(task))
+        layer.gradient_hook.kernel.register_hook(noisy(task))
     for (images, noise), _ in zip(
         task.batches(), range(20 if options.quick else 150), strict=False
     ):

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from gaborium import convert
 from gaborium.layers import GABOR_LAYERS
-from gaborium.training import build_network, first_layer, load_dataset
+from gaborium.training import build_network, load_dataset, make_first_layer
 
 FIRST = "fashion-mnist"
 TASKS = {"mnist": 10, "textures": 20}  # and images of each class
@@ -78,7 +78,7 @@ def starts(network: Any, images: Tensor, seed: int) -> dict[str, Callable[[], nn
         return layer.requires_grad_(learned)
 
     def fresh(kind: str, **options: Any) -> nn.Module:
-        return first_layer(kind, **SIZES, **options, seed=1000 + seed)
+        return make_first_layer(kind, **SIZES, **options, seed=1000 + seed)
 
     return {
         "learned, converted": lambda: converted(True),

@@ -140,6 +140,6 @@ def test_nothing_is_unpickled(tmp_path):
             return os.mkdir, (str(tmp_path / "harm"),)
 
     torch.save({"x": Harm()}, tmp_path / "checkpoint-000000005.safetensors")
-    with pytest.raises(ValueError, match="is not a checkpoint of gaborium"):
+    with pytest.raises(ValueError, match="is not a saved checkpoint of gaborium"):
         Checkpoints(tmp_path).latest()
     assert not (tmp_path / "harm").exists()

@@ -186,8 +186,8 @@ def test_a_saved_layer_is_looked_at(coordinates, prefix, capsys):
     assert run("diagnose", "net.safetensors", "--kernel-size", 13) == 0
     found = record(Path("runs/diagnose"))
     causes = {one["cause"]: one for one in found["findings"]}
-    assert causes["dead filters"]["where"] == ["1"]
-    assert causes["duplicate filters"]["where"] == ["0", "2"]
+    assert causes["dead filters"]["location"] == ["1"]
+    assert causes["duplicate filters"]["location"] == ["0", "2"]
     # The remedy's names are those of the network that the layer comes from.
     assert f"get_submodule('{prefix.rstrip('.')}')" in causes["dead filters"]["remedy"]
     assert found["facts"]["kernel size"] == "13 × 13"
@@ -219,7 +219,7 @@ def test_other_kernels_are_looked_at_too():
     torch.save({"conv1.weight": kernels.half()}, "net.pt")
     assert run("diagnose", "net.pt") == 0
     found = record(Path("runs/diagnose"))
-    assert next(one for one in found["findings"] if one["cause"] == "dead filters")["where"] == [
+    assert next(one for one in found["findings"] if one["cause"] == "dead filters")["location"] == [
         "1"
     ]
     assert found["facts"]["array"] == "conv1.weight"

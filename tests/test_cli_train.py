@@ -41,7 +41,7 @@ def test_it_writes_recipe_metrics_checkpoints_result_and_report(folder, capsys):
     assert (recipe.epochs, recipe.seeds, recipe.corruption) == (2, (0,), ("noise", "blur"))
     result = json.loads((place / "result.json").read_text(encoding="utf-8"))
     assert result["recipe"]["n_filters"] == 4
-    assert [row["first_layer"] for row in result["table"]] == ["gabor", "free"]
+    assert [row["variant"] for row in result["table"]] == ["gabor", "free"]
     assert result["facts"]["command"].startswith("gaborium")
     assert "</html>" in (place / "report.html").read_text(encoding="utf-8")
     assert {path.name for path in place.glob("*.png")} == {"training.png", "filters.png"}
@@ -64,10 +64,15 @@ def unreported(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("unreported")
 def test_flags_stand_above_the_file(folder):
-    Recipe(data="data.npz", epochs=7, n_filters=6, beside=("gabor-fixed",)).to_toml("my.toml")
-    assert run("train", "my.toml", *FAST, "--no-beside", "--name", "mine") == 0
+    Recipe(data="data.npz", epochs=7, n_filters=6, compare_with=("gabor-fixed",)).to_toml("my.toml")
+    assert run("train", "my.toml", *FAST, "--no-compare-with", "--name", "mine") == 0
     recipe = Recipe.from_toml(folder / "runs/mine/recipe.toml")
-    assert (recipe.data, recipe.epochs, recipe.n_filters, recipe.beside) == ("data.npz", 2, 4, ())
+    assert (recipe.data, recipe.epochs, recipe.n_filters, recipe.compare_with) == (
+        "data.npz",
+        2,
+        4,
+        (),
+    )
 
 
 @pytest.mark.usefixtures("unreported")
@@ -89,15 +94,15 @@ def test_interrupted_it_says_how_to_go_on_and_does(folder, capsys, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(Trainer, "_step", lambda self, *args: steps.append(0) or step(self, *args))
         assert run("train", "--data", "data.npz", *FAST) == 0
-    assert len(steps) == 3 + 6  # from the third of six steps, then the free side
+    assert len(steps) == 3 + 6  # from the third of six steps, then the free variant
     assert run("train", "--data", "data.npz", *FAST) == 0  # nothing is left to do
 
 
 @pytest.mark.usefixtures("unreported")
 def test_another_recipe_in_the_same_folder_needs_overwrite(folder, capsys):
-    assert run("train", "--data", "data.npz", *FAST, "--no-beside") == 0
+    assert run("train", "--data", "data.npz", *FAST, "--no-compare-with") == 0
     capsys.readouterr()
-    other = ["--data", "data.npz", *FAST, "--no-beside", "--stride", "2"]
+    other = ["--data", "data.npz", *FAST, "--no-compare-with", "--stride", "2"]
     assert run("train", *other) == 2
     assert "holds another recipe: stride (1 there, 2 here)" in one_line(capsys)
     assert run("train", *other, "--overwrite") == 0
@@ -152,8 +157,8 @@ def test_a_terminal_sees_bars():
 
     console = Console(force_terminal=True, width=80, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
     with cli._training_progress(console, Recipe()) as progress:
-        progress({"kind": "step", "side": "gabor", "seed": 0, "step": 3, "n_steps": 10})
-        progress({"kind": "step", "side": "free", "seed": 0, "step": 10, "n_steps": 10})
+        progress({"kind": "step", "variant": "gabor", "seed": 0, "step": 3, "n_steps": 10})
+        progress({"kind": "step", "variant": "free", "seed": 0, "step": 10, "n_steps": 10})
     console.file.close()
     shown = console.export_text()
     assert "gabor, seed 0" in shown

@@ -10,7 +10,7 @@ from torch import nn
 
 from gaborium import Gabor1d, Gabor2d, Gabor3d, GaborConv1d, GaborConv2d, GaborConv3d
 from gaborium.diagnostics import Severity, health, reseed
-from gaborium.spectrum import dc_response
+from gaborium.kernels import dc_response
 
 LAYERS = {1: GaborConv1d, 2: GaborConv2d, 3: GaborConv3d}
 
@@ -64,7 +64,7 @@ def test_dead_filters():
     layer = layer_of(amplitude=[1.0, 0.0, 1.0, 1e-5])
     found = health(layer)
     assert found.dead.tolist() == [False, True, False, True]
-    assert finding(found, "dead filters").where == ("1", "3")
+    assert finding(found, "dead filters").location == ("1", "3")
     assert finding(found, "dead filters").severity is Severity.WARNING
     kept = layer.params.orientation[0].item()
     new = mended(layer, finding(found, "dead filters").remedy)
@@ -125,7 +125,7 @@ def test_duplicates_and_negatives():
     assert all(abs(pair.cosine) == pytest.approx(1, abs=1e-5) for pair in found.duplicates)
     assert found.redundant == [1]
     said = finding(found, "duplicate filters")
-    assert said.where == ("0", "1", "3")
+    assert said.location == ("0", "1", "3")
     assert "2 of 3 pairs are negatives" in said.sentence
     assert said.severity is Severity.WARNING
     assert health(mended(layer, said.remedy)).redundant == []
@@ -172,7 +172,7 @@ def test_the_response_to_a_constant_is_that_of_the_spectrum():
     wanted = dc_response(layer.params, 15).abs().squeeze(1)
     torch.testing.assert_close(found.dc_leak, wanted.detach())
     said = finding(found, "DC leak")
-    assert (said.where, said.severity) == (("0",), Severity.NOTE)
+    assert (said.location, said.severity) == (("0",), Severity.NOTE)
     assert health(mended(layer, said.remedy)).dc_leak.max() < 1e-6
 
 

@@ -227,7 +227,7 @@ def test_a_lost_gradient_is_found_and_its_cause_named(faulty):
     checked = check(nn.Sequential(faulty(), nn.ReLU()))
     worst = checked.findings[0]
     assert (worst.cause, worst.severity) == ("no gradient", Severity.SEVERE)
-    assert "0.theta" in worst.where
+    assert "0.theta" in worst.location
     assert NO_GRADIENT[faulty] in worst.sentence
     assert states(checked)["0.theta"] == "no gradient"
     assert causes(checked, Severity.SEVERE) == ["no gradient"]
@@ -252,11 +252,11 @@ def test_the_published_package_that_does_not_learn():
     checked = check(theirs)
     worst = checked.findings[0]
     assert worst.cause == "no gradient"
-    assert {"0.freq", "0.theta", "0.sigma", "0.psi"} <= set(worst.where)
+    assert {"0.freq", "0.theta", "0.sigma", "0.psi"} <= set(worst.location)
     assert "self.conv_layer.weight.data[i, j] = g" in worst.sentence
     assert "0.conv_layer.weight" in worst.sentence
-    assert "0.theta" in finding(checked, "stale cache").where
-    assert "0.weight" in finding(checked, "unused parameter").where
+    assert "0.theta" in finding(checked, "stale cache").location
+    assert "0.weight" in finding(checked, "unused parameter").location
 
 
 def test_a_loss_that_is_cut_off_is_not_blamed_on_the_module():
@@ -268,7 +268,7 @@ def test_a_loss_that_is_cut_off_is_not_blamed_on_the_module():
         worst = check(Sound(), loss=cut).findings[0]
         assert worst.cause == "no gradient"
         assert "cut off from the output" in worst.sentence
-        assert set(worst.where) == {"theta", "wavelength"}
+        assert set(worst.location) == {"theta", "wavelength"}
     assert ".detach()" in check(Sound(), loss=lambda out: energy(out.detach())).findings[0].sentence
 
 
@@ -301,7 +301,7 @@ def test_the_remedy_gives_a_layer_that_does_the_same_and_learns(faulty):
 def test_a_kernel_kept_in_evaluation_is_found():
     checked = check(KeptInEval())
     assert causes(checked) == ["stale cache"]
-    assert set(checked.findings[0].where) == {"theta", "wavelength"}
+    assert set(checked.findings[0].location) == {"theta", "wavelength"}
     assert "eval()" in checked.findings[0].sentence
 
 
@@ -316,7 +316,7 @@ def test_a_module_that_answers_otherwise_in_evaluation_is_told():
         def forward(self, x):
             return super().forward(x) * (1.0 if self.training else 2.0)
 
-    assert "differs from that in train()" in finding(check(Other()), "stale cache").sentence
+    assert "differs from the one in train()" in finding(check(Other()), "stale cache").sentence
 
 
 # -- wrong and missing numbers --------------------------------------------------------------------
@@ -326,7 +326,7 @@ def test_a_module_that_answers_otherwise_in_evaluation_is_told():
 def test_a_wrong_derivative_is_found(faulty):
     checked = check(faulty())
     assert causes(checked, Severity.SEVERE) == ["wrong gradient"]
-    assert checked.findings[0].where == ("theta",)
+    assert checked.findings[0].location == ("theta",)
     assert checked.findings[0].numbers["disagreement[theta]"] > 0.05
     by_name = {parameter.name: parameter for parameter in checked.parameters}
     assert by_name["wavelength"].disagreement < 1e-6
@@ -351,7 +351,7 @@ def test_a_root_of_zero_inside_the_module_is_found():
             return super().forward(x).square().sum(1).sqrt()
 
     checked = check(Energy(), torch.zeros(1, 1, 9, 9), lambda out: out.mean())
-    assert finding(checked, "nan gradient").where == ("theta", "wavelength")
+    assert finding(checked, "nan gradient").location == ("theta", "wavelength")
     assert "sum(1).sqrt()" in checked.findings[0].sentence
 
 
@@ -360,7 +360,7 @@ def test_overflow_in_half_precision_is_found():
     inputs = image().half()
     checked = check(layer, inputs, lambda out: (1e4 * out).square().mean())
     assert causes(checked, Severity.SEVERE) == ["nan gradient"]
-    assert "Half precision overflows" in checked.findings[0].sentence
+    assert "half precision overflows" in checked.findings[0].sentence
     scope = {"module": layer, "inputs": inputs, "targets": inputs, "optimizer": None}
     exec(checked.findings[0].remedy, scope)
     mended_layer = scope["module"]
@@ -378,7 +378,7 @@ def test_a_module_that_holds_nan_is_told():
     layer.theta.data[1] = math.nan
     worst = check(layer).findings[0]
     assert worst.cause == "nan gradient"
-    assert "theta hold NaN" in worst.sentence
+    assert "theta holds NaN" in worst.sentence
 
 
 # -- steps ----------------------------------------------------------------------------------------
@@ -395,7 +395,7 @@ def test_a_step_below_the_rounding_is_found():
 def test_a_step_that_is_written_back_is_found():
     checked = check(WrittenBack())
     assert causes(checked, Severity.SEVERE) == ["does not move"]
-    assert checked.findings[0].where == ("theta",)
+    assert checked.findings[0].location == ("theta",)
 
 
 @pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.Adam])
@@ -433,7 +433,7 @@ def test_the_optimizer_of_another_copy_is_found():
     mended(layer, image(), checked.findings[0].remedy)
     one = torch.optim.SGD([layer.theta], lr=0.1)
     left_out = finding(check(layer, optimizer=one), "frozen")
-    assert (left_out.where, left_out.severity) == (("wavelength",), Severity.WARNING)
+    assert (left_out.location, left_out.severity) == (("wavelength",), Severity.WARNING)
     exec(left_out.remedy, {"module": layer, "optimizer": one})
     assert causes(check(layer, optimizer=one)) == []
 
@@ -442,7 +442,7 @@ def test_frozen_parameters_are_noted_and_severe_when_nothing_learns():
     layer = Sound()
     layer.theta.requires_grad_(False)
     checked = check(layer)
-    assert [(f.cause, f.severity, f.where) for f in checked.findings] == [
+    assert [(f.cause, f.severity, f.location) for f in checked.findings] == [
         ("frozen", Severity.NOTE, ("theta",))
     ]
     layer.wavelength.requires_grad_(False)
@@ -456,7 +456,7 @@ def test_fields_left_out_of_learn_are_noted_and_can_be_thawed():
     layer = GaborConv2d(1, 4, 7, seed=0, learn=("amplitude", "phase"), padding=3, stride=2)
     layer.bias.data += 1
     found = finding(check(nn.Sequential(layer)), "frozen")
-    assert found.where == ("orientation", "wavelength", "sigma", "aspect_ratio")
+    assert found.location == ("orientation", "wavelength", "sigma", "aspect_ratio")
     assert found.severity is Severity.NOTE
     module = mended(nn.Sequential(layer), image(), found.remedy)
     torch.testing.assert_close(module(image()), layer(image()))
@@ -469,8 +469,12 @@ def test_fields_left_out_of_learn_are_noted_and_can_be_thawed():
 def test_degrees_given_for_radians_are_found_and_mended():
     layer = InDegrees()
     worst = check(layer).findings[0]
-    assert (worst.cause, worst.severity, worst.where) == ("wrong unit", Severity.SEVERE, ("theta",))
-    assert worst.likelihood < 1
+    assert (worst.cause, worst.severity, worst.location) == (
+        "wrong unit",
+        Severity.SEVERE,
+        ("theta",),
+    )
+    assert worst.confidence < 1
     exec(worst.remedy, {"module": layer})
     torch.testing.assert_close(layer.theta, torch.tensor([1.0, 2.0, 3.0]) * math.pi / 4)
     assert causes(check(layer)) == []
@@ -481,7 +485,7 @@ def test_degrees_used_as_degrees_are_right_and_radians_are_not():
     layer.theta.data = torch.tensor([15.0, 90.0, 120.0])
     assert causes(check(layer)) == []
     layer.theta.data = torch.tensor([0.3, 1.5, 2.0])
-    assert "in degrees" in finding(check(layer), "wrong unit").sentence
+    assert "layer uses degrees" in finding(check(layer), "wrong unit").sentence
 
 
 def test_a_frequency_given_for_a_wavelength_is_a_guess():
@@ -489,7 +493,7 @@ def test_a_frequency_given_for_a_wavelength_is_a_guess():
     layer.wavelength.data = torch.tensor([0.25, 0.2, 0.3])
     found = finding(check(layer), "wrong unit")
     assert found.severity is Severity.WARNING
-    assert found.likelihood < 1
+    assert found.confidence < 1
 
 
 # -- sound modules --------------------------------------------------------------------------------
@@ -635,7 +639,7 @@ def test_a_loss_that_is_none_is_refused(loss, kind, line):
 def test_inputs_that_do_not_fit_are_refused():
     with pytest.raises(ValueError, match="inputs must be finite"):
         check(Sound(), torch.full((1, 1, 9, 9), math.nan))
-    with pytest.raises(ValueError, match="inputs lie on meta and the module on cpu"):
+    with pytest.raises(ValueError, match="inputs are on meta and the module on cpu"):
         check(Sound(), torch.zeros(1, 1, 9, 9, device="meta"))
     with pytest.raises(
         ValueError, match=r"inputs are torch.float32 and the module is torch.float16"

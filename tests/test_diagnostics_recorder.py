@@ -191,7 +191,7 @@ def test_steps_that_overshoot_are_an_oscillation():
     train(layer, 30, recorder=recorder, optimizer=optimizer, loss=bowl("orientation", 1.0))
     found = recorder.findings[0]
     assert found.cause == "oscillation"
-    assert found.where == ("0", "1")
+    assert found.location == ("0", "1")
     assert list(found.numbers) == ["amplitude[orientation]"]
     rate = optimizer.param_groups[0]["lr"]
     exec(found.remedy, {"optimizer": optimizer})
@@ -281,7 +281,7 @@ def test_missing_and_zero_gradients_are_told():
     train(flat, 10, recorder=(recorder := watch(flat, every=1)),
           loss=lambda layer: loss(layer) + 0 * layer.weight.sum())  # fmt: skip
     found = next(one for one in recorder.findings if one.cause == "frozen")
-    assert set(found.where) == {
+    assert set(found.location) == {
         "log_wavelength", "log_sigma", "log_aspect_ratio", "phase", "amplitude",
     }  # fmt: skip
 

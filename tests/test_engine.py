@@ -35,8 +35,8 @@ pytest.importorskip("safetensors")
 pytest.importorskip("filelock")
 
 TINY = Recipe(
-    n_filters=4, kernel_size=5, epochs=3, batch_size=7, seeds=(0,), beside=(), accelerator="cpu",
-    learning_rate=1e-2,
+    n_filters=4, kernel_size=5, epochs=3, batch_size=7, seeds=(0,), compare_with=(),
+    accelerator="cpu", learning_rate=1e-2,
 )  # fmt: skip
 EVERY = {"checkpoint_steps": 2, "log_steps": 3}
 
@@ -138,7 +138,7 @@ def in_processes(n: int, work: Any) -> list[int]:
 @pytest.fixture(scope="module")
 def whole(data, tmp_path_factory) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("whole") / "run"
-    train(TINY.replace(beside=("free",), epochs=2), dataset=data, folder=folder, **EVERY)
+    train(TINY.replace(compare_with=("free",), epochs=2), dataset=data, folder=folder, **EVERY)
     return files_of(folder)
 
 
@@ -147,7 +147,7 @@ def whole(data, tmp_path_factory) -> dict[str, Any]:
 def test_interrupted_anywhere_and_resumed_equals_uninterrupted(
     data, whole, tmp_path, monkeypatch, n_steps
 ):
-    recipe = TINY.replace(beside=("free",), epochs=2)
+    recipe = TINY.replace(compare_with=("free",), epochs=2)
     with monkeypatch.context() as patch:
         killed_after(patch, n_steps, strike)
         with pytest.raises(Struck):
@@ -262,13 +262,15 @@ def test_processes_started_here_do_what_one_does(data):
 # -- what is measured ---------------------------------------------------------------------------
 
 
-def test_a_gabor_layer_learns_moves_and_loses_when_put_back(data):
-    recipe = TINY.replace(beside=("gabor-fixed", "free"), epochs=6, seeds=(0, 1), start="random")
+def test_a_gabor_layer_learns_moves_and_loses_when_reset_filters(data):
+    recipe = TINY.replace(
+        compare_with=("gabor-fixed", "free"), epochs=6, seeds=(0, 1), start="random"
+    )
     result = train(recipe.replace(gabor_learning_rate=0.1), dataset=data)
-    assert [(run.side, run.seed) for run in result.runs] == [
-        (side, seed) for side in ("gabor", "gabor-fixed", "free") for seed in (0, 1)
+    assert [(run.variant, run.seed) for run in result.runs] == [
+        (variant, seed) for variant in ("gabor", "gabor-fixed", "free") for seed in (0, 1)
     ]
-    gabor, fixed, free = (result.of(side)[0] for side in result.sides)
+    gabor, fixed, free = (result.runs_of(variant)[0] for variant in result.variants)
     assert gabor.accuracy > 0.9
     assert all(value > 0 for value in gabor.displacement.values())
     assert set(gabor.displacement) == {
@@ -276,10 +278,10 @@ def test_a_gabor_layer_learns_moves_and_loses_when_put_back(data):
     }  # fmt: skip
     difference = gabor.end.difference(gabor.start)["orientation"].abs().quantile(0.5)
     assert gabor.displacement["orientation"] == pytest.approx(difference.item(), rel=1e-5)
-    assert gabor.accuracy_put_back is not None
-    assert fixed.accuracy_put_back is None
+    assert gabor.accuracy_reset is not None
+    assert fixed.accuracy_reset is None
     assert set(fixed.displacement.values()) == {0.0}
-    assert (free.params, free.displacement, free.accuracy_put_back) == (None, {}, None)
+    assert (free.params, free.displacement, free.accuracy_reset) == (None, {}, None)
     assert (gabor.n_first_parameters, fixed.n_first_parameters) == (24, 0)
     assert free.n_first_parameters == 100
     assert gabor.n_parameters - 24 == free.n_parameters - 100
@@ -288,17 +290,17 @@ def test_a_gabor_layer_learns_moves_and_loses_when_put_back(data):
     assert gabor.kernels.shape == (7, 4, 1, 5, 5)
 
 
-def test_put_back_means_the_start_and_nothing_else(data, monkeypatch):
+def test_reset_filters_means_the_start_and_nothing_else(data, monkeypatch):
     seen = []
-    put_back = Trainer._put_back
+    reset = Trainer._reset_filters
 
     def spied(self: Trainer) -> torch.nn.Module:
-        network = put_back(self)
+        network = reset(self)
         seen.append((self.network.state_dict(), network.state_dict(), self._params()))
         assert self.start.isclose(network.first.params.detach()).all()
         return network
 
-    monkeypatch.setattr(Trainer, "_put_back", spied)
+    monkeypatch.setattr(Trainer, "_reset_filters", spied)
     train(TINY, dataset=data)
     trained, restored, _ = seen[0]
     moved = {name for name in trained if not torch.equal(trained[name], restored[name])}
@@ -311,8 +313,8 @@ def test_put_back_means_the_start_and_nothing_else(data, monkeypatch):
     [
         {"network": "energy"},
         {"network": "texture"},
-        {"network": "energy", "first_layer": "mixed", "beside": ("free",)},
-        {"first_layer": "mixed", "learn": ("orientation",), "beside": ("gabor-fixed",)},
+        {"network": "energy", "first_layer": "mixed", "compare_with": ("free",)},
+        {"first_layer": "mixed", "learn": ("orientation",), "compare_with": ("gabor-fixed",)},
         {"start": "equal", "precision": "bf16-mixed"},
         {"precision": "64-true", "stride": 2, "weight_decay": 0.01},
     ],
@@ -324,7 +326,7 @@ def test_every_part_of_a_recipe_trains(data, options):
         assert math.isfinite(run.curve[-1]["loss"])
         assert run.kernels.shape[1:] == (4, 1, 5, 5)
         assert run.kernels.isfinite().all()
-        if run.side != "gabor-fixed":
+        if run.variant != "gabor-fixed":
             assert not torch.equal(run.kernels[0], run.kernels[-1])
     if options == {"network": "texture"}:
         assert min(result.runs[0].displacement.values()) > 1e-6, "every field moves"
@@ -443,11 +445,11 @@ def test_a_network_that_does_not_suit_is_told(data):
 
 
 def test_a_loss_that_is_not_finite_stops_its_run_only(data, tmp_path, monkeypatch):
-    recipe = TINY.replace(beside=("free",))
+    recipe = TINY.replace(compare_with=("free",))
     step = Trainer._step
 
     def spoiled(self: Trainer, rows: torch.Tensor, epoch: int, number: int) -> None:
-        if self.side == "gabor" and (epoch, number) == (1, 2):
+        if self.variant == "gabor" and (epoch, number) == (1, 2):
             with torch.no_grad():
                 self.network.classifier.weight.fill_(torch.nan)
         step(self, rows, epoch, number)
@@ -463,7 +465,7 @@ def test_a_loss_that_is_not_finite_stops_its_run_only(data, tmp_path, monkeypatc
     latest = Checkpoints(tmp_path / "gabor-0").latest()
     assert latest["step"] == 6
     assert all(value.isfinite().all() for value in latest["network"].values())
-    assert lines_of(tmp_path)[-1]["side"] == "free"
+    assert lines_of(tmp_path)[-1]["variant"] == "free"
     assert [line["step"] for line in lines_of(tmp_path) if line["kind"] == "stopped"] == [8]
     row = result.to_table()[0]
     assert (row["accuracy"], row["n_stopped"]) == (None, 1)
@@ -472,7 +474,7 @@ def test_a_loss_that_is_not_finite_stops_its_run_only(data, tmp_path, monkeypatc
 
 def test_label_smoothing_takes_away_from_the_labels(data):
     other = dataclasses.replace(data, labels=data.labels.flip(0))
-    recipe = TINY.replace(epochs=1, beside=())
+    recipe = TINY.replace(epochs=1, compare_with=())
     plain, smooth, even, swapped = (
         train(recipe.replace(label_smoothing=share), dataset=some).runs[0]
         for share, some in ((0.0, data), (0.5, data), (1.0, data), (1.0, other))

@@ -16,12 +16,13 @@ from scipy.optimize import least_squares
 from torch import Tensor
 
 from gaborium import FitResult, Gabor2d, GaborConv2d, Outcome, fit, gabor, recover
-from gaborium.fitting import api, search, statistics
-from gaborium.fitting.solver import Family, Target, linearise, misfit, solve
+from gaborium.fitting import api, search
+from gaborium.fitting.model import GaborModel
+from gaborium.fitting.solver import Target, linearize, misfit, solve
 from gaborium.fitting.start import StartGrid
-from gaborium.fitting.statistics import PatchStatistics, root_of
 from gaborium.images import camera, center_crop
 from gaborium.params import RECORDS, Gabor
+from gaborium.patches import PatchStatistics
 
 RANDOM = settings(max_examples=25, deadline=None, derandomize=True)
 F64 = torch.float64
@@ -189,23 +190,23 @@ def test_a_layer_takes_what_fit_returns():
 
 # -- fit: the solver ----------------------------------------------------------------------------
 
-FAMILIES = [
-    Family((11,), 1),
-    Family((10,), 2, free_center=True),
-    Family((7, 8), 1),
-    Family((7, 6), 3, free_center=True),
-    Family((7, 7), 1, isotropic=True),
-    Family((4, 5, 6), 2, free_center=True),
+MODELS = [
+    GaborModel((11,), 1),
+    GaborModel((10,), 2, free_center=True),
+    GaborModel((7, 8), 1),
+    GaborModel((7, 6), 3, free_center=True),
+    GaborModel((7, 7), 1, isotropic=True),
+    GaborModel((4, 5, 6), 2, free_center=True),
 ]
 
 
-def some_problem(family: Family, *, metric: bool) -> tuple[Target, Tensor]:
-    """A target that no member of the family matches, and geometries to look at it from."""
-    n = family.n_channels * math.prod(family.sizes)
-    n_dims = family.n_dims
+def some_problem(model: GaborModel, *, metric: bool) -> tuple[Target, Tensor]:
+    """A target that no member of the model matches, and geometries to look at it from."""
+    n = model.n_channels * math.prod(model.sizes)
+    n_dims = model.n_dims
     z = torch.cat(
         [
-            torch.rand(3, len(family.angle_names), dtype=F64),
+            torch.rand(3, len(model.angle_names), dtype=F64),
             torch.tensor([[0.2, 0.3, 0.1], [-0.15, 0.5, -0.4], [0.3, 0.6, 0.3]], dtype=F64),
             torch.rand(3, n_dims, dtype=F64) - 0.5,
         ],
@@ -213,12 +214,12 @@ def some_problem(family: Family, *, metric: bool) -> tuple[Target, Tensor]:
     )
     if metric:
         return Target(torch.randn(3, 1, n, dtype=F64), torch.randn(n, n, dtype=F64)), z
-    return Target(torch.randn(3, family.n_channels, n // family.n_channels, dtype=F64), None), z
+    return Target(torch.randn(3, model.n_channels, n // model.n_channels, dtype=F64), None), z
 
 
-def pair_of(family: Family, z: Tensor) -> Tensor:
+def pair_of(model: GaborModel, z: Tensor) -> Tensor:
     """The two kernels that a geometry combines, by way of the record."""
-    columns = family.columns
+    columns = model.columns
     fields = {
         "wavelength": 1 / z[columns["frequency"]],
         "sigma": z[columns["sigma"]].exp(),
@@ -226,54 +227,54 @@ def pair_of(family: Family, z: Tensor) -> Tensor:
         "center": z[columns["center"] :],
         "amplitude": torch.tensor(1.0, dtype=F64),
     }
-    fields |= {name: z[columns[name]] for name in family.angle_names}
-    record, rows = RECORDS[family.n_dims], []
+    fields |= {name: z[columns[name]] for name in model.angle_names}
+    record, rows = RECORDS[model.n_dims], []
     for phase in (0.0, math.pi / 2):
         fields["phase"] = torch.tensor(phase, dtype=F64)
         params = record(**{name: fields[name] for name in record.field_names()})
-        rows.append(gabor(params, family.sizes).flatten())
+        rows.append(gabor(params, model.sizes).flatten())
     return torch.stack(rows)
 
 
-def left_over(target: Target, family: Family, z: Tensor) -> Tensor:
+def left_over(target: Target, model: GaborModel, z: Tensor) -> Tensor:
     """What the best coefficients leave of one target, ``(m, groups)``."""
-    y, rows = target.y.T, pair_of(family, z)
+    y, rows = target.y.T, pair_of(model, z)
     if target.root is not None:
-        rows = torch.block_diag(*[rows] * family.n_channels) @ target.root.T
+        rows = torch.block_diag(*[rows] * model.n_channels) @ target.root.T
     return y - rows.T @ torch.linalg.solve(rows @ rows.T, rows @ y)
 
 
 @pytest.mark.parametrize("metric", [False, True], ids=["kernels", "covariance"])
-@pytest.mark.parametrize("family", FAMILIES, ids=str)
-def test_misfit_and_its_slopes_are_those_of_autograd(family, metric):
-    target, z = some_problem(family, metric=metric)
-    cost = misfit(target, family, z)
-    residual, J, coefficients = linearise(target, family, z)
-    assert coefficients.shape == (3, family.n_channels, 2)
+@pytest.mark.parametrize("model", MODELS, ids=str)
+def test_misfit_and_its_slopes_are_those_of_autograd(model, metric):
+    target, z = some_problem(model, metric=metric)
+    cost = misfit(target, model, z)
+    residual, J, coefficients = linearize(target, model, z)
+    assert coefficients.shape == (3, model.n_channels, 2)
     for i in range(len(z)):
         one = Target(target.y[i], target.root)
-        torch.testing.assert_close(residual[i].T, left_over(one, family, z[i]), rtol=0, atol=1e-10)
+        torch.testing.assert_close(residual[i].T, left_over(one, model, z[i]), rtol=0, atol=1e-10)
         assert residual[i].square().sum().item() == pytest.approx(cost[i].item(), rel=1e-12)
         # Kaufman's approximation leaves the gradient exact.
         row = z[i].clone().requires_grad_()
-        (wanted,) = torch.autograd.grad(left_over(one, family, row).square().sum(), row)
+        (wanted,) = torch.autograd.grad(left_over(one, model, row).square().sum(), row)
         gradient = -2 * (J[i] @ residual[i].unsqueeze(-1)).sum((0, 2))
-        torch.testing.assert_close(gradient, wanted[family.free], rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(gradient, wanted[model.free], rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("family", FAMILIES, ids=str)
-def test_slopes_of_a_kernel_of_the_family_are_those_of_autograd(family):
+@pytest.mark.parametrize("model", MODELS, ids=str)
+def test_slopes_of_a_kernel_of_the_family_are_those_of_autograd(model):
     # Without a residual, what Kaufman's approximation leaves out is zero.
-    _, z = some_problem(family, metric=False)
-    coefficients = torch.randn(family.n_channels, 2, dtype=F64)
+    _, z = some_problem(model, metric=False)
+    coefficients = torch.randn(model.n_channels, 2, dtype=F64)
     for row in z:
-        own = Target((coefficients @ pair_of(family, row))[None], None)
-        J = linearise(own, family, row[None])[1][0]
+        own = Target((coefficients @ pair_of(model, row))[None], None)
+        J = linearize(own, model, row[None])[1][0]
         one = Target(own.y[0], None)
         slopes = torch.autograd.functional.jacobian(
-            lambda z, one=one: left_over(one, family, z), row
+            lambda z, one=one: left_over(one, model, z), row
         )
-        wanted = -slopes.permute(1, 2, 0)[:, family.free]
+        wanted = -slopes.permute(1, 2, 0)[:, model.free]
         torch.testing.assert_close(J, wanted, rtol=1e-9, atol=1e-9)
 
 
@@ -287,8 +288,8 @@ def test_a_cosine_and_a_sine_that_are_nearly_one_are_still_two(dtype, beside):
     tilt = 0.01  # rad, or the sine is zero on every pixel
     frequency = (0.5 + beside) / (math.sqrt(2) * math.cos(tilt))
     z = [math.pi / 4 - tilt, frequency, math.log(1.6), math.log(20.0), 1.0, -1.0]
-    family = Family((9, 9), 1, free_center=True)
-    assert misfit(target, family, torch.tensor([z], dtype=dtype)).item() < 1e-3
+    model = GaborModel((9, 9), 1, free_center=True)
+    assert misfit(target, model, torch.tensor([z], dtype=dtype)).item() < 1e-3
 
 
 @pytest.mark.parametrize("dtype", [F64, torch.float32], ids=str)
@@ -299,7 +300,7 @@ def test_a_search_that_comes_near_no_wave_goes_on(dtype):
     target = Target((kernel / kernel.norm()).reshape(1, 1, -1).to(dtype))
     start = torch.tensor([[0.77, 0.0147, -0.26, -1.2, 0.0, 0.0]], dtype=dtype)
     limits = {"max_iterations": 100, "tolerance": 1e-6, "damping": 1e-3}
-    end = solve(target, Family((11, 11), 1), start, **limits)
+    end = solve(target, GaborModel((11, 11), 1), start, **limits)
     assert end.converged.item()
     assert end.cost.item() < 1e-11
 
@@ -335,17 +336,17 @@ def test_scipy_finds_nothing_better():
 
 def test_starts_come_best_first_and_near_the_truth():
     params = planted(2, 30, seed=5)
-    target, family = Target(gabor(params, 13).reshape(30, 1, -1)), Family((13, 13), 1)
-    z = StartGrid(family, target.y).starts(target, n_starts=3, closely=False)
+    target, model = Target(gabor(params, 13).reshape(30, 1, -1)), GaborModel((13, 13), 1)
+    z = StartGrid(model, target.y).starts(target, n_starts=3, thorough=False)
     assert z.shape == (30, 3, 6)
-    cost = misfit(target.repeat(3), family, z.flatten(0, 1)).reshape(30, 3)
+    cost = misfit(target.repeat(3), model, z.flatten(0, 1)).reshape(30, 3)
     assert (cost.diff(dim=1) >= 0).all()
     assert (cost[:, 0] < 0.3 * target.y.square().sum((1, 2))).all()
 
 
 def test_flat_kernels_are_looked_at_no_closer_along_an_axis_than_its_pixels_allow():
     def n_compared(*sizes: int) -> int:
-        return StartGrid(Family(sizes, 1, free_center=True), torch.empty(0, dtype=F64)).size
+        return StartGrid(GaborModel(sizes, 1, free_center=True), torch.empty(0, dtype=F64)).size
 
     assert n_compared(2, 9, 9) < n_compared(9, 9, 9) / 4
     params = planted(3, 8, seed=2)
@@ -544,7 +545,7 @@ def test_the_cut_of_the_batch_does_not_matter(monkeypatch):
     kernels = kernels + noise_like(kernels, 0.2, seed=8)[0]
     whole = fit(kernels)
     parts = FitResult.cat([fit(piece) for piece in kernels.split([1, 8, 7])])
-    monkeypatch.setitem(search._AT_ONCE, "cpu", 1)
+    monkeypatch.setitem(search.BATCH_BYTES, "cpu", 1)
     monkeypatch.setattr(api, "_PIECE", 600)
     for other in (parts, fit(kernels)):
         assert other.outcome == whole.outcome
@@ -584,7 +585,7 @@ def test_in_the_metric_of_an_image_kernels_are_fitted_as_its_responses_are(photo
     seen = PatchStatistics((9, 9), n_channels=1, n_outputs=6)
     seen.add(photograph, responses)
     wanted = recover(photograph, responses, 9)
-    result = fit(kernels, geometry="filter", metric=seen.covariance(), n_starts=5)
+    result = fit(kernels, geometry="filter", metric=seen.covariance, n_starts=5)
     assert_same_parameters(result.params, wanted.params, 1e-5)
     torch.testing.assert_close(result.explained_variance, wanted.explained_variance)
     assert (wanted.params.sigma - fit(kernels).params.sigma[:, None]).abs().max() > 0.05
@@ -874,66 +875,6 @@ def test_recover_refuses_what_it_cannot_read(images, responses, options, message
     with pytest.raises(ValueError, match="^" + re.escape(message)) as caught:
         recover(images, responses, **{"kernel_size": 9} | options)
     assert "\n" not in str(caught.value)
-
-
-# -- patch statistics ---------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "options",
-    [{}, {"stride": (2, 3)}, {"padding": (1, 2)}, {"padding": (3, 0), "stride": (3, 1)}],
-    ids=str,
-)
-def test_statistics_are_those_of_all_patches(options):
-    images = 3 + torch.rand(3, 2, 12, 14, dtype=F64)
-    responses = F.conv2d(images, torch.randn(4, 2, 3, 5, dtype=F64), **options)
-    gathered = PatchStatistics((3, 5), n_channels=2, n_outputs=4, **options)
-    gathered.add(images, responses)
-    patches = F.unfold(images, (3, 5), **options).transpose(1, 2).flatten(0, 1)
-    answers = responses.flatten(2).transpose(1, 2).flatten(0, 1)
-    everything = torch.cov(torch.cat([patches, answers], 1).T, correction=0)
-    assert gathered.count == len(patches)
-    for ours, wanted in (
-        (gathered.covariance(), everything[:30, :30]),
-        (gathered.cross_covariance(), everything[30:, :30]),
-        (gathered.response_variance(), everything.diagonal()[30:]),
-    ):
-        torch.testing.assert_close(ours, wanted, rtol=1e-10, atol=1e-12)
-
-
-def test_statistics_do_not_depend_on_the_pieces(monkeypatch):
-    images, responses = torch.rand(4, 1, 20, 16, dtype=F64), torch.rand(4, 2, 16, 12, dtype=F64)
-
-    def covariance(*sizes: int) -> Tensor:
-        gathered = PatchStatistics((5, 5), n_channels=1, n_outputs=2)
-        for pair in zip(images.split(sizes), responses.split(sizes), strict=True):
-            gathered.add(*pair)
-        return torch.cat([gathered.covariance(), gathered.cross_covariance()])
-
-    once = covariance(4)
-    torch.testing.assert_close(covariance(1, 3), once, rtol=1e-12, atol=1e-14)
-    monkeypatch.setattr(statistics, "_CHUNK", 1)  # a row of positions at a time
-    torch.testing.assert_close(covariance(2, 2), once, rtol=1e-12, atol=1e-14)
-
-
-def test_a_large_mean_costs_no_digits():
-    images, responses = torch.rand(1, 1, 30, 30, dtype=F64), torch.rand(1, 1, 26, 26, dtype=F64)
-    covariances = []
-    for mean in (0.0, 1e6):
-        gathered = PatchStatistics((5, 5), n_channels=1, n_outputs=1)
-        gathered.add(images + mean, responses - mean)
-        covariances.append(gathered.covariance())
-    # Seven digits of sixteen are lost in adding the mean, none by the sums of squares.
-    torch.testing.assert_close(*covariances, rtol=0, atol=1e-9)
-
-
-def test_the_root_leaves_out_what_no_patch_has():
-    vectors = torch.randn(3, 8, dtype=F64)
-    covariance = vectors.T @ vectors
-    root, inverse = root_of(covariance)
-    assert root.shape == inverse.shape == (3, 8)
-    torch.testing.assert_close(root.T @ root, covariance)
-    torch.testing.assert_close(root @ inverse.T, torch.eye(3, dtype=F64))
 
 
 def test_starts_at_random_are_the_same_for_every_kernel():

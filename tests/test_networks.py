@@ -22,7 +22,7 @@ from gaborium.training.networks import (
     SmallCNN,
     TextureClassifier,
     build_network,
-    first_layer,
+    make_first_layer,
 )
 
 OUTPUTS = ("real", "energy")
@@ -30,7 +30,7 @@ OUTPUTS = ("real", "energy")
 
 def layer_of(kind: str, **kwargs) -> nn.Module:
     arguments = {"n_dims": 2, "in_channels": 1, "n_filters": 8, "kernel_size": 7} | kwargs
-    return first_layer(kind, **arguments)
+    return make_first_layer(kind, **arguments)
 
 
 def gabor_of(layer: nn.Module):
@@ -298,7 +298,7 @@ def test_texture_statistics_hold_each_channel_beside_itself():
     ("n_dims", "side", "n"), [(1, 9, 3), (1, 2, 1), (2, 4, 8), (3, 5, 39), (2, 1, 0)]
 )
 def test_channels_are_held_beside_themselves_as_far_as_there_is_room(n_dims, side, n):
-    first = first_layer(
+    first = make_first_layer(
         "gabor", n_dims=n_dims, in_channels=1, n_filters=2, kernel_size=3, output="energy"
     )
     size = (side,) * n_dims

@@ -740,7 +740,7 @@ def leaping(photograph: Tensor) -> tuple[GaborConv2d, NaturalGradient, Callable[
 
 def test_a_leap_that_ended_higher_is_taken_back(photograph):
     layer, optimizer, step = leaping(photograph)
-    state = optimizer.state[layer.tap.kernel]
+    state = optimizer.state[layer.gradient_hook.kernel]
     while "leapt" not in state:
         home = layer.weight.detach().clone()
         step()
@@ -755,7 +755,7 @@ def test_a_leap_that_ended_higher_is_taken_back(photograph):
         0, torch.tensor([first]), there[[first]] - home[[first]]
     )
     layer(photograph[..., 100:180, 150:230]).sum().mul(0.0).backward()
-    layer.tap.kernel.grad.add_(1e6 * rise)
+    layer.gradient_hook.kernel.grad.add_(1e6 * rise)
     optimizer.step()
     now = layer.weight.detach()
     assert (now - home)[first].norm() < 0.5 * (there - home)[first].norm()
@@ -772,7 +772,7 @@ def test_no_filter_leaps_once_the_rate_has_fallen(photograph):
             step()
         optimizer.param_groups[0]["lr"] = rate
         step()
-        assert ("leapt" in optimizer.state[layer.tap.kernel]) == leaps, rate
+        assert ("leapt" in optimizer.state[layer.gradient_hook.kernel]) == leaps, rate
 
 
 @pytest.mark.parametrize("leap_every", [5, 0])
@@ -792,7 +792,7 @@ def test_filters_that_begin_alike_part_where_leaps_are_allowed(leap_every, photo
         optimizer.step()
     units = nn.functional.normalize(layer.weight.detach().flatten(1), dim=1)
     alike = (units @ units.T).abs().fill_diagonal_(0)
-    again = optimizer.state[layer.tap.kernel].get("reseeds", torch.zeros(8))
+    again = optimizer.state[layer.gradient_hook.kernel].get("reseeds", torch.zeros(8))
     if leap_every == 0:
         assert again.sum() == 0
         assert alike.amax(1).min() > 0.9
@@ -818,7 +818,7 @@ def test_means_that_do_not_matter_are_not_asked_for(monkeypatch):
         optimizer = NaturalGradient(model, look_every=2)
         for batch in data:
             train(model, optimizer, [batch])
-            heard.append(model[0].tap.offset.grad is not None)
+            heard.append(model[0].gradient_hook.offset.grad is not None)
         ends.append(gabor_state(model))
     assert heard == [step in (1, 2, 4, 6, 8, 10, 12) for step in range(1, 13)] + [True] * 12
     for name, value in ends[0].items():
@@ -835,8 +835,8 @@ def test_a_loaded_state_hears_as_the_saved_one_did():
     )
     optimizer = NaturalGradient(model, look_every=2)
     train(model, optimizer, data)
-    assert not model[0].tap.hears_offset
+    assert not model[0].gradient_hook.needs_output_mean
     loaded = NaturalGradient(other, look_every=2)
-    assert other[0].tap.hears_offset
+    assert other[0].gradient_hook.needs_output_mean
     loaded.load_state_dict(copy.deepcopy(optimizer.state_dict()))
-    assert not other[0].tap.hears_offset
+    assert not other[0].gradient_hook.needs_output_mean

@@ -1,5 +1,6 @@
 """Questions about the project as a whole: what imports cost, the floors, what is tracked."""
 
+import ast
 import hashlib
 import importlib.util
 import io
@@ -84,6 +85,14 @@ def test_the_public_names_cost_no_optional_package():
     modules = modules_after("from gaborium import *")
     assert "torch" in modules
     assert modules & OPTIONAL == set()
+
+
+def test_type_checkers_see_the_public_names_that_python_finds():
+    source = ast.parse(Path(gaborium.__file__).read_text(encoding="utf-8"))
+    blocks = [node for node in source.body if isinstance(node, ast.If)]
+    seen = {alias.name: node.module for node in blocks[0].body for alias in node.names}
+    found = {name: f"gaborium.{home}" for name, home in gaborium._HOMES.items()}
+    assert seen == found | dict.fromkeys(gaborium._MODULES, "gaborium")
 
 
 @pytest.mark.skipif(

@@ -15,7 +15,7 @@ FULL = Recipe(
     samples_per_class=10,
     network="energy",
     first_layer="mixed",
-    beside=("free", "gabor-fixed"),
+    compare_with=("free", "gabor-fixed"),
     n_filters=12,
     kernel_size=7,
     stride=2,
@@ -53,7 +53,7 @@ def test_a_file_holds_all_of_a_recipe(tmp_path):
 
 def test_the_recipe_of_the_examples_compares_with_an_ordinary_layer():
     recipe = Recipe.from_toml(Path(__file__).parent.parent / "examples/textures.toml")
-    assert (recipe.data, recipe.sides) == ("textures", ("gabor", "free", "gabor-fixed"))
+    assert (recipe.data, recipe.variants) == ("textures", ("gabor", "free", "gabor-fixed"))
 
 
 def test_what_is_left_out_has_its_default(tmp_path):
@@ -72,7 +72,7 @@ def test_what_is_left_out_has_its_default(tmp_path):
         ("devices = true", "devices must be a whole number, got True."),
         ("learning_rate = '1e-3'", "learning_rate must be a number, got '1e-3'."),
         ("data = 3", "data must be a text, got 3."),
-        ("beside = 'free'", "beside must be a list of texts, got 'free'."),
+        ("compare_with = 'free'", "compare_with must be a list of texts, got 'free'."),
         ("seeds = [0, 'a']", "seeds must be a list of whole numbers, got [0, 'a']."),
         ("seeds = 3", "seeds must be a list of whole numbers, got 3."),
         ("epochs = 0", "epochs must be at least 1, got 0."),
@@ -86,7 +86,7 @@ def test_what_is_left_out_has_its_default(tmp_path):
         ("network = 'vgg'", "network must be one of 'cnn', 'energy', 'texture', got 'vgg'."),
         ("augmentation = ['rotate']", "augmentation must be one of 'flip', 'shift', got 'rotate'"),
         ("corruption = ['fuzz']", "corruption must be one of 'noise', "),
-        ("beside = ['gabour']", "beside must be one of 'free', 'gabor', "),
+        ("compare_with = ['gabour']", "compare_with must be one of 'free', 'gabor', "),
         ("epochs = ", "is no TOML file: "),
         ("[epochs]\nn = 3", "epochs must be a whole number, got {'n': 3}."),
     ],
@@ -116,8 +116,8 @@ def test_replace_checks_as_a_new_recipe_does():
 
 
 def test_sides_are_told_once():
-    assert Recipe(first_layer="free", beside=("free", "gabor")).sides == ("free", "gabor")
-    assert Recipe(beside=()).sides == ("gabor",)
+    assert Recipe(first_layer="free", compare_with=("free", "gabor")).variants == ("free", "gabor")
+    assert Recipe(compare_with=()).variants == ("gabor",)
 
 
 def test_every_field_is_explained():

@@ -7,7 +7,7 @@ import re
 import pytest
 import torch
 
-from gaborium import Census, Gabor2d, census, cortex, gabor
+from gaborium import Census, Gabor2d, census, gabor, starts
 from gaborium.plots import plot_census
 from gaborium.reporting import census_headline, census_record, report_census, write_census
 
@@ -73,13 +73,13 @@ def test_a_figure_has_the_shares_and_the_gabors_beside_v1(result, kernels):
     ]  # fmt: skip
     envelopes, orientations, _, bandwidths, key = figure.axes[2:]
     for share, region in zip((0.95, 0.5), envelopes.patches, strict=True):
-        far = cortex.distance(*torch.from_numpy(region.get_xy()).T)
-        assert torch.allclose(far, torch.tensor(cortex.reach(share)).double())
+        far = starts.v1_distance(*torch.from_numpy(region.get_xy()).T)
+        assert torch.allclose(far, torch.tensor(starts.v1_radius(share)).double())
     # As many cells as there are Gabor functions: one.
     angle, radius = orientations.lines[0].get_data()
     assert sum(radius[1:9:2]) * 3 == pytest.approx(1)
     assert [math.degrees(one) for one in angle[:2]] == pytest.approx([-22.5, 22.5])
-    assert radius[0] == radius[1] == pytest.approx(cortex.CARDINAL / 6)
+    assert radius[0] == radius[1] == pytest.approx(starts.V1_CARDINAL / 6)
     assert bandwidths.patches[-1].get_data().values.sum() == pytest.approx(1)
     assert len(key.get_legend().get_texts()) == 4
     with pytest.raises(ValueError, match="those of the 3 filters"):

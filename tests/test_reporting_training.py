@@ -34,15 +34,15 @@ HOSTILE = "</script><script>alert('x')</script>\"onload=\"<img src=http://exampl
 FIELDS = ("orientation", "wavelength", "phase", "sigma", "aspect_ratio", "amplitude")
 
 
-def run(side: str, seed: int, accuracy: float | None = 0.9, channels: int = 1) -> Run:
+def run(variant: str, seed: int, accuracy: float | None = 0.9, channels: int = 1) -> Run:
     """As a run of three epochs ends; the Gabor filters turn by 0.1 rad in each."""
     turn = 0.1 * torch.arange(4.0)[:, None] + torch.tensor([0.2, 1.0, 2.0])
     params = Gabor2d.of(
         orientation=turn[..., None], wavelength=6.0, sigma=2.0, amplitude=torch.ones(4, 3, channels)
     )
     free = torch.randn(4, 3, channels, 7, 7, generator=torch.Generator().manual_seed(seed))
-    is_gabor = side != "free"
-    moves = [0.1 * epoch * (side == "gabor") for epoch in range(4)]
+    is_gabor = variant != "free"
+    moves = [0.1 * epoch * (variant == "gabor") for epoch in range(4)]
     curve = [
         {
             "epoch": epoch, "step": 10 * epoch, "test_loss": 1.0,
@@ -53,19 +53,19 @@ def run(side: str, seed: int, accuracy: float | None = 0.9, channels: int = 1) -
         for epoch in range(4)
     ]  # fmt: skip
     return Run(
-        side=side,
+        variant=variant,
         seed=seed,
         accuracy=accuracy,
         corrupted={} if accuracy is None else {"noise": [0.8, 0.7, 0.6, 0.5, 0.4]},
-        accuracy_put_back=None if side != "gabor" or accuracy is None else accuracy - 0.1,
-        n_first_parameters={"gabor": 18, "free": 147}.get(side, 0),
+        accuracy_reset=None if variant != "gabor" or accuracy is None else accuracy - 0.1,
+        n_first_parameters={"gabor": 18, "free": 147}.get(variant, 0),
         n_parameters=1000,
         curve=curve,
         epochs=[0, 1, 2, 3],
         kernels=gabor(params, 7) if is_gabor else free,
         params=params if is_gabor else None,
         seconds=2.5,
-        stopped="" if accuracy is not None else f"The loss of {side} is not finite.",
+        stopped="" if accuracy is not None else f"The loss of {variant} is not finite.",
     )
 
 
@@ -113,10 +113,10 @@ def test_means_are_over_seeds_with_their_standard_errors(result):
     mean, error, n = result.accuracy("gabor")
     assert (mean, n) == (pytest.approx(0.92), 2)
     assert error == pytest.approx(0.02)  # 0.04 / sqrt(2) / sqrt(2)
-    lead = result.lead("gabor", "free")
+    lead = result.difference("gabor", "free")
     assert lead.mean == pytest.approx(0.04)
     assert lead.standard_error == pytest.approx(0.01)  # of 0.05 and 0.03
-    assert result.gain_of_moving("gabor").mean == pytest.approx(0.1)
+    assert result.learning_gain("gabor").mean == pytest.approx(0.1)
     assert result.displacement("gabor")["orientation"].mean == pytest.approx(0.3)
     assert result.mean_corrupted("free").mean == pytest.approx(0.6)
     assert [m.mean for m in result.corrupted("free", "noise")] == [0.8, 0.7, 0.6, 0.5, 0.4]
@@ -125,14 +125,14 @@ def test_means_are_over_seeds_with_their_standard_errors(result):
 
 
 def test_a_run_comes_back_from_its_file(tmp_path):
-    for side in ("gabor", "free"):
-        one = run(side, 3)
+    for variant in ("gabor", "free"):
+        one = run(variant, 3)
         save_state(tmp_path / "run", one.to_state())
         back = Run.from_state(load_state(tmp_path / "run"))
         assert back.to_record() == one.to_record()
         assert torch.equal(back.kernels, one.kernels)
         assert back.epochs == one.epochs
-        if side == "gabor":
+        if variant == "gabor":
             assert torch.equal(back.params.orientation, one.params.orientation)
 
 
@@ -143,7 +143,7 @@ def test_the_result_is_json_with_records_that_can_be_read(result):
     assert Recipe(**record["recipe"]) == result.recipe
     end = Gabor2d.from_json(json.dumps(json.loads(text)["runs"][0]["end"]))
     assert torch.equal(end.orientation, result.runs[0].params.orientation[-1])
-    assert record["lead"]["free"]["mean"] == pytest.approx(0.04)
+    assert record["difference"]["free"]["mean"] == pytest.approx(0.04)
     assert record["table"][0]["accuracy_error"] == pytest.approx(0.02)
     one = trained([run("gabor", 0)])
     assert training_record(one, facts={})["table"][0]["accuracy_error"] is None
@@ -173,7 +173,7 @@ def test_whether_moving_helped_is_said(result):
         "the sigma by 0.30 px. Put back to their start in the trained network, the filters leave "
         "it 82.0 ± 2.0 %: it loses 10.0 ± 0.0 points."
     }
-    harm = dataclasses.replace(run("gabor", 0), accuracy_put_back=0.95)
+    harm = dataclasses.replace(run("gabor", 0), accuracy_reset=0.95)
     assert training_sentences(trained([harm]))["gabor"].endswith("95.0 %: it gains 5.0 points.")
     assert training_sentences(trained([run("gabor-fixed", 0), run("free", 0)])) == {}
 

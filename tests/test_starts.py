@@ -7,10 +7,18 @@ import re
 import pytest
 import torch
 
-from gaborium.kernels import gabor
+from gaborium.kernels import bandwidth_from_sigma, gabor
 from gaborium.params import RECORDS, Gabor
-from gaborium.spectrum import bandwidth_from_sigma
-from gaborium.starts import STARTS, _v1_widths, mel_bank, start
+from gaborium.starts import (
+    STARTS,
+    V1_CARDINAL,
+    V1_FREQUENCY_STD,
+    mel_bank,
+    start,
+    v1_distance,
+    v1_radius,
+    v1_widths,
+)
 
 DIMENSIONS = (1, 2, 3)
 
@@ -111,7 +119,7 @@ def test_no_kernel_is_silent(name, kernel_size):
 
 
 def test_unknown_starts_are_refused():
-    with pytest.raises(ValueError, match=r"bank, random, v1, got 'zeros'"):
+    with pytest.raises(ValueError, match=r"'bank', 'random', 'v1', got 'zeros'"):
         start("zeros", n_filters=1, n_channels=1, kernel_size=(5, 5))
 
 
@@ -195,6 +203,11 @@ def moments(log_widths: torch.Tensor, weights: torch.Tensor) -> tuple[torch.Tens
     return mean, std, covariance[0, 1] / std.prod()
 
 
+def drawn_widths(n: int) -> tuple[torch.Tensor, torch.Tensor]:
+    normal = torch.randn(2, n, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    return v1_widths(*normal, limit=2.0)
+
+
 def test_v1_widths_have_the_moments_of_measured_cells(shared):
     text = (shared / "v1" / "v1_population_statistics.json").read_text(encoding="utf-8")
     table = json.loads(text)["nx_ny_joint_counts"]
@@ -205,8 +218,7 @@ def test_v1_widths_have_the_moments_of_measured_cells(shared):
     assert counts.sum() == 79
     measured = moments(grid, counts)
 
-    widths = _v1_widths(20_000, torch.Generator().manual_seed(0))
-    sample = torch.stack([w.squeeze(1).log10() for w in widths])
+    sample = torch.stack([width.log10() for width in drawn_widths(20_000)])
     drawn_moments = moments(sample, torch.ones(20_000, dtype=torch.float64))
     # 79 cells tell a mean to 0.02-0.03 and a spread to 10 %; clipping at 2 std takes 4 % of it.
     torch.testing.assert_close(drawn_moments[0], measured[0], atol=0.01, rtol=0)
@@ -215,7 +227,7 @@ def test_v1_widths_have_the_moments_of_measured_cells(shared):
 
 
 def test_v1_keeps_the_drawn_shape_where_the_kernel_has_room():
-    across, along = _v1_widths(500, torch.Generator().manual_seed(0))
+    across, along = drawn_widths(500)
     params = drawn("v1", n_filters=500, size=31)
     ratio = (params.sigma / params.wavelength).log10()
     # The widths are drawn after other fields: the same distribution, not the same numbers.
@@ -224,7 +236,7 @@ def test_v1_keeps_the_drawn_shape_where_the_kernel_has_room():
     assert params.aspect_ratio.log10().mean().item() == pytest.approx(
         (across / along).log10().mean().item(), abs=0.03
     )
-    # One phase and one amplitude per filter: cortex is not told about channels.
+    # One phase and one amplitude per filter: cortex has no channels.
     assert torch.equal(params.phase[:, :1].expand(-1, 3), params.phase)
     assert (params.amplitude == 1).all()
 
@@ -232,6 +244,42 @@ def test_v1_keeps_the_drawn_shape_where_the_kernel_has_room():
 def test_v1_keeps_the_aspect_ratio_in_small_kernels():
     small, large = (drawn("v1", n_filters=500, size=size) for size in (5, 31))
     assert torch.equal(small.aspect_ratio, large.aspect_ratio)
+
+
+def test_half_and_most_of_the_population_lie_within_their_reach():
+    sample = torch.randn(2, 100_000, generator=torch.Generator().manual_seed(0))
+    far = v1_distance(*v1_widths(*sample))
+    for share in (0.5, 0.95):
+        # Three standard errors of a share of so many.
+        error = 3 * math.sqrt(share * (1 - share) / len(far))
+        assert (far < v1_radius(share)).double().mean().item() == pytest.approx(share, abs=error)
+
+
+def test_a_width_of_none_is_infinitely_far():
+    assert v1_distance(torch.tensor(0.0), torch.tensor(1.0)).item() == math.inf
+
+
+def test_the_numbers_are_those_of_the_published_histograms(shared):
+    text = (shared / "v1" / "v1_population_statistics.json").read_text(encoding="utf-8")
+    published = json.loads(text)
+    counts = published["orientation_counts"]["counts"]
+    assert (counts[0] + counts[2]) / sum(counts) == V1_CARDINAL
+    frequencies = published["peak_sf_counts"]
+    edges = torch.tensor(frequencies["bin_edges_cpd"]).log2()
+    weights = torch.tensor(frequencies["counts"]) / sum(frequencies["counts"])
+    middle = (edges[1:] + edges[:-1]) / 2
+    variance = (weights * middle**2).sum() - (weights * middle).sum() ** 2
+    assert variance.sqrt().item() == pytest.approx(V1_FREQUENCY_STD, abs=0.005)
+
+
+def test_most_measured_cells_lie_in_the_region_of_most(shared):
+    text = (shared / "v1" / "v1_population_statistics.json").read_text(encoding="utf-8")
+    joint = json.loads(text)["nx_ny_joint_counts"]
+    edges = torch.tensor(joint["bin_edges_log10"])
+    middle = 10 ** ((edges[1:] + edges[:-1]) / 2)
+    counts = torch.tensor(joint["counts"])
+    inside = v1_distance(middle[:, None], middle[None, :]) < v1_radius(0.95)
+    assert 0.85 < (counts * inside).sum() / counts.sum() <= 1.0
 
 
 # -- the mel scale ------------------------------------------------------------------------------

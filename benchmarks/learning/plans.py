@@ -16,7 +16,7 @@ from gaborium.training.corruptions import KINDS as CORRUPTIONS
 
 Rates = dict[str, float]
 
-# As many to choose from on every side.
+# As many to choose from on every variant.
 ONE_RATE = tuple({"learning_rate": rate} for rate in (3e-4, 1e-3, 3e-3, 1e-2))
 ADAM_RATES, NATURAL_RATES = (
     tuple(
@@ -29,7 +29,7 @@ N_VALIDATION = 2000  # training images that are kept to choose rates with, of th
 
 
 @dataclass(frozen=True)
-class Side:
+class Variant:
     """A first layer, and the rates from which its own are chosen."""
 
     fields: dict[str, Any]
@@ -37,20 +37,22 @@ class Side:
     mel: bool = False
 
 
-def _sides() -> dict[str, Side]:
-    sides = {"free": Side({"first_layer": "free"}, ONE_RATE)}
+def _variants() -> dict[str, Variant]:
+    variants = {"free": Variant({"first_layer": "free"}, ONE_RATE)}
     for start in ("bank", "random", "equal", "mel"):
         mel = start == "mel"
         fields = {"start": "bank" if mel else start}
         for optimizer, rates in (("adam", ADAM_RATES), ("natural", NATURAL_RATES)):
             learned = {"first_layer": "gabor", "optimizer": optimizer, **fields}
-            sides[f"{optimizer}, {start}"] = Side(learned, rates, mel)
-        sides[f"fixed, {start}"] = Side({"first_layer": "gabor-fixed", **fields}, ONE_RATE, mel)
-    sides["mixed, bank"] = Side({"first_layer": "mixed", "start": "bank"}, ADAM_RATES)
-    return sides
+            variants[f"{optimizer}, {start}"] = Variant(learned, rates, mel)
+        variants[f"fixed, {start}"] = Variant(
+            {"first_layer": "gabor-fixed", **fields}, ONE_RATE, mel
+        )
+    variants["mixed, bank"] = Variant({"first_layer": "mixed", "start": "bank"}, ADAM_RATES)
+    return variants
 
 
-SIDES = _sides()
+VARIANTS = _variants()
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,7 @@ class Unit:
     Args:
         name: for people.
         recipe: what all have in common.
-        sides: names of ``SIDES``.
+        variants: names of ``VARIANTS``.
         n_seeds: networks to train of each.
         tuning: fields of the recipe that are others while rates are chosen, to save time.
         n_test: test images, evenly from all of them; ``None`` for all.
@@ -74,7 +76,7 @@ class Unit:
 
     name: str
     recipe: Recipe
-    sides: tuple[str, ...]
+    variants: tuple[str, ...]
     n_seeds: int = 10
     tuning: dict[str, Any] = field(default_factory=dict)
     n_test: int | None = None
@@ -83,11 +85,11 @@ class Unit:
     tuned_as: str = ""
     rate_factor: float = 1.0
 
-    def rates(self, side: Side) -> tuple[Rates, ...]:
+    def rates(self, variant: Variant) -> tuple[Rates, ...]:
         """What the rates of a first layer are chosen from."""
         return tuple(
             {**rates, "learning_rate": rates["learning_rate"] * self.rate_factor}
-            for rates in side.rates
+            for rates in variant.rates
         )
 
     @property
@@ -127,12 +129,12 @@ def few() -> list[Unit]:
         for n, epochs, batch in _FEW:
             sizes = {"samples_per_class": n, "epochs": epochs, "batch_size": batch}
             recipe = replace(_BASE, data=data, **sizes)
-            sides = ("free", "adam, bank", "natural, bank", *_FIXED, "mixed, bank")
-            units.append(Unit(_few_name(data, n), recipe, sides, tuned_as=tuned_as))
+            variants = ("free", "adam, bank", "natural, bank", *_FIXED, "mixed, bank")
+            units.append(Unit(_few_name(data, n), recipe, variants, tuned_as=tuned_as))
         corrupted = replace(recipe, corruption=CORRUPTIONS)
-        sides = ("free", "adam, bank", "natural, bank", "fixed, bank", "mixed, bank")
+        variants = ("free", "adam, bank", "natural, bank", "fixed, bank", "mixed, bank")
         name = f"{_few_name(data, n)}, corrupted"
-        units.append(Unit(name, corrupted, sides, n_test=2000, tuned_as=tuned_as))
+        units.append(Unit(name, corrupted, variants, n_test=2000, tuned_as=tuned_as))
     return units
 
 
@@ -165,12 +167,12 @@ def starts() -> list[Unit]:
         for network, n in (("energy", 8), ("energy", 16), ("cnn", 16))
     ]
     # 8000 weights behind 16 filters remember 1000 images by heart if nothing holds them back.
-    sides = ("free", "adam, bank", "adam, random", *_FIXED)
+    variants = ("free", "adam, bank", "adam, random", *_FIXED)
     held = [
         Unit(
             f"cifar10, 1000 samples, {network}, 16 filters, weight decay",
             replace(recipe, network=network, n_filters=16, weight_decay=3.0),
-            sides,
+            variants,
         )
         for network in ("energy", "cnn")
     ]
@@ -178,7 +180,7 @@ def starts() -> list[Unit]:
         Unit(
             f"{one.name}, mirrored",
             replace(one.recipe, augmentation=("flip",), epochs=40),
-            sides,
+            variants,
             tuned_as=one.name,
         )
         for one in held
@@ -186,7 +188,7 @@ def starts() -> list[Unit]:
     longer = Unit(
         f"{mirrored[0].name}, twice as long",
         replace(mirrored[0].recipe, epochs=80),
-        sides,
+        variants,
         tuned_as=held[0].name,
     )
     return [*units, *held, *mirrored, longer]
@@ -199,10 +201,10 @@ def textures() -> list[Unit]:
     held = {"weight_decay": 1.0, "label_smoothing": 0.3, "epochs": 30}
     large = replace(photographs, network="texture", n_filters=64, kernel_size=21, stride=4, **held)
     patches = replace(_BASE, network="texture", data="brodatz", epochs=5, batch_size=64)
-    sides = ("free", *_LEARNED, *_FIXED)
+    variants = ("free", *_LEARNED, *_FIXED)
     units = [
-        Unit("kth-tips, texture", large, sides, n_seeds=5),
-        Unit("brodatz, texture", patches, sides, n_seeds=5, rate_factor=3.0),
+        Unit("kth-tips, texture", large, variants, n_seeds=5),
+        Unit("brodatz, texture", patches, variants, n_seeds=5, rate_factor=3.0),
     ]
     # Energies alone, on the grid that is for objects.
     means = replace(photographs, network="energy", kernel_size=11, stride=2)

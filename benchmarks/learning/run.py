@@ -43,7 +43,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from _report import RESULTS, ROOT, print_table, provenance
-from plans import EXPERIMENTS, SIDES, Data, Side, Unit
+from plans import EXPERIMENTS, VARIANTS, Data, Unit, Variant
 
 from gaborium import Gabor1d, mel_bank
 from gaborium.files import write_text
@@ -60,7 +60,7 @@ class Piece(NamedTuple):
     """One network to train: with one of the rates to choose from, or with those chosen."""
 
     unit: str
-    side: str
+    variant: str
     choice: int | None
     seed: int
 
@@ -70,7 +70,7 @@ def main() -> None:
     parser.add_argument("experiments", nargs="+", metavar="EXPERIMENT", help=", ".join(EXPERIMENTS))
     parser.add_argument("--data", type=Path, default=ROOT.parent / "shared" / "data")
     parser.add_argument("--only", default="", help="parts whose names hold this")
-    parser.add_argument("--sides", nargs="+", choices=SIDES, help="these first layers alone")
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, help="these first layers alone")
     parser.add_argument("--minutes", type=float, default=math.inf, help="after which to stop")
     parser.add_argument("--share", default="1/1", help="which of how many processes")
     parser.add_argument("--seeds", type=int, help="instead of those of the plan")
@@ -144,32 +144,32 @@ class Experiment:
                     file.write(json.dumps(_plain(line)) + "\n")
                 chosen = "test" if piece.choice is None else f"choice {piece.choice}"
                 print(
-                    f"{unit.name} | {piece.side} | {chosen}, seed {piece.seed}: "
+                    f"{unit.name} | {piece.variant} | {chosen}, seed {piece.seed}: "
                     f"{_percent(line['accuracy'])}, {line['seconds']:.0f} s",
                     flush=True,
                 )
 
     def _pieces(self, unit: Unit) -> Iterator[Piece]:
-        """First the choices of all sides, then seed by seed, to be in balance at every stop."""
+        """First the choices of all variants, then seed by seed, to be in balance at every stop."""
         number, of = self.options.share
-        wanted = self.options.sides or unit.sides
-        sides = [side for side in unit.sides if side in wanted][number - 1 :: of]
+        wanted = self.options.variants or unit.variants
+        variants = [variant for variant in unit.variants if variant in wanted][number - 1 :: of]
         for seed in () if unit.rates_of != unit.name else TUNING_SEEDS:
-            for side in sides:
-                for choice in range(len(SIDES[side].rates)):
-                    yield Piece(unit.name, side, choice, seed)
+            for variant in variants:
+                for choice in range(len(VARIANTS[variant].rates)):
+                    yield Piece(unit.name, variant, choice, seed)
         for seed in range(self.options.seeds or unit.n_seeds):
-            for side in sides:
-                yield Piece(unit.name, side, None, seed)
+            for variant in variants:
+                yield Piece(unit.name, variant, None, seed)
 
     def _train(self, unit: Unit, piece: Piece) -> Line:
-        side, tuning = SIDES[piece.side], piece.choice is not None
-        choice = piece.choice if tuning else self._chosen(unit, piece.side)
+        variant, tuning = VARIANTS[piece.variant], piece.choice is not None
+        choice = piece.choice if tuning else self._chosen(unit, piece.variant)
         recipe = unit.recipe.replace(
-            **side.fields,
-            **unit.rates(side)[choice],
+            **variant.fields,
+            **unit.rates(variant)[choice],
             **(unit.tuning if tuning else {}),
-            beside=(),
+            compare_with=(),
             seeds=(piece.seed,),
             accelerator=self.options.accelerator,
         )
@@ -185,7 +185,7 @@ class Experiment:
         result = train(
             recipe,
             dataset=data,
-            start=_mel(recipe) if side.mel else None,
+            start=_mel(recipe) if variant.mel else None,
             folder=place,
         )
         (run,) = result.runs
@@ -196,9 +196,9 @@ class Experiment:
         shutil.rmtree(place)
         line = {
             **piece._asdict(),
-            "rates": unit.rates(side)[choice],
+            "rates": unit.rates(variant)[choice],
             "accuracy": run.accuracy,
-            "accuracy_put_back": run.accuracy_put_back,
+            "accuracy_reset": run.accuracy_reset,
             "train_accuracy": run.curve[-1].get("accuracy") if run.curve else None,
             "displacement": run.displacement,
             "n_first_parameters": run.n_first_parameters,
@@ -214,8 +214,8 @@ class Experiment:
             line["similarity"] = dict(zip(run.epochs, similarities(run), strict=True))
         return line | {name: self.made[name] for name in ("commit", "date", "machine", "versions")}
 
-    def _chosen(self, unit: Unit, side: str) -> int:
-        table = choices(self.done(), unit.rates_of, SIDES[side], side)
+    def _chosen(self, unit: Unit, variant: str) -> int:
+        table = choices(self.done(), unit.rates_of, VARIANTS[variant], variant)
         return max(range(len(table)), key=lambda i: table[i].mean if table[i].n else -1.0)
 
     # -- means ------------------------------------------------------------------------------------
@@ -226,14 +226,16 @@ class Experiment:
             return
         parts = []
         for unit in self.units.values():
-            sides = {name: summary(done, unit, name) for name in unit.sides}
-            sides = {name: one for name, one in sides.items() if one["accuracy"]["n"]}
-            if not sides:
+            variants = {name: summary(done, unit, name) for name in unit.variants}
+            variants = {name: one for name, one in variants.items() if one["accuracy"]["n"]}
+            if not variants:
                 continue
             for other in ("free", "fixed, bank", "fixed, random", "fixed, mel"):
-                for name, one in sides.items():
-                    if other in sides and name != other:
-                        one[f"lead over {other}"] = _mean(lead(done, unit.name, name, other))
+                for name, one in variants.items():
+                    if other in variants and name != other:
+                        one[f"difference to {other}"] = _mean(
+                            difference(done, unit.name, name, other)
+                        )
             recipe = {
                 name: getattr(unit.recipe, name)
                 for name in (
@@ -242,13 +244,13 @@ class Experiment:
                     *("augmentation",),
                 )
             }
-            parts.append({"name": unit.name, "recipe": recipe, "sides": sides})
-            _show(unit, sides)
+            parts.append({"name": unit.name, "recipe": recipe, "variants": variants})
+            _show(unit, variants)
         document = {
             "experiment": self.name,
             "made_with": _different(done.values()),
             "n_networks": len(done),
-            "tuning": {"seeds": TUNING_SEEDS, "choices": {k: s.rates for k, s in SIDES.items()}},
+            "tuning": {"seeds": TUNING_SEEDS, "choices": {k: s.rates for k, s in VARIANTS.items()}},
             "parts": parts,
         }
         self.summary_file.parent.mkdir(parents=True, exist_ok=True)
@@ -256,31 +258,31 @@ class Experiment:
         print(f"Wrote {self.summary_file}")
 
 
-def choices(done: dict[Piece, Line], unit: str, side: Side, name: str) -> list[Mean]:
+def choices(done: dict[Piece, Line], unit: str, variant: Variant, name: str) -> list[Mean]:
     """Accuracy on what was kept apart, for each of the rates; a stopped run counts as nothing."""
     found = []
-    for choice in range(len(side.rates)):
+    for choice in range(len(variant.rates)):
         pieces = [Piece(unit, name, choice, seed) for seed in TUNING_SEEDS]
         values = [done[piece]["accuracy"] or 0.0 for piece in pieces if piece in done]
         found.append(Mean.of(values))
     return found
 
 
-def tested(done: dict[Piece, Line], unit: str, side: str) -> dict[int, Line]:
+def tested(done: dict[Piece, Line], unit: str, variant: str) -> dict[int, Line]:
     """The lines of the test, by seed."""
     return {
         piece.seed: line
         for piece, line in sorted(done.items(), key=lambda item: item[0].seed)
-        if piece.choice is None and (piece.unit, piece.side) == (unit, side)
+        if piece.choice is None and (piece.unit, piece.variant) == (unit, variant)
     }
 
 
 def summary(done: dict[Piece, Line], unit: Unit, name: str) -> Line:
-    side = SIDES[name]
+    variant = VARIANTS[name]
     lines = list(tested(done, unit.name, name).values())
     good = [line for line in lines if line["accuracy"] is not None]
-    moved = [line for line in good if line["accuracy_put_back"] is not None]
-    table = choices(done, unit.rates_of, side, name)
+    moved = [line for line in good if line["accuracy_reset"] is not None]
+    table = choices(done, unit.rates_of, variant, name)
     found: Line = {
         "accuracy": _mean([line["accuracy"] for line in good]),
         "accuracies": [line["accuracy"] for line in lines],
@@ -293,9 +295,9 @@ def summary(done: dict[Piece, Line], unit: Unit, name: str) -> Line:
         keys = ("n_first_parameters", "n_parameters", "n_train", "n_test")
         found |= {key: lines[0][key] for key in keys}
     if moved:
-        gains = [line["accuracy"] - line["accuracy_put_back"] for line in moved]
-        found["accuracy_put_back"] = _mean([line["accuracy_put_back"] for line in moved])
-        found["gain_of_moving"] = _mean(gains)
+        gains = [line["accuracy"] - line["accuracy_reset"] for line in moved]
+        found["accuracy_reset"] = _mean([line["accuracy_reset"] for line in moved])
+        found["learning_gain"] = _mean(gains)
         found["displacement"] = {
             key: _mean([line["displacement"][key] for line in moved])
             for key in moved[0]["displacement"]
@@ -317,7 +319,7 @@ def summary(done: dict[Piece, Line], unit: Unit, name: str) -> Line:
     return found
 
 
-def lead(done: dict[Piece, Line], unit: str, side: str, other: str) -> list[float]:
+def difference(done: dict[Piece, Line], unit: str, variant: str, other: str) -> list[float]:
     """How much better than the other, seed by seed: both saw the same images in the same order."""
     ours, theirs = (
         {
@@ -325,7 +327,7 @@ def lead(done: dict[Piece, Line], unit: str, side: str, other: str) -> list[floa
             for seed, line in tested(done, unit, name).items()
             if line["accuracy"] is not None
         }
-        for name in (side, other)
+        for name in (variant, other)
     )
     return [ours[seed] - theirs[seed] for seed in ours if seed in theirs]
 
@@ -341,7 +343,7 @@ def under_corruption(trained: Trained, data: Dataset) -> dict[str, list[float]]:
             for rows in torch.arange(len(data.test_labels)).split(250):
                 clean = data.test_images[rows] / 255
                 worse = corrupt(clean, kind, strength, seed=0, first=int(rows[0]))
-                scores = trained.network(trained.seen(worse))
+                scores = trained.network(trained.preprocess(worse))
                 hits += int((scores.argmax(1) == data.test_labels[rows]).sum())
             found[kind].append(hits / len(data.test_labels))
     return found
@@ -424,7 +426,7 @@ def _percent(value: float | None) -> str:
     return "stopped" if value is None else f"{100 * value:.1f} %"
 
 
-def _show(unit: Unit, sides: dict[str, Line]) -> None:
+def _show(unit: Unit, variants: dict[str, Line]) -> None:
     def told(mean: Line | None, sign: str = "") -> str:
         if not mean or not mean["n"]:
             return ""
@@ -437,12 +439,12 @@ def _show(unit: Unit, sides: dict[str, Line]) -> None:
             name,
             str(one["accuracy"]["n"]),
             told(one["accuracy"]),
-            told(one.get("lead over free"), "+"),
-            told(one.get("gain_of_moving"), "+"),
+            told(one.get("difference to free"), "+"),
+            told(one.get("learning_gain"), "+"),
             told(one.get("mean_corrupted")),
             str(one["n_first_parameters"]),
         )
-        for name, one in sides.items()
+        for name, one in variants.items()
     ]
     header = ("first layer", "seeds", "accuracy", "over free", "by moving", "corrupted", "numbers")
     print_table(unit.name, header, rows)

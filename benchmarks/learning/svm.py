@@ -23,7 +23,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from _report import RESULTS, parsed, print_table, provenance, write_json
-from plans import EXPERIMENTS, SIDES, Data
+from plans import EXPERIMENTS, VARIANTS, Data
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from sklearn.svm import SVC
@@ -43,17 +43,17 @@ def main() -> None:
     (part,) = (one for one in done["parts"] if one["name"] == UNIT)
     data = Data(options.data)
     rows: list[dict[str, Any]] = []
-    for side in ("adam, bank", "fixed, bank"):
-        rates = part["sides"][side]["rates"]
+    for variant in ("adam, bank", "fixed, bank"):
+        rates = part["variants"][variant]["rates"]
         for seed in range(1 if options.quick else unit.n_seeds):
             recipe = unit.recipe.replace(
-                **SIDES[side].fields, **rates, beside=(), seeds=(seed,),
+                **VARIANTS[variant].fields, **rates, compare_with=(), seeds=(seed,),
                 **({"epochs": 1} if options.quick else {}),
             )  # fmt: skip
             # Of filters, too, that have not seen the images kept apart.
             _, apart = scores(recipe, data.validation("kth-tips"))
             linear, machines = scores(recipe, data.test("kth-tips"))
-            row = {"filters": side, "seed": seed, "linear": linear}
+            row = {"filters": variant, "seed": seed, "linear": linear}
             row |= {"apart": apart, "svm": machines}
             rows.append(row)
             print(*row.values(), flush=True)
@@ -61,11 +61,11 @@ def main() -> None:
         (options.output or RESULTS) / "learning_svm.json", {**provenance("cpu"), "rows": rows}
     )
     table = []
-    for side in dict.fromkeys(row["filters"] for row in rows):
-        some = [row for row in rows if row["filters"] == side]
+    for variant in dict.fromkeys(row["filters"] for row in rows):
+        some = [row for row in rows if row["filters"] == variant]
         penalty = max(PENALTIES, key=lambda p, some=some: sum(row["apart"][p] for row in some))
         linear, svm = ([row[key] for row in some] for key in ("linear", "svm"))
-        table.append([side, _told(linear), _told([one[penalty] for one in svm]), f"{penalty:g}"])
+        table.append([variant, _told(linear), _told([one[penalty] for one in svm]), f"{penalty:g}"])
     print_table(UNIT, ("filters", "linear classifier", "support-vector machine", "penalty"), table)
 
 
@@ -79,7 +79,7 @@ def scores(recipe: Any, data: Dataset) -> tuple[float, dict[float, float]]:
         known, asked = (
             torch.cat(
                 [
-                    network.statistics(network.first(trained.seen(some))).flatten(1)
+                    network.statistics(network.first(trained.preprocess(some))).flatten(1)
                     for some in images.split(50)
                 ]
             ).numpy()

@@ -1,7 +1,7 @@
 """Print the tables of the documentation from the means in benchmarks/results/learning_*.json.
 
 python benchmarks/learning/tables.py              # what learning brings, a line for each task
-python benchmarks/learning/tables.py few starts   # all sides of these experiments
+python benchmarks/learning/tables.py few starts   # all variants of these experiments
 """
 
 from __future__ import annotations
@@ -50,12 +50,12 @@ def main() -> None:
         for part in document["parts"]:
             print(f"\n{part['name']}\n")
             table(compared(part))
-            if any("corrupted" in one for one in part["sides"].values()):
+            if any("corrupted" in one for one in part["variants"].values()):
                 print()
-                table(corrupted(part["sides"]))
-            if any("similarity" in one for one in part["sides"].values()):
+                table(corrupted(part["variants"]))
+            if any("similarity" in one for one in part["variants"].values()):
                 print()
-                table(similarity(part["sides"]))
+                table(similarity(part["variants"]))
         for data, parts in by_samples(document["parts"]).items():
             print(f"\n{data}, by the number of samples\n")
             table(of_all_sizes(parts))
@@ -78,21 +78,23 @@ def overview() -> list[list[str]]:
     done = [name for name in EXPERIMENTS if (RESULTS / f"learning_{name}.json").exists()]
     for name in done:
         for part in results_of(name)["parts"]:
-            sides = part["sides"]
+            variants = part["variants"]
             if "corrupted" in part["name"]:  # the same networks as those beside it
                 continue
-            bank = "mel" if "adam, mel" in sides else "bank"
+            bank = "mel" if "adam, mel" in variants else "bank"
             pairs = (
                 *((f"fixed, {bank}", "free"), (f"adam, {bank}", f"fixed, {bank}")),
                 *(("adam, random", "fixed, random"), ("adam, random", f"fixed, {bank}")),
             )
-            leads = [told(sides.get(one, {}).get(f"lead over {two}"), "+") for one, two in pairs]
-            rows.append([part["name"], *leads])
+            differences = [
+                told(variants.get(one, {}).get(f"difference to {two}"), "+") for one, two in pairs
+            ]
+            rows.append([part["name"], *differences])
     return rows
 
 
-def ordered(sides: dict[str, Any]) -> list[tuple[str, Any]]:
-    return sorted(sides.items(), key=lambda side: -side[1]["accuracy"]["mean"])
+def ordered(variants: dict[str, Any]) -> list[tuple[str, Any]]:
+    return sorted(variants.items(), key=lambda variant: -variant[1]["accuracy"]["mean"])
 
 
 def by_samples(parts: list[Any]) -> dict[str, dict[int, Any]]:
@@ -101,27 +103,31 @@ def by_samples(parts: list[Any]) -> dict[str, dict[int, Any]]:
     for part in parts:
         recipe = part["recipe"]
         if recipe["samples_per_class"] and "corrupted" not in part["name"]:
-            n = next(iter(part["sides"].values()))["n_train"]
-            found.setdefault(f"{recipe['data']}, {recipe['network']}", {})[n] = part["sides"]
+            n = next(iter(part["variants"].values()))["n_train"]
+            found.setdefault(f"{recipe['data']}, {recipe['network']}", {})[n] = part["variants"]
     return {data: dict(sorted(sizes.items())) for data, sizes in found.items() if len(sizes) > 2}
 
 
 def of_all_sizes(parts: dict[int, Any]) -> list[list[str]]:
-    """Accuracies, in brackets the lead over the free layer, for each number of samples."""
+    """Accuracies, in brackets the difference to the free layer, for each number of samples."""
     rows = [["first layer, start", *(f"{n} images" for n in parts), "numbers learned in it"]]
     for name, last in ordered(list(parts.values())[-1]):
         cells = []
-        for sides in parts.values():
-            lead = told(sides[name].get("lead over free"), "+") if name in sides else ""
-            cells.append(told(sides[name]["accuracy"]) + (f" ({lead})" if lead else ""))
+        for variants in parts.values():
+            difference = (
+                told(variants[name].get("difference to free"), "+") if name in variants else ""
+            )
+            cells.append(
+                told(variants[name]["accuracy"]) + (f" ({difference})" if difference else "")
+            )
         rows.append([NAMES[name], *cells, str(last["n_first_parameters"])])
     return rows
 
 
 def compared(part: dict[str, Any]) -> list[list[str]]:
-    sides = ordered(part["sides"])
+    variants = ordered(part["variants"])
     fields = [
-        name for name in UNITS if any(name in one.get("displacement", ()) for _, one in sides)
+        name for name in UNITS if any(name in one.get("displacement", ()) for _, one in variants)
     ]
     unit = " samples" if part["recipe"]["data"] == "spoken-digits" else " px"
     rows = [
@@ -130,11 +136,11 @@ def compared(part: dict[str, Any]) -> list[list[str]]:
             *(f"{', '.join(fields)} moved by", "put back", "numbers learned in it"),
         ]
     ]
-    for name, one in sides:
-        leads = [told(one.get(f"lead over {other}"), "+") for other in OTHERS]
+    for name, one in variants:
+        differences = [told(one.get(f"difference to {other}"), "+") for other in OTHERS]
         moves = moved(one.get("displacement"), fields).replace(" px", unit)
-        back, numbers = told(one.get("accuracy_put_back")), str(one["n_first_parameters"])
-        rows.append([NAMES[name], told(one["accuracy"]), *leads, moves, back, numbers])
+        back, numbers = told(one.get("accuracy_reset")), str(one["n_first_parameters"])
+        rows.append([NAMES[name], told(one["accuracy"]), *differences, moves, back, numbers])
     return rows
 
 
@@ -157,9 +163,9 @@ def moved(displacement: dict[str, Any] | None, fields: list[str]) -> str:
     )
 
 
-def corrupted(sides: dict[str, Any]) -> list[list[str]]:
+def corrupted(variants: dict[str, Any]) -> list[list[str]]:
     """Mean accuracy over the five strengths of each kind."""
-    some = [(name, one) for name, one in ordered(sides) if "corrupted" in one]
+    some = [(name, one) for name, one in ordered(variants) if "corrupted" in one]
     kinds = list(some[0][1]["corrupted"])
     rows = [["first layer, start", "clean", "mean", *kinds]]
     for name, one in some:
@@ -174,8 +180,8 @@ def corrupted(sides: dict[str, Any]) -> list[list[str]]:
     return rows
 
 
-def similarity(sides: dict[str, Any]) -> list[list[str]]:
-    some = [(name, one["similarity"]) for name, one in ordered(sides) if "similarity" in one]
+def similarity(variants: dict[str, Any]) -> list[list[str]]:
+    some = [(name, one["similarity"]) for name, one in ordered(variants) if "similarity" in one]
     epochs = [epoch for epoch in some[0][1] if int(epoch) in (0, 1, 4, 8, 12, 16, 20, 24)]
     rows = [["filters like their neighbour, epoch", *epochs]]
     rows += [

@@ -7,46 +7,26 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
-# Where each public name lives. They are imported when first used, so that the command line can
-# answer --help without loading torch.
-_HOMES = {
-    "Gabor1d": "params",
-    "Gabor2d": "params",
-    "Gabor3d": "params",
-    "fit": "fitting",
-    "recover": "fitting",
-    "fit_shards": "fitting",
-    "FitResult": "fitting",
-    "FitShards": "fitting",
-    "Outcome": "fitting",
-    "GaborConv1d": "layers",
-    "GaborConv2d": "layers",
-    "GaborConv3d": "layers",
-    "suggest_kernel_size": "layers",
-    "mel_bank": "starts",
-    "MixedConv": "mixed",
-    "convert": "conversion",
-    "Conversion": "conversion",
-    "census": "conversion",
-    "Census": "conversion",
-    "train": "training",
-    "Recipe": "training",
-    "TrainResult": "training",
-    "gabor": "kernels",
-    "gabor_jacobian": "kernels",
-    "quadrature_pair": "kernels",
-    "gabor_spectrum": "spectrum",
-    "bandwidth_from_sigma": "spectrum",
-    "sigma_from_bandwidth": "spectrum",
-    "dc_response": "spectrum",
+# Where the public names are defined. They are imported when first used, so that the command line
+# can answer --help without loading torch.
+_NAMES = {
+    "params": "Gabor1d Gabor2d Gabor3d",
+    "kernels": "gabor gabor_jacobian gabor_spectrum quadrature_pair dc_response "
+    "bandwidth_from_sigma sigma_from_bandwidth suggest_kernel_size",
+    "starts": "mel_bank",
+    "layers": "GaborConv1d GaborConv2d GaborConv3d MixedConv",
+    "fitting": "FitResult FitShards Outcome fit fit_shards recover",
+    "conversion": "Census Conversion census convert",
+    "training": "Recipe TrainResult train",
 }
-_NAMESPACES = ("diagnostics", "export", "interop", "optim", "training")
+_HOMES = {name: module for module, names in _NAMES.items() for name in names.split()}
+_MODULES = ("diagnostics", "interop", "optim", "storage", "training")
 
 if TYPE_CHECKING:
     from gaborium import diagnostics as diagnostics
-    from gaborium import export as export
     from gaborium import interop as interop
     from gaborium import optim as optim
+    from gaborium import storage as storage
     from gaborium import training as training
     from gaborium.conversion import Census as Census
     from gaborium.conversion import Conversion as Conversion
@@ -58,36 +38,34 @@ if TYPE_CHECKING:
     from gaborium.fitting import fit as fit
     from gaborium.fitting import fit_shards as fit_shards
     from gaborium.fitting import recover as recover
+    from gaborium.kernels import bandwidth_from_sigma as bandwidth_from_sigma
+    from gaborium.kernels import dc_response as dc_response
     from gaborium.kernels import gabor as gabor
     from gaborium.kernels import gabor_jacobian as gabor_jacobian
+    from gaborium.kernels import gabor_spectrum as gabor_spectrum
     from gaborium.kernels import quadrature_pair as quadrature_pair
+    from gaborium.kernels import sigma_from_bandwidth as sigma_from_bandwidth
+    from gaborium.kernels import suggest_kernel_size as suggest_kernel_size
     from gaborium.layers import GaborConv1d as GaborConv1d
     from gaborium.layers import GaborConv2d as GaborConv2d
     from gaborium.layers import GaborConv3d as GaborConv3d
-    from gaborium.layers import suggest_kernel_size as suggest_kernel_size
-    from gaborium.mixed import MixedConv as MixedConv
+    from gaborium.layers import MixedConv as MixedConv
     from gaborium.params import Gabor1d as Gabor1d
     from gaborium.params import Gabor2d as Gabor2d
     from gaborium.params import Gabor3d as Gabor3d
-    from gaborium.spectrum import bandwidth_from_sigma as bandwidth_from_sigma
-    from gaborium.spectrum import dc_response as dc_response
-    from gaborium.spectrum import gabor_spectrum as gabor_spectrum
-    from gaborium.spectrum import sigma_from_bandwidth as sigma_from_bandwidth
     from gaborium.starts import mel_bank as mel_bank
     from gaborium.training import Recipe as Recipe
     from gaborium.training import TrainResult as TrainResult
     from gaborium.training import train as train
 
-__all__ = ["__version__", *_HOMES, *_NAMESPACES]  # noqa: PLE0604
+__all__ = ["__version__", *_HOMES, *_MODULES]  # noqa: PLE0604
 
 
 def __getattr__(name: str) -> Any:
-    if name in _HOMES:
-        value = getattr(importlib.import_module(f"gaborium.{_HOMES[name]}"), name)
-    elif name in _NAMESPACES:
-        value = importlib.import_module(f"gaborium.{name}")
-    else:
+    if name not in __all__:
         raise AttributeError(f"module 'gaborium' has no attribute {name!r}")
+    module = importlib.import_module(f"gaborium.{_HOMES.get(name, name)}")
+    value = getattr(module, name) if name in _HOMES else module
     globals()[name] = value
     return value
 

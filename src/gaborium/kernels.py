@@ -1,4 +1,4 @@
-"""Gabor functions on a pixel grid, and their derivatives in closed form."""
+"""Gabor functions on a pixel grid and in the frequency domain, and their derivatives."""
 
 from __future__ import annotations
 
@@ -10,6 +10,10 @@ from torch import Tensor
 from gaborium.errors import as_sizes
 from gaborium.params import Gabor, Gabor2d, Waveform, unit_vector
 
+# Standard deviations of the envelope that a kernel should hold to each side; below that its
+# border cuts the envelope at more than a third of its height, and it is no Gabor any more.
+ENOUGH_STDS = 1.5
+
 
 def gabor(params: Gabor, kernel_size: int | tuple[int, ...]) -> Tensor:
     """Sample Gabor functions on a pixel grid.
@@ -20,8 +24,8 @@ def gabor(params: Gabor, kernel_size: int | tuple[int, ...]) -> Tensor:
     Convention:
         - x runs along the last axis, y along the one before it (rows, downwards), z before that
         - ``orientation`` turns the wave vector from +x towards +y
-        - even sizes are centred between pixels; nothing is normalised
-        - the phase is that at the envelope's centre, wherever ``center`` puts it
+        - even sizes are centred between pixels; the kernel is not normalised
+        - ``phase`` is the phase at the envelope's centre, wherever ``center`` puts it
 
     Args:
         params: Gabor functions of batch shape ``(*batch,)``.
@@ -70,7 +74,7 @@ def quadrature_pair(params: Gabor, kernel_size: int | tuple[int, ...]) -> tuple[
     sizes = as_sizes("kernel_size", kernel_size, params.n_dims)
     wave = params.waveform()
     even, odd = even_odd(wave, sizes)
-    return combine(even, odd, wave), combine(even, odd, turned(wave))
+    return combine(even, odd, wave), combine(even, odd, quadrature_partner(wave))
 
 
 def gabor_jacobian(params: Gabor, kernel_size: int | tuple[int, ...]) -> dict[str, Tensor]:
@@ -97,13 +101,12 @@ def gabor_jacobian(params: Gabor, kernel_size: int | tuple[int, ...]) -> dict[st
     """
     sizes = as_sizes("kernel_size", kernel_size, params.n_dims)
     params = params.expand()
-    fields = params.as_dict()
     wave = params.waveform()
     even, odd = (part.flatten(-params.n_dims) for part in even_odd(wave, sizes))
     a, b = wave.even.unsqueeze(-1), wave.odd.unsqueeze(-1)
     kernel, slope = a * even - b * odd, -a * odd - b * even  # g, and dg/dφ
     of_envelope, of_phase = log_slopes(wave, sizes)
-    angles = {name: fields[name] for name in params.angle_names}
+    angles = {name: getattr(params, name) for name in params.angle_names}
     frequency = params.frequency.unsqueeze(-1)
     result = {}
     for name, turn in direction_and_slopes(angles, params.frequency)[1].items():
@@ -115,37 +118,223 @@ def gabor_jacobian(params: Gabor, kernel_size: int | tuple[int, ...]) -> dict[st
     for name in ("sigma", "aspect_ratio"):
         result[name] = kernel * of_envelope[name].squeeze(-2)
     result["center"] = kernel.unsqueeze(-2) * of_envelope["center"]
-    result["center"] = result["center"] + slope.unsqueeze(-2) * of_phase["center"]
+    result["center"] += slope.unsqueeze(-2) * of_phase["center"]
     result["phase"] = slope
-    result["amplitude"] = params.phase.cos().unsqueeze(-1) * even
-    result["amplitude"] = result["amplitude"] - params.phase.sin().unsqueeze(-1) * odd
+    cos, sin = params.phase.cos().unsqueeze(-1), params.phase.sin().unsqueeze(-1)
+    result["amplitude"] = cos * even - sin * odd
     return {name: result[name].unflatten(-1, sizes) for name in params.field_names()}
+
+
+def orientation_basin(params: Gabor2d) -> Tensor:
+    """How far from the truth a descent on θ may begin: ``λ / (√2 π σ/γ)`` rad, at most π/2.
+
+    Within this distance the squared error is convex in θ, on white input and with all other
+    parameters right. Shape ``(*batch,)``.
+
+    Example:
+        >>> from gaborium import Gabor2d
+        >>> long_stripes = Gabor2d.of(orientation=0.0, wavelength=6.0, sigma=3.0, aspect_ratio=0.5)
+        >>> print(f"{orientation_basin(long_stripes).item():.3f}")
+        0.225
+    """
+    along = params.sigma / params.aspect_ratio
+    return (params.wavelength / (math.sqrt(2) * math.pi * along)).clamp_max(math.pi / 2)
+
+
+def suggest_kernel_size(params: Gabor, n_stds: float = 3.0) -> tuple[int, ...]:
+    """Odd sizes, one per axis, that hold every envelope to ``n_stds`` standard deviations.
+
+    Example:
+        >>> from gaborium import Gabor2d
+        >>> suggest_kernel_size(Gabor2d.of(wavelength=6.0, sigma=2.0, aspect_ratio=0.5))
+        (25, 13)
+    """
+    middle = params.center.detach().abs()
+    halves = (n_stds * envelope_widths(params) + middle - 1e-6).reshape(-1, params.n_dims).amax(0)
+    return tuple(2 * half + 1 for half in reversed(halves.ceil().long().tolist()))
+
+
+def envelope_widths(params: Gabor) -> Tensor:
+    """Standard deviation of each envelope along each axis: ``(*batch, d)``, px, x first."""
+    wave = params.detach().to(torch.float64).expand().waveform()
+    along = wave.sigma.unsqueeze(-1)
+    across = along / wave.aspect_ratio.unsqueeze(-1)
+    share = wave.direction.square()
+    return (share * along.square() + (1 - share) * across.square()).sqrt()
+
+
+# -- frequency domain -------------------------------------------------------------------------
+
+
+def gabor_spectrum(params: Gabor, frequencies: Tensor) -> Tensor:
+    """Fourier transform of the continuous Gabor functions, in closed form.
+
+    Convention:
+        - ``G(f) = ∫ g(u) exp(-2πi f·u) du`` with ``u`` measured from the kernel's middle
+        - frequencies are in cycles/px, components in (x, y, z) order
+        - a sampled kernel has this spectrum as far as it is neither aliased nor truncated
+
+    Args:
+        params: Gabor functions of batch shape ``(*batch,)``.
+        frequencies: ``(*points, d)`` in cycles/px.
+
+    Returns:
+        Complex tensor of shape ``(*batch, *points)``.
+
+    Raises:
+        ValueError: the last axis of ``frequencies`` does not have one entry per dimension.
+
+    Example:
+        >>> from gaborium import Gabor1d
+        >>> tone = Gabor1d.of(wavelength=4.0, sigma=8.0)
+        >>> peak = gabor_spectrum(tone, torch.tensor([[0.25]]))
+        >>> round(peak.real.item(), 3)  # half of σ √(2π); the other half is at -0.25
+        10.027
+    """
+    d = params.n_dims
+    if frequencies.ndim == 0 or frequencies.shape[-1] != d:
+        raise ValueError(
+            f"frequencies must end in an axis of {d} (cycles/px), got shape "
+            f"{tuple(frequencies.shape)}."
+        )
+    params = params.expand()
+    points = frequencies.reshape(-1, d).to(params.sigma)
+    wave = params.waveform()
+    n, sigma = wave.direction.unsqueeze(-2), wave.sigma.unsqueeze(-1)
+    across_sigma = sigma / wave.aspect_ratio.unsqueeze(-1)
+    volume = (2 * math.pi) ** (d / 2) * wave.sigma * across_sigma[..., 0] ** (d - 1)
+
+    def bump(sign: float) -> Tensor:
+        away = points - sign * wave.wave_vector.unsqueeze(-2)  # (*batch, F, d)
+        along = (away * n).sum(-1)
+        across = (away - along.unsqueeze(-1) * n).square().sum(-1)
+        spread = (along * sigma).square() + across * across_sigma.square()
+        return (-2 * math.pi**2 * spread).exp()
+
+    plus, minus = bump(1.0), bump(-1.0)
+    even, odd = wave.even.unsqueeze(-1), wave.odd.unsqueeze(-1)
+    half = 0.5 * volume.unsqueeze(-1)
+    values = torch.complex(half * even * (plus + minus), half * odd * (plus - minus))
+    shift = (-2 * math.pi) * (points * params.center.unsqueeze(-2)).sum(-1)
+    values = values * torch.polar(torch.ones_like(shift), shift)
+    return values.unflatten(-1, frequencies.shape[:-1]) if frequencies.ndim > 1 else values[..., 0]
+
+
+def bandwidth_from_sigma(sigma: Tensor | float, wavelength: Tensor | float) -> Tensor:
+    """Bandwidth in octaves at half height of the spectrum's peak.
+
+    ``σ/λ = (1/π) √(ln 2 / 2) (2^b + 1) / (2^b - 1)``. Up to ``σ/λ = 0.187`` the peak does not
+    fall to half its height on the side of low frequencies, and the bandwidth is infinite.
+
+    Args:
+        sigma: standard deviation along the wave vector, px.
+        wavelength: px.
+
+    Returns:
+        Octaves, > 0.
+
+    Example:
+        >>> round(bandwidth_from_sigma(5.622, 10.0).item(), 3)
+        1.0
+    """
+    sigma, wavelength = _same_dtype(sigma, wavelength)
+    ratio = math.pi / math.sqrt(math.log(2) / 2) * sigma / wavelength
+    octaves = ((ratio + 1) / (ratio - 1)).log2()
+    return torch.where(ratio > 1, octaves, torch.inf)
+
+
+def sigma_from_bandwidth(bandwidth: Tensor | float, wavelength: Tensor | float) -> Tensor:
+    """Standard deviation along the wave vector for a bandwidth in octaves.
+
+    Args:
+        bandwidth: octaves at half height, > 0.
+        wavelength: px.
+
+    Returns:
+        px; the inverse of ``bandwidth_from_sigma``.
+
+    Raises:
+        ValueError: a bandwidth is not positive.
+
+    Example:
+        >>> round(sigma_from_bandwidth(1.0, 10.0).item(), 3)
+        5.622
+    """
+    bandwidth, wavelength = _same_dtype(bandwidth, wavelength)
+    if not (bandwidth > 0).all():
+        raise ValueError(f"bandwidth must be positive (octaves), got {bandwidth.min().item():g}.")
+    # (2^b + 1) / (2^b - 1), written so that neither end overflows or cancels.
+    ratio = torch.tanh(bandwidth * (math.log(2) / 2)).reciprocal()
+    return math.sqrt(math.log(2) / 2) / math.pi * ratio * wavelength
+
+
+def dc_response(params: Gabor, kernel_size: int | tuple[int, ...]) -> Tensor:
+    """Response to a constant image, as a share of the largest response a kernel could give.
+
+    It is the kernel's sum over the sum of its magnitudes: 0 for a sine, 1 for a blob.
+
+    Args:
+        params: Gabor functions of batch shape ``(*batch,)``.
+        kernel_size: pixels along each axis; one number serves all.
+
+    Returns:
+        ``(*batch,)``, in [-1, 1]; 0 for a kernel that is zero everywhere.
+
+    Example:
+        >>> from gaborium import Gabor2d
+        >>> broad = Gabor2d.of(orientation=0.3, wavelength=10.0, sigma=3.0)
+        >>> round(dc_response(broad, 31).item(), 2)
+        0.27
+    """
+    kernels = gabor(params, kernel_size).flatten(-params.n_dims)
+    size = kernels.abs().sum(-1)
+    return kernels.sum(-1) / size.clamp_min(torch.finfo(kernels.dtype).tiny)
+
+
+def _same_dtype(one: Tensor | float, other: Tensor | float) -> tuple[Tensor, Tensor]:
+    """Both as tensors; a number with a float64 tensor must not be rounded to float32."""
+    dtype = torch.result_type(one, other)
+    return torch.as_tensor(one, dtype=dtype), torch.as_tensor(other, dtype=dtype)
+
+
+# -- the parts of a kernel --------------------------------------------------------------------
 
 
 def even_odd(wave: Waveform, sizes: tuple[int, ...]) -> tuple[Tensor, Tensor]:
     """Envelope times cosine and envelope times sine, each ``(*geometry batch, *sizes)``.
 
-    The phase and the amplitude do not enter: every kernel of this geometry is a linear
-    combination of the two, which ``combine`` makes.
+    They depend on neither phase nor amplitude: every kernel of this geometry is a linear
+    combination of the two, see ``combine``.
     """
-    r, along, beside = _on_grid(wave.direction, wave.center, sizes)
+    r, along, across = _on_grid(wave.direction, wave.center, sizes)
     inverse = wave.sigma.unsqueeze(-1).reciprocal()
-    across = (beside * (wave.aspect_ratio.unsqueeze(-1) * inverse).unsqueeze(-2)).square().sum(-2)
-    envelope = (-0.5 * ((along * inverse).square() + across)).exp()
+    squared = (across * (wave.aspect_ratio.unsqueeze(-1) * inverse).unsqueeze(-2)).square().sum(-2)
+    envelope = (-0.5 * ((along * inverse).square() + squared)).exp()
     angle = (2 * math.pi) * (wave.wave_vector.unsqueeze(-1) * r).sum(-2)
     even, odd = envelope * angle.cos(), envelope * angle.sin()
     return even.unflatten(-1, sizes), odd.unflatten(-1, sizes)
 
 
 def combine(even: Tensor, odd: Tensor, wave: Waveform) -> Tensor:
-    """``A cos ψ`` parts of the even kernel less ``A sin ψ`` parts of the odd one."""
+    """The kernel ``A cos ψ · even - A sin ψ · odd``."""
     shape = (...,) + (None,) * wave.center.shape[-1]
     return wave.even[shape] * even - wave.odd[shape] * odd
 
 
-def turned(wave: Waveform) -> Waveform:
+def quadrature_partner(wave: Waveform) -> Waveform:
     """The same waves with ``ψ - π/2`` for ψ: cosines become sines."""
     return wave._replace(even=wave.odd, odd=-wave.even)
+
+
+def with_unit_amplitude(wave: Waveform) -> Waveform:
+    """The same waves with amplitude 1; a silent one has no phase, and gets 0."""
+    squared = wave.even.square() + wave.odd.square()
+    silent = squared < 1e-24
+    scale = torch.where(silent, torch.ones_like(squared), squared).rsqrt()
+    return wave._replace(
+        even=torch.where(silent, 1.0, wave.even * scale),
+        odd=torch.where(silent, 0.0, wave.odd * scale),
+    )
 
 
 def offsets(sizes: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -157,43 +346,31 @@ def offsets(sizes: tuple[int, ...], dtype: torch.dtype, device: torch.device) ->
 def log_slopes(
     wave: Waveform, sizes: tuple[int, ...]
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """How envelope and carrier change with the geometry, in closed form.
+    """Derivatives of log E and of φ with respect to the waveform's fields, in closed form.
 
-    The derivatives of log E and of φ by those fields of the waveform that they depend on, each
-    ``(*batch, d, N)``, where d = 1 for ``sigma`` and ``aspect_ratio``. So ``E cos φ`` has the
-    derivative ``E cos φ · d log E / ds - E sin φ · dφ/ds``, and ``E sin φ`` correspondingly. The
-    direction is meant to turn only: its length stays 1.
+    Each has shape ``(*batch, d, N)``, with d = 1 for ``sigma`` and ``aspect_ratio``. ``E cos φ``
+    has the derivative ``E cos φ · d log E / ds - E sin φ · dφ/ds``, and ``E sin φ`` accordingly.
+    The direction is meant to turn only: its length stays 1.
     """
-    r, along, beside = _on_grid(wave.direction, wave.center, sizes)
-    along, across = along.unsqueeze(-2), beside.square().sum(-2, keepdim=True)  # x', |y'|²
+    r, along, across = _on_grid(wave.direction, wave.center, sizes)
+    along, squared = along.unsqueeze(-2), across.square().sum(-2, keepdim=True)  # x', |y'|²
     sigma, ratio = wave.sigma[..., None, None], wave.aspect_ratio[..., None, None]
     precision, squeeze = sigma.square().reciprocal(), ratio.square()
     of_envelope = {
-        # x' changes by dn·r, and |y'|² by -2 x' of it.
+        # x' changes by dn·r, and |y'|² by -2 x' dn·r.
         "direction": (squeeze - 1) * along * precision * r,
-        "sigma": (along.square() + squeeze * across) * precision / sigma,
-        "aspect_ratio": -ratio * across * precision,
-        "center": (wave.direction.unsqueeze(-1) * along + squeeze * beside) * precision,
+        "sigma": (along.square() + squeeze * squared) * precision / sigma,
+        "aspect_ratio": -ratio * squared * precision,
+        "center": (wave.direction.unsqueeze(-1) * along + squeeze * across) * precision,
     }
     k = wave.wave_vector.unsqueeze(-1)
     return of_envelope, {"wave_vector": 2 * math.pi * r, "center": -2 * math.pi * k}
 
 
-def _on_grid(n: Tensor, center: Tensor, sizes: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor]:
-    """Pixels' offsets from the centre, their part along n (x'), and what is left (y').
-
-    Shapes ``(*batch, d, N)``, ``(*batch, N)`` and ``(*batch, d, N)``. Sums over two or three
-    components are written out: a matrix product would fall to half precision under autocast.
-    """
-    r = offsets(sizes, center.dtype, center.device) - center.unsqueeze(-1)
-    along = (n.unsqueeze(-1) * r).sum(-2)
-    return r, along, r - n.unsqueeze(-1) * along.unsqueeze(-2)
-
-
 def direction_and_slopes(
     angles: dict[str, Tensor], like: Tensor
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The unit wave vector ``(*batch, d)`` and its derivative by each angle."""
+    """The unit wave vector ``(*batch, d)`` and its derivative with respect to each angle."""
     if not angles:
         return torch.ones_like(like).unsqueeze(-1), {}
     n = unit_vector(list(angles.values()))
@@ -207,17 +384,12 @@ def direction_and_slopes(
     }
 
 
-def orientation_basin(params: Gabor2d) -> Tensor:
-    """How far from the truth a descent on θ may begin: ``λ / (√2 π σ/γ)`` rad, at most π/2.
+def _on_grid(n: Tensor, center: Tensor, sizes: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor]:
+    """Pixels' offsets from the centre, their part along n (x') and the rest across it (y').
 
-    It is the half-width within which the squared error is convex in θ, on white input and all
-    other parameters being right. Shape ``(*batch,)``.
-
-    Example:
-        >>> from gaborium import Gabor2d
-        >>> long_stripes = Gabor2d.of(orientation=0.0, wavelength=6.0, sigma=3.0, aspect_ratio=0.5)
-        >>> print(f"{orientation_basin(long_stripes).item():.3f}")
-        0.225
+    Shapes ``(*batch, d, N)``, ``(*batch, N)`` and ``(*batch, d, N)``. Sums over two or three
+    components are written out: a matrix product would fall to half precision under autocast.
     """
-    along = params.sigma / params.aspect_ratio
-    return (params.wavelength / (math.sqrt(2) * math.pi * along)).clamp_max(math.pi / 2)
+    r = offsets(sizes, center.dtype, center.device) - center.unsqueeze(-1)
+    along = (n.unsqueeze(-1) * r).sum(-2)
+    return r, along, r - n.unsqueeze(-1) * along.unsqueeze(-2)

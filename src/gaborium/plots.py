@@ -16,15 +16,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gaborium import cortex
+from gaborium import starts
 from gaborium.conversion import CLASSES, Census, Conversion
 from gaborium.diagnostics import Identifiability, Landscape, StepLimit
 from gaborium.errors import require
 from gaborium.experiments import Descent, Recovery
 from gaborium.fitting import FitResult, Outcome
-from gaborium.kernels import gabor
+from gaborium.kernels import gabor, sigma_from_bandwidth
 from gaborium.params import UNITS
-from gaborium.spectrum import sigma_from_bandwidth
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -314,7 +313,7 @@ def plot_census(result: Census, kernels: Tensor, *, limit: int = 384) -> Figure:
         - the fan shows how many Gabor functions have an orientation of the wave; angles grow
           clockwise, as they do in an image whose y runs down
         - grey lines are as many cells of V1 as there are Gabor functions; its wavelengths are in
-          degrees, and lie about the layer's mean. ``gaborium.cortex`` names the publications
+          degrees, and lie about the layer's mean. ``gaborium.starts`` names the publications
 
     Args:
         result: from ``census``.
@@ -431,9 +430,9 @@ def _envelopes(place: Axes, found: dict[str, Tensor], confidence: Tensor, beside
     if beside_v1:
         turn = torch.linspace(0, 2 * math.pi, 181, dtype=torch.float64)
         for share, shade in ((0.95, 0.35), (0.5, 0.85)):
-            r = cortex.reach(share)
+            r = starts.v1_radius(share)
             place.fill(
-                *cortex.widths(r * turn.cos(), r * turn.sin()), color=SHADE, alpha=shade,
+                *starts.v1_widths(r * turn.cos(), r * turn.sin()), color=SHADE, alpha=shade,
                 linewidth=0, zorder=0,
             )  # fmt: skip
     place.plot([low, high], [low, high], color=MUTED, linewidth=0.5, zorder=1)
@@ -456,7 +455,7 @@ def _orientations(place: Any, found: dict[str, Tensor], beside_v1: bool) -> None
     if beside_v1 and len(bins):
         # Per bin; the eight sectors of 45 degrees are cardinal and oblique in turn.
         around = [math.pi / 8 * (i // 2 * 2 + (1 if i % 2 else -1)) for i in range(17)]
-        shares = (cortex.CARDINAL, 1 - cortex.CARDINAL)
+        shares = (starts.V1_CARDINAL, 1 - starts.V1_CARDINAL)
         radius = [len(bins) * 2 / n_bins * shares[i // 2 % 2] for i in range(17)]
         place.plot(around, radius, color=INK, linewidth=0.9)
     place.set_theta_direction(-1)
@@ -479,7 +478,9 @@ def _wavelengths(place: Axes, found: dict[str, Tensor], beside_v1: bool) -> None
     low = math.floor(octaves.min().item()) if len(octaves) else 1
     high = max(low + 2, math.ceil(octaves.max().item()) if len(octaves) else 1)
     edges = torch.arange(3 * low, 3 * high + 1) / 3
-    below = 0.5 + 0.5 * torch.erf((edges - octaves.mean()) / (math.sqrt(2) * cortex.FREQUENCY_STD))
+    below = 0.5 + 0.5 * torch.erf(
+        (edges - octaves.mean()) / (math.sqrt(2) * starts.V1_FREQUENCY_STD)
+    )
     _histogram(place, octaves, edges, below if beside_v1 else None)
     ticks = range(low, high + 1)
     place.set_xticks(ticks, [f"{2.0**tick:g}" for tick in ticks])
@@ -491,7 +492,7 @@ def _bandwidths(place: Axes, found: dict[str, Tensor], beside_v1: bool) -> None:
     edges = torch.arange(0.0, highest + 0.1, 0.5, dtype=torch.float64)
     # Narrower bands are those of wider envelopes.
     n_x = sigma_from_bandwidth(edges[1:-1], torch.ones(len(edges) - 2, dtype=torch.float64))
-    z = (n_x.log10() - cortex.WIDTH_MEAN[0]) / cortex.WIDTH_STD[0]
+    z = (n_x.log10() - starts.V1_WIDTH_MEAN[0]) / starts.V1_WIDTH_STD[0]
     below = F.pad(0.5 - 0.5 * torch.erf(z / math.sqrt(2)), (1, 0))
     below = F.pad(below, (0, 1), value=1.0)  # the last bin holds all that is wider
     values = found["bandwidth"].double().clamp_max(highest - 0.01)
@@ -1119,7 +1120,7 @@ def plot_training(result: TrainResult) -> Figure:
     """
     moving = [run for run in result.runs if any(run.displacement.values())]
     fields = list(moving[0].displacement) if moving else []
-    colors = dict(zip(result.sides, (TRAINED, INK, *_RATES), strict=False))
+    colors = dict(zip(result.variants, (TRAINED, INK, *_RATES), strict=False))
     with _style():
         rows = 1 + math.ceil(len(fields) / 3)
         figure = _figure(_WIDTH, 2.2 * rows)
@@ -1131,9 +1132,9 @@ def plot_training(result: TrainResult) -> Figure:
             place = figure.add_subplot(grid[0, columns])
             for run in result.runs:
                 points = [(p["epoch"], p[name]) for p in run.curve if name in p]
-                label = run.side if run.seed == result.recipe.seeds[0] else None
+                label = run.variant if run.seed == result.recipe.seeds[0] else None
                 if points:
-                    place.plot(*zip(*points, strict=True), color=colors[run.side], label=label)
+                    place.plot(*zip(*points, strict=True), color=colors[run.variant], label=label)
             place.set(title=title, xlabel="epoch")
             if name == "test_accuracy":
                 place.yaxis.set_major_formatter(lambda value, _: f"{100 * value:g} %")
@@ -1145,7 +1146,7 @@ def plot_training(result: TrainResult) -> Figure:
             turn = 180 / math.pi if unit == "rad" else 1.0
             for run in moving:
                 values = [turn * point["displacement"][name] for point in run.curve]
-                place.plot([p["epoch"] for p in run.curve], values, color=colors[run.side])
+                place.plot([p["epoch"] for p in run.curve], values, color=colors[run.variant])
             shown = {"rad": ", degrees", "px": ", px"}.get(unit, "")
             place.set(title=f"Moved: {name.replace('_', ' ')}{shown}", xlabel="epoch")
             place.set_ylim(bottom=0)
@@ -1164,7 +1165,7 @@ def plot_trained_filters(result: TrainResult) -> Figure:
     Raises:
         ImportError: matplotlib is not installed.
     """
-    runs = [result.of(side)[0] for side in result.sides]
+    runs = [result.runs_of(variant)[0] for variant in result.variants]
     pairs = [kernel_images(run.kernels[[0, -1]]) for run in runs]
     n = max(pair.shape[1] for pair in pairs)
     columns = min(n, 8)
@@ -1175,7 +1176,9 @@ def plot_trained_filters(result: TrainResult) -> Figure:
         parts = figure.subfigures(len(runs), 2, squeeze=False)
         for line, run, pair in zip(parts, runs, pairs, strict=True):
             for part, images, when in zip(line, pair, ("start", "end"), strict=True):
-                part.suptitle(f"{run.side}, seed {run.seed}: {when}", fontsize=8, x=0.02, ha="left")
+                part.suptitle(
+                    f"{run.variant}, seed {run.seed}: {when}", fontsize=8, x=0.02, ha="left"
+                )
                 axes = part.subplots(rows, columns, squeeze=False)
                 for index, place in enumerate(axes.flat):
                     _frame(place, visible=index < len(images))

@@ -1,24 +1,39 @@
-"""Starts: the Gabor functions with which a layer begins."""
+"""Starts: the Gabor functions with which a layer begins, and the statistics of macaque V1.
+
+Reference:
+    Primary visual cortex (V1) in a few published numbers:
+
+    - widths: Ringach (2002), J. Neurophysiol. 88(1), doi:10.1152/jn.2002.88.1.455
+    - orientations: De Valois, Yund & Hepler (1982), Vision Res. 22(5),
+      doi:10.1016/0042-6989(82)90112-2
+    - frequencies: De Valois, Albrecht & Thorell (1982), Vision Res. 22(5),
+      doi:10.1016/0042-6989(82)90113-4
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from gaborium.cortex import widths
-from gaborium.kernels import quadrature_pair
+from gaborium.errors import one_of
+from gaborium.kernels import quadrature_pair, sigma_from_bandwidth
 from gaborium.params import RECORDS, Gabor, Gabor1d
-from gaborium.spectrum import sigma_from_bandwidth
 
 STARTS = ("bank", "random", "v1")
 
-# Shortest wavelength of any start, px: a little above the aliasing limit of 2.
-_SHORTEST = 2.5
+# Of log10 n_x and log10 n_y, the envelope's widths in wavelengths along the wave and along the
+# stripes, of 79 simple cells: the moments of the binned counts of Ringach's population figure.
+V1_WIDTH_MEAN = (-0.45, -0.38)
+V1_WIDTH_STD = (0.18, 0.28)
+V1_WIDTH_CORRELATION = 0.71
+# Share of cells within 22.5 degrees of horizontal or vertical, 143 of 246; half if all are equal.
+V1_CARDINAL = 143 / 246
+# Standard deviation of the preferred frequency in octaves, of the binned counts of 139 cells.
+V1_FREQUENCY_STD = 0.83
+
+_SHORTEST = 2.5  # px, shortest wavelength of any start: a little above the aliasing limit of 2
 
 
 def start(
@@ -35,10 +50,10 @@ def start(
     - ``"bank"``: the classical filter bank. Directions evenly over the half circle (over the half
       sphere in 3-D), wavelengths evenly in octaves from 3 px to the kernel's size, one octave of
       bandwidth where the kernel has room for it, an even and an odd filter of each. The same for
-      every input channel. Nothing is drawn.
+      every input channel. Not random.
     - ``"random"``: directions and phases uniform, wavelengths and widths uniform in octaves,
-      aspect ratios 0.5 to 1, and for every input channel an amplitude of its own.
-    - ``"v1"``: as measured in simple cells of macaque primary visual cortex, see ``_v1_widths``.
+      aspect ratios 0.5 to 1, and an independent amplitude for every input channel.
+    - ``"v1"``: shapes as measured in simple cells of macaque V1, see ``v1_widths``.
 
     Args:
         name: one of the above.
@@ -47,40 +62,34 @@ def start(
         kernel_size: pixels along each axis.
         n_phases: of the bank: 2 for an even and an odd filter of each wave, 1 for the even one
             alone, where the layer makes its odd partner itself.
-        generator: source of randomness; by default torch's own.
+        generator: source of randomness; by default torch's global one.
 
     Returns:
         A float64 record on the CPU: geometry ``(n_filters, 1)``, phase and amplitude
         ``(n_filters, n_channels)``. Amplitudes are relative; the layer scales them.
 
     Raises:
-        ValueError: the name is none of the above.
+        ValueError: there is no start of that name.
 
     Example:
         >>> bank = start("bank", n_filters=8, n_channels=1, kernel_size=(9, 9))
         >>> [round(angle, 2) for angle in bank.orientation[::2, 0].tolist()]
         [0.0, 0.79, 1.57, 2.36]
     """
-    if name not in STARTS:
-        raise ValueError(f"start must be a record or one of {', '.join(STARTS)}, got {name!r}.")
-    sizes = [size for size in kernel_size if size > 1] or [1]
-    draws: dict[str, Callable[..., dict[str, Tensor]]] = {
-        "bank": partial(_bank, n_phases=n_phases),
-        "random": _random,
-        "v1": _v1,
-    }
-    record = RECORDS[len(kernel_size)]
-    # The default device may be one without numbers ("meta"), or with other random ones.
+    one_of("start", name, STARTS)
+    n_dims, record = len(kernel_size), RECORDS[len(kernel_size)]
+    size = float(min([size for size in kernel_size if size > 1] or [1]))
+    # The default device may be one without numbers ("meta"), or with other random numbers.
     with torch.device("cpu"):
-        fields = draws[name](n_filters, n_channels, len(kernel_size), float(min(sizes)), generator)
-        known: dict[str, Any] = {n: v for n, v in fields.items() if n in record.field_names()}
-        params = record.of(**known)
-        geometry = {
-            name: value[:, :1]
-            for name, value in params.as_dict().items()
-            if name not in ("phase", "amplitude")
-        }
-        return _without_silence(params.replace(**geometry), kernel_size)
+        if name == "bank":
+            fields = _bank(n_filters, n_channels, n_dims, size, n_phases)
+        else:
+            fields = _random(n_filters, n_channels, size, generator)
+        if name == "v1":
+            fields = _with_v1_shapes(fields, size, generator)
+        fields["center"] = torch.zeros(n_filters, 1, n_dims, dtype=torch.float64)
+        params = record(**{field: fields[field] for field in record.field_names()})
+        return _without_silence(params, kernel_size)
 
 
 def mel_bank(
@@ -97,8 +106,8 @@ def mel_bank(
         - mel = 2595 log10(1 + Hz / 700), after O'Shaughnessy
         - the spectra of neighbours meet at half of their height; no filter is wider than its
           kernel shows, three standard deviations to each side
-        - every response to white noise of unit variance has the same variance, 1/3, as those of
-          the other starts
+        - every response to white noise of unit variance has the same variance, 1/3, as with the
+          other starts
 
     Args:
         n_filters: how many, from the lowest frequency to the highest.
@@ -149,14 +158,62 @@ def mel_bank(
     )
 
 
+# -- macaque V1 -------------------------------------------------------------------------------
+
+
+def v1_widths(first: Tensor, second: Tensor, *, limit: float = math.inf) -> tuple[Tensor, Tensor]:
+    """Envelope widths of V1 cells in wavelengths, from two independent standard normal numbers.
+
+    The population is log-normal: ``n_x = σ/λ`` along the wave, ``n_y = σ/(γλ)`` along the stripes.
+    Each width stops ``limit`` standard deviations from its mean.
+
+    Example:
+        >>> n_x, n_y = v1_widths(torch.tensor(0.0), torch.tensor(0.0))
+        >>> round(n_x.item(), 3), round(n_y.item(), 3)
+        (0.355, 0.417)
+    """
+    r = V1_WIDTH_CORRELATION
+    both = first, r * first + math.sqrt(1 - r**2) * second
+    n_x, n_y = (
+        10 ** (mean + std * z.clamp(-limit, limit))
+        for mean, std, z in zip(V1_WIDTH_MEAN, V1_WIDTH_STD, both, strict=True)
+    )
+    return n_x, n_y
+
+
+def v1_distance(n_x: Tensor, n_y: Tensor) -> Tensor:
+    """Mahalanobis distance of widths from V1's mean, in standard deviations of its population.
+
+    Example:
+        >>> median = torch.tensor([10**-0.45]), torch.tensor([10**-0.38])
+        >>> far = v1_distance(*median), v1_distance(10 * median[0], 10 * median[1])
+        >>> [round(one.item(), 1) for one in far]
+        [0.0, 5.6]
+    """
+    x, y = (
+        (width.double().log10() - mean) / std
+        for width, mean, std in zip((n_x, n_y), V1_WIDTH_MEAN, V1_WIDTH_STD, strict=True)
+    )
+    r = V1_WIDTH_CORRELATION
+    squared = (x.square() - 2 * r * x * y + y.square()) / (1 - r**2)
+    return squared.clamp_min(0.0).sqrt()
+
+
+def v1_radius(share: float) -> float:
+    """The ``v1_distance`` within which this share of the population is found.
+
+    Example:
+        >>> round(v1_radius(0.5), 2), round(v1_radius(0.95), 2)
+        (1.18, 2.45)
+    """
+    return math.sqrt(-2 * math.log1p(-share))
+
+
+# -- drawing ----------------------------------------------------------------------------------
+
+
 def _bank(
-    n_filters: int,
-    n_channels: int,
-    n_dims: int,
-    size: float,
-    _: torch.Generator | None,
-    *,
-    n_phases: int,
+    n_filters: int, n_channels: int, n_dims: int, size: float, n_phases: int
 ) -> dict[str, Tensor]:
     n_pairs = math.ceil(n_filters / n_phases)
     # About twice as many directions as wavelengths, as in most published banks.
@@ -166,14 +223,15 @@ def _bank(
     pair = index // n_phases
     octave = (pair // n_directions).double() / max(n_wavelengths - 1, 1)
     longest = max(size, 3.0)
-    wavelength = 3.0 * (longest / 3.0) ** octave if n_wavelengths > 1 else _middle(longest, index)
+    wavelength = 3.0 * (longest / 3.0) ** octave
+    if n_wavelengths == 1:
+        wavelength = torch.full_like(octave, math.sqrt(3.0 * longest))
     orientation, elevation = _even_directions(pair % n_directions, n_directions, n_dims)
-    room = _room(size)
     return {
         "orientation": _column(orientation),
         "elevation": _column(elevation),
         "wavelength": _column(wavelength),
-        "sigma": _column(sigma_from_bandwidth(1.0, wavelength).clamp_max(room)),
+        "sigma": _column(sigma_from_bandwidth(1.0, wavelength).clamp_max(_largest_sigma(size))),
         "aspect_ratio": torch.ones(n_filters, 1, dtype=torch.float64),
         "phase": _column((index % n_phases).double() * (math.pi / 2)).expand(-1, n_channels),
         "amplitude": torch.ones(n_filters, n_channels, dtype=torch.float64),
@@ -181,15 +239,16 @@ def _bank(
 
 
 def _random(
-    n_filters: int, n_channels: int, _: int, size: float, generator: torch.Generator | None
+    n_filters: int, n_channels: int, size: float, generator: torch.Generator | None
 ) -> dict[str, Tensor]:
     def uniform(low: float, high: float, columns: int = 1) -> Tensor:
         sample = torch.rand(n_filters, columns, dtype=torch.float64, generator=generator)
         return low + (high - low) * sample
 
+    room = _largest_sigma(size)
     wavelength = 2 ** uniform(math.log2(_SHORTEST), math.log2(max(size, _SHORTEST)))
-    sigma = sigma_from_bandwidth(2 ** uniform(-0.5, 1.0), wavelength).clamp_max(_room(size))
-    aspect_ratio = torch.maximum(2 ** uniform(-1.0, 0.0), sigma / _room(size))
+    sigma = sigma_from_bandwidth(2 ** uniform(-0.5, 1.0), wavelength).clamp_max(room)
+    aspect_ratio = torch.maximum(2 ** uniform(-1.0, 0.0), sigma / room)
     amplitude = torch.randn(n_filters, n_channels, dtype=torch.float64, generator=generator)
     return {
         "orientation": uniform(0.0, math.pi),
@@ -203,41 +262,32 @@ def _random(
     }
 
 
-def _v1(
-    n_filters: int, n_channels: int, n_dims: int, size: float, generator: torch.Generator | None
+def _with_v1_shapes(
+    fields: dict[str, Tensor], size: float, generator: torch.Generator | None
 ) -> dict[str, Tensor]:
-    fields = _random(n_filters, n_channels, n_dims, size, generator)
-    across, along = _v1_widths(n_filters, generator)
+    """Random fields with the envelopes of V1 cells, and one phase and amplitude per filter."""
+    first, second = torch.randn(
+        2, len(fields["wavelength"]), 1, dtype=torch.float64, generator=generator
+    )
+    # Tails beyond all measured cells would give a filter without envelope or without end.
+    n_x, n_y = v1_widths(first, second, limit=2.0)
     # In cortex the size of a receptive field varies with eccentricity; here the kernel's size sets
     # the scale: the drawn shape is kept and its wavelength is made to fit. Below 12 px the widest
     # would need wavelengths that alias; there the envelope shrinks, and keeps its aspect ratio.
-    fit = _room(size) / torch.maximum(across, along)
+    fit = _largest_sigma(size) / torch.maximum(n_x, n_y)
     wavelength = torch.minimum(fields["wavelength"], fit).clamp_min(_SHORTEST)
-    fields["wavelength"] = wavelength
-    fields["sigma"] = across * torch.minimum(wavelength, fit)
-    fields["aspect_ratio"] = across / along
-    fields["phase"] = fields["phase"][:, :1].expand(-1, n_channels)
-    fields["amplitude"] = torch.ones_like(fields["amplitude"])
-    return fields
+    return fields | {
+        "wavelength": wavelength,
+        "sigma": n_x * torch.minimum(wavelength, fit),
+        "aspect_ratio": n_x / n_y,
+        "phase": fields["phase"][:, :1].expand_as(fields["phase"]),
+        "amplitude": torch.ones_like(fields["amplitude"]),
+    }
 
 
-def _v1_widths(n: int, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
-    """Envelope widths in wavelengths, ``n_x = σ/λ`` and ``n_y = σ/(γλ)``, of ``n`` simple cells.
-
-    Drawn from the log-normal population of 79 macaque V1 simple cells, see ``gaborium.cortex``.
-    """
-    sample = torch.randn(2, n, 1, dtype=torch.float64, generator=generator)
-    # Tails beyond what was ever measured would give a filter without envelope or without end.
-    return widths(sample[0], sample[1], limit=2.0)
-
-
-def _room(size: float) -> float:
+def _largest_sigma(size: float) -> float:
     """Largest standard deviation that a kernel of this size holds: 1.5 of them to each side."""
     return max(size / 3.0, 0.3)
-
-
-def _middle(longest: float, like: Tensor) -> Tensor:
-    return torch.full(like.shape, math.sqrt(3.0 * longest), dtype=torch.float64)
 
 
 def _column(value: Tensor) -> Tensor:

@@ -16,11 +16,10 @@ from torch import Tensor, nn
 from gaborium.conversion.first_conv import find_first_conv, replace_first_conv
 from gaborium.conversion.measures import geometry
 from gaborium.fitting import FitResult, Outcome, fit
-from gaborium.layers import GABOR_LAYERS, LAYERS, n_learned
-from gaborium.mixed import MixedConv
-from gaborium.optim.inputs import draw_patches, moments_of
+from gaborium.layers import GABOR_LAYERS, LAYERS, MixedConv
 from gaborium.optim.quadratic import Metric
 from gaborium.params import Gabor, plain
+from gaborium.patches import patch_moments, sample_patches
 
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 # A direction that no patch has must not become free to choose.
@@ -221,9 +220,13 @@ def convert(
         responses=None if seen is None else responses,
         response_error=error,
         output_error=output_error,
-        n_first_parameters=(n_learned(found, frozen=True), n_learned(converted, frozen=True)),
+        n_first_parameters=(_n_parameters(found), _n_parameters(converted)),
         threshold=threshold if filters is None else None,
     )
+
+
+def _n_parameters(module: nn.Module) -> int:
+    return sum(value.numel() for value in module.parameters())
 
 
 class _Seen:
@@ -252,10 +255,10 @@ class _Seen:
             padding_mode=layer.padding_mode,
         )
         draw = torch.Generator().manual_seed(seed)
-        drawn = torch.cat([draw_patches(twin, part, draw) for part in inputs]).cpu().double()
+        drawn = torch.cat([sample_patches(twin, part, draw) for part in inputs]).cpu().double()
         if not drawn.isfinite().all():
             raise ValueError("calibrate must lead to finite inputs, got NaN or infinity.")
-        mean, second = moments_of(drawn)
+        mean, second = patch_moments(drawn)
         self.mean = mean[0]
         self.covariance = second[0] - self.mean.outer(self.mean)
         if not self.covariance.diagonal().mean() > 1e-12 * second[0].diagonal().mean():

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gaborium import cortex
+from gaborium import starts
 from gaborium.conversion.classes import CLASSES, DEAD, probabilities, reason
 from gaborium.conversion.first_conv import find_first_conv
 from gaborium.conversion.measures import NUMBERS, geometry, measure
@@ -21,11 +21,9 @@ from gaborium.conversion.pairs import Pair, find_pairs
 from gaborium.files import read_tensors, write_tensors
 from gaborium.fitting import FitResult, fit
 from gaborium.fitting.result import fit_from_tensors, fit_tensors
+from gaborium.kernels import bandwidth_from_sigma
 from gaborium.params import plain
-from gaborium.spectrum import bandwidth_from_sigma
 
-_FORMAT = 1  # of saved censuses
-_NEED = {"extra": "shards", "purpose": "Saved censuses"}
 _PIECE = 64  # filters between two calls of on_progress
 
 
@@ -133,7 +131,7 @@ class Census:
             Gabor function. Nothing of filters that are not two-dimensional.
 
         Reference:
-            ``gaborium.cortex`` names the publications.
+            ``gaborium.starts`` names the publications.
 
         Example:
             >>> from gaborium import Gabor2d, census, gabor
@@ -150,9 +148,9 @@ class Census:
         if self.fit.params.n_dims != 2:
             return {}
         found = self.distribution()
-        n_x, n_y = (10**mean for mean in cortex.WIDTH_MEAN)
+        n_x, n_y = (10**mean for mean in starts.V1_WIDTH_MEAN)
         bandwidth = bandwidth_from_sigma(torch.tensor(n_x), torch.tensor(1.0)).item()
-        inside = cortex.distance(found["n_x"], found["n_y"]) <= cortex.reach(0.95)
+        inside = starts.v1_distance(found["n_x"], found["n_y"]) <= starts.v1_radius(0.95)
         turned = found["orientation"] % (math.pi / 2)
         cardinal = torch.minimum(turned, math.pi / 2 - turned) <= math.pi / 8
         octaves = found["wavelength"].log2()
@@ -162,7 +160,7 @@ class Census:
             "cardinal": cardinal.double().mean().item(),
             "octaves": (octaves - octaves.mean()).square().mean().sqrt().item(),
         }
-        v1 = (n_x, n_y, bandwidth, 0.95, cortex.CARDINAL, cortex.FREQUENCY_STD)
+        v1 = (n_x, n_y, bandwidth, 0.95, starts.V1_CARDINAL, starts.V1_FREQUENCY_STD)
         return {name: (own, of_v1) for (name, own), of_v1 in zip(layer.items(), v1, strict=True)}
 
     def to_table(self) -> list[dict[str, object]]:
@@ -183,7 +181,7 @@ class Census:
     def to_json(self, *, indent: int | None = None) -> str:
         """All that was found as JSON text; infinities and missing numbers are inf and nan."""
         document = {
-            "name": self.name,
+            "model": self.name,
             "classes": CLASSES,
             "counts": self.counts,
             "labels": self.labels,
@@ -222,12 +220,13 @@ class Census:
         tensors |= {f"numbers.{name}": value for name, value in self.numbers.items()}
         tensors["probability"] = self.probability
         facts |= {
-            "format": _FORMAT,
+            "name": "gaborium.census",
+            "format": 1,
             "labels": self.labels,
             "pairs": [list(pair) for pair in self.pairs],
-            "name": self.name,
+            "model": self.name,
         }
-        write_tensors(path, tensors, facts, **_NEED)
+        write_tensors(path, tensors, facts)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Census:
@@ -244,9 +243,7 @@ class Census:
             OSError: the file cannot be read.
             ValueError: it is cut off or damaged, is no saved census, or has a newer format.
         """
-        tensors, facts = read_tensors(
-            path, newest=_FORMAT, what="a census of Census.save", again="take it again", **_NEED
-        )
+        tensors, facts = read_tensors(path, kind="census")
         try:
             return cls(
                 labels=tuple(facts["labels"]),
@@ -254,7 +251,7 @@ class Census:
                 numbers={name: tensors[f"numbers.{name}"] for name in NUMBERS},
                 fit=fit_from_tensors(tensors, facts),
                 pairs=tuple(Pair(*pair) for pair in facts["pairs"]),
-                name=facts["name"],
+                name=facts["model"],
             )
         except LookupError as error:
             raise ValueError(

@@ -10,8 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from gaborium.layers import GABOR_LAYERS
-from gaborium.mixed import MixedConv
+from gaborium.layers import GABOR_LAYERS, MixedConv
 
 _PLAIN = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)

@@ -14,58 +14,27 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gaborium.diagnostics import units
+from gaborium.diagnostics.causes import CAUSES, CLEAR_OPTIMIZER, RECOVER, Finding, Severity, finding
 from gaborium.diagnostics.filters import health
-from gaborium.diagnostics.findings import Finding, Severity
 from gaborium.diagnostics.gradients import check_gradients
 from gaborium.diagnostics.information import identifiability
 from gaborium.diagnostics.landscape import landscape
-from gaborium.diagnostics.losses import OutputLoss
-from gaborium.diagnostics.mending import NEW_OPTIMIZER, convolution_of
-from gaborium.diagnostics.setups import Loss, SetUp
-from gaborium.diagnostics.stability import step_limit
-from gaborium.diagnostics.trials import copied, seeded, tensors_of
+from gaborium.diagnostics.mending import convolution_of
+from gaborium.diagnostics.sandbox import (
+    Loss,
+    OutputLoss,
+    Sandbox,
+    TrainingSetup,
+    copied,
+    is_response,
+)
+from gaborium.diagnostics.step_size import step_limit
 from gaborium.diagnostics.views import GaborLayer, recover_arguments, recover_options
 from gaborium.fitting import FitResult, fit, recover
 from gaborium.layers import GABOR_LAYERS
 
 Progress = Callable[[str, int, int], None]  # what is looked at, parts done, parts in all
 
-# What comes first is the cause of what comes later: a gradient that is lost before a start that is
-# bad, images that are too bright before a step that is then too long.
-_ORDER = (
-    "no gradient",
-    "nan gradient",
-    "stale cache",
-    "wrong gradient",
-    "frozen",
-    "does not move",
-    "wrong unit",
-    "off-centre grid",
-    "wrong sign of phase",
-    "not identifiable",
-    "image scale",
-    "loss scale",
-    "vanishing step",
-    "dead filters",
-    "aliased wavelength",
-    "duplicate filters",
-    "amplitude absorbed",
-    "zero padding",
-    "image mean",
-    "momentum too large",
-    "step too large",
-    "cone at the minimum",
-    "antipodal start",
-    "flat plateau",
-    "outside the basin",
-    "degenerate filters",
-    "truncated envelope",
-    "divergence",
-    "ejection",
-    "oscillation",
-    "spurious minima",
-    "ill-conditioned input",
-)
 # Faults of the code, which are faults however well the rest of the parameters learns.
 _BUGS = ("no gradient", "nan gradient", "stale cache", "wrong gradient", "off-centre grid")
 # What concerns other starts and other inputs rather than this one.
@@ -89,8 +58,8 @@ class Diagnosis:
         explained: share of the targets' variance that the outputs explain before and after that
             trial; NaN where outputs and targets differ in shape.
         setup: what was examined.
-        together: where no remedy is enough alone, findings whose remedies are, one after the
-            other.
+        combined_remedies: where no remedy is enough alone, findings whose remedies are enough one
+            after the other.
     """
 
     findings: list[Finding]
@@ -98,25 +67,25 @@ class Diagnosis:
     skipped: dict[str, str]
     losses: list[float]
     explained: tuple[float, float]
-    setup: SetUp
-    together: tuple[Finding, ...] = ()
+    setup: TrainingSetup
+    combined_remedies: tuple[Finding, ...] = ()
 
     @property
     def severe(self) -> list[Finding]:
         """The findings with which learning fails."""
         return [found for found in self.findings if found.severity is Severity.SEVERE]
 
-    def mended(self, finding: Finding | None = None) -> SetUp:
+    def with_remedy(self, finding: Finding | None = None) -> TrainingSetup:
         """A copy of the set-up with a remedy carried out.
 
         Args:
-            finding: whose remedy; by default those of ``together``, or else that of the first
+            finding: with the remedy; by default all ``combined_remedies``, or else the first
                 finding that has one.
 
         Raises:
             ValueError: there is no finding with a remedy.
         """
-        chosen = [finding] if finding is not None else list(self.together)
+        chosen = [finding] if finding is not None else list(self.combined_remedies)
         if not chosen:
             chosen = [found for found in self.findings if found.remedy][:1]
         if not chosen or not chosen[0].remedy:
@@ -132,7 +101,7 @@ class Diagnosis:
             "skipped": dict(self.skipped),
             "losses": list(self.losses),
             "explained": list(self.explained),
-            "together": [found.cause for found in self.together],
+            "combined_remedies": [found.cause for found in self.combined_remedies],
         }
 
     def __str__(self) -> str:
@@ -198,7 +167,7 @@ def diagnose(
         raise TypeError("data must be a tuple of inputs and targets.")
     if n_steps < 1:
         raise ValueError(f"n_steps must be at least 1, got {n_steps}.")
-    setup = SetUp(module, loss, *data, optimizer)
+    setup = TrainingSetup(module, loss, *data, optimizer)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # copies repeat what the caller's layer has said already
         return _Examination(setup, n_steps, seed, on_progress or (lambda *_: None)).result()
@@ -207,7 +176,7 @@ def diagnose(
 class _Examination:
     """The work of ``diagnose``: the questions, then the trials of remedies, then the order."""
 
-    def __init__(self, setup: SetUp, n_steps: int, seed: int, report: Progress) -> None:
+    def __init__(self, setup: TrainingSetup, n_steps: int, seed: int, report: Progress) -> None:
         self.setup, self.n_steps, self.seed, self.report = setup, n_steps, seed, report
         self.module = setup.module
         self.layers: dict[str, Any] = {
@@ -289,14 +258,15 @@ class _Examination:
             if isinstance(part, GABOR_LAYERS) or not any(map(units.is_gabor_like, own)):
                 continue
             found = convolution_of(self.module, name, given)
-            if found is None or found.weight[0].numel() == 1:
+            if found is None or found["weight"][0].numel() == 1:
                 continue
-            result = fit(found.weight.detach().float(), n_dims=found.n_dims, center=True)
+            weight, n_dims = found["weight"], found["weight"].ndim - 2
+            result = fit(weight.float(), n_dims=n_dims, center=True)
             self.parts[f"fit{_of(name)}"] = result
             good = result.converged
             if not bool(good.any()):
                 return None
-            center = result.params.center[good].reshape(-1, found.n_dims)
+            center = result.params.center[good].reshape(-1, n_dims)
             middle = center.median(0).values
             spread = (center - middle).abs().amax()
             if middle.abs().amax() > _OFF_CENTRE and spread < 0.5 * middle.abs().amax():
@@ -305,21 +275,13 @@ class _Examination:
 
     def _off_centre(self, name: str, middle: Tensor) -> Finding:
         shift = ", ".join(f"{value:+.2f}" for value in middle.tolist())
-        code = (
-            "from gaborium.diagnostics import replace_by_gabor\n"
-            f"module = replace_by_gabor(module, {name!r}, inputs)\n"
-            f"layer = module.get_submodule({name!r})\n"
-            "layer.params = layer.params.replace(center=0 * layer.params.center)\n"
-        )
-        return Finding(
+        return finding(
             "off-centre grid",
-            Severity.SEVERE,
-            f"The kernels{_of(name)} are sampled around a point ({shift}) px (x first) from their "
-            "middle: the pixel grid is off centre, so responses are displaced and parameters "
-            "biased.",
-            {"largest_shift_px": middle.abs().amax().item()},
-            code + NEW_OPTIMIZER,
             (name,),
+            of=_of(name),
+            name=name,
+            shift=shift,
+            largest_shift_px=middle.abs().amax().item(),
         )
 
     def _absorbed(self, name: str) -> list[Finding] | None:
@@ -345,22 +307,20 @@ class _Examination:
             "size = layer.weight.detach().flatten(1).norm(dim=1, keepdim=True)\n"
             "size = size.unflatten(0, (layer.n_filters, -1)).amax(1)\n"
             "layer.params = layer.params.replace(amplitude=layer.params.amplitude / size)\n"
-            "if optimizer is not None:\n    optimizer.state.clear()\n"
         )
         return [
-            Finding(
+            finding(
                 "amplitude absorbed",
-                Severity.SEVERE if far else Severity.NOTE,
-                f"The output does not depend on the amplitude{_of(name)}: a normalisation behind "
-                f"the layer divides it away. With kernels of norm {size:.3g} a step "
-                + ("is not of the right length for phases, which are stored with it." if far
-                   else "has about the right length."),
-                {"kernel_norm": size},
-                code if far else "",
                 (name,),
-                0.8,
+                severity=Severity.SEVERE if far else None,
+                remedy=code + CLEAR_OPTIMIZER if far else "",
+                of=_of(name),
+                length="the wrong length for phases, which are stored with the amplitude"
+                if far
+                else "about the right length",
+                kernel_norm=size,
             )
-        ]  # fmt: skip
+        ]
 
     @cached_property
     def output(self) -> Any:
@@ -370,19 +330,12 @@ class _Examination:
     @torch.no_grad()
     def _answer(self, module: nn.Module) -> Any:
         """What a copy of the module answers, under the same random numbers each time."""
-        with seeded(self.seed, [*module.parameters(), *tensors_of(self.setup.inputs)]):
-            return replace(self.setup, module=module, optimizer=None).output()
+        return Sandbox(module, self.setup.inputs, seed=self.seed).run(module).output
 
     @cached_property
     def regression(self) -> bool:
         """Whether the targets are responses."""
-        targets, output = self.setup.targets, self.output
-        return (
-            isinstance(targets, Tensor)
-            and isinstance(output, Tensor)
-            and targets.shape == output.shape
-            and targets.is_floating_point()
-        )
+        return is_response(self.output, self.setup.targets)
 
     def _identifiability(self) -> Any:
         return identifiability(self.module, self.setup.inputs, targets=self.setup.targets)
@@ -402,11 +355,7 @@ class _Examination:
         """Frozen fields whose values are not those of the responses."""
         present = layer.params.detach().to(torch.float64)
         difference = result.params.difference(present)
-        remedy = (
-            "from gaborium import recover\n"
-            f"module.params = recover(inputs, targets, module.kernel_size{recover_arguments(layer)}"
-            ").params\n"
-        )
+        remedy = RECOVER.format(arguments=recover_arguments(layer))
         for field, value in difference.items():
             if field in layer.learn or field == "center":
                 continue
@@ -421,25 +370,21 @@ class _Examination:
                 opposite = result.params.phase + present.expand().phase
                 turned = torch.remainder(opposite + math.pi, 2 * math.pi) - math.pi
                 if bool((turned.abs()[off] < 0.1).all()):
-                    yield Finding(
+                    yield finding(
                         "wrong sign of phase",
-                        Severity.SEVERE,
-                        "The responses ask for the opposite phase, and the phase does not learn: "
-                        "some libraries, OpenCV among them, count it the other way.",
-                        {"largest_difference_rad": value.abs()[off].max().item()},
-                        "module.params = module.params.replace(phase=-module.params.phase)\n",
                         filters,
+                        largest_difference_rad=value.abs()[off].max().item(),
                     )
                     continue
-            yield Finding(
+            largest = value.abs()[off].max().item()
+            yield finding(
                 "frozen",
-                Severity.SEVERE,
-                f"{field} does not learn, and is off by up to {value.abs()[off].max():.3g} from "
-                "what the responses ask for.",
-                {"largest_difference": value.abs()[off].max().item()},
-                remedy,
                 filters,
-                0.9,
+                severity=Severity.SEVERE,
+                confidence=0.9,
+                remedy=remedy,
+                reason=f"its {field} is off by up to {largest:.3g} from what the responses ask for",
+                largest_difference=largest,
             )
 
     def _looked_at(self) -> list[tuple[str, int]]:
@@ -484,9 +429,9 @@ class _Examination:
                 merged[key] = found
                 continue
             first = merged[key]
-            worse = min(first, found, key=lambda one: (one.severity.rank, -one.likelihood))
-            where = tuple(dict.fromkeys((*first.where, *found.where)))
-            merged[key] = replace(worse, where=where)
+            worse = min(first, found, key=lambda one: (one.severity.rank, -one.confidence))
+            location = tuple(dict.fromkeys((*first.location, *found.location)))
+            merged[key] = replace(worse, location=location)
         return list(merged.values())
 
     def _tried(self, findings: list[Finding], losses: list[float], after: float) -> list[Finding]:
@@ -509,13 +454,12 @@ class _Examination:
                 if helps and not learns and found.cause not in _OF_OTHER_STARTS:
                     severity = Severity.SEVERE
             judged.append((replace(found, severity=severity, numbers=numbers), helps))
-        order = {cause: i for i, cause in enumerate(_ORDER)}
         judged.sort(
             key=lambda pair: (
                 pair[0].severity.rank,
                 not pair[1],
-                order.get(pair[0].cause, len(order)),
-                -pair[0].likelihood,
+                CAUSES.index(pair[0].cause),
+                -pair[0].confidence,
             )
         )
         return [found for found, _ in judged]
@@ -525,7 +469,7 @@ class _Examination:
     ) -> tuple[bool, dict[str, float]]:
         """Whether learning goes better with a remedy, and how far it gets."""
         try:
-            mended = self.setup.mended(found.remedy)
+            mended = self.setup.with_remedy(found.remedy)
             with_it = mended.train(self.n_steps, seed=self.seed)
             explained = mended.explained()
         except Exception:  # somebody else's module may not bear it
@@ -564,10 +508,10 @@ class _Examination:
         return ()
 
 
-def _mended(setup: SetUp, findings: Sequence[Finding]) -> SetUp:
+def _mended(setup: TrainingSetup, findings: Sequence[Finding]) -> TrainingSetup:
     """A copy with remedies carried out one after the other."""
     for found in findings:
-        setup = setup.mended(found.remedy)
+        setup = setup.with_remedy(found.remedy)
     return setup
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -11,11 +12,29 @@ import torch
 from torch import Tensor, nn
 
 from gaborium.diagnostics import mending, units
-from gaborium.diagnostics.findings import Finding, Severity, by_severity
-from gaborium.diagnostics.trials import Break, Loss, Run, Trace, Trials, copied, same, tensors_of
+from gaborium.diagnostics.causes import (
+    RENEW_OPTIMIZER,
+    SCALE_RATE,
+    Finding,
+    Severity,
+    by_severity,
+    finding,
+    listed,
+)
+from gaborium.diagnostics.sandbox import (
+    HALF,
+    Run,
+    Sandbox,
+    Trace,
+    check_inputs,
+    check_loss,
+    copied,
+    copied_together,
+    equal,
+    tensors_of,
+)
 from gaborium.layers import GABOR_LAYERS
 
-_HALF = (torch.float16, torch.bfloat16)
 _N_DIRECTIONS = 3  # the gradient's own, and two at random
 _STEP = 1e-6  # of a finite difference, as a share of the parameter's size
 _NUDGE = 1e-2  # to see whether the output follows, as a share of the parameter's size
@@ -71,7 +90,7 @@ class GradientCheck:
     @property
     def findings(self) -> list[Finding]:
         """The worst first."""
-        return by_severity(list(self.found))
+        return by_severity(self.found)
 
     def to_table(self) -> list[dict[str, object]]:
         """One row per parameter, with the fields of ``ParameterCheck``."""
@@ -81,7 +100,7 @@ class GradientCheck:
 def check_gradients(
     module: nn.Module,
     inputs: Tensor | tuple[Any, ...],
-    loss: Loss,
+    loss: Callable[[Any], Tensor],
     *,
     optimizer: torch.optim.Optimizer | None = None,
     learning_rate: float | None = None,
@@ -128,13 +147,18 @@ def check_gradients(
         >>> check.findings
         []
     """
-    given = inputs if isinstance(inputs, tuple) else (inputs,)
     if optimizer is not None and learning_rate is not None:
         raise ValueError("Give the optimizer or a learning_rate, not both.")
     if learning_rate is not None and not learning_rate > 0:
         raise ValueError(f"learning_rate must be positive, got {learning_rate}.")
-    _check_inputs(module, given)
-    trials = Trials(module, given, loss, seed)
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"module must be an nn.Module, got {type(module).__name__}.")
+    # A module may convert its inputs, but it does not convert them to half precision.
+    is_half = any(parameter.dtype in HALF for parameter in module.parameters())
+    check_inputs(module, inputs, any_dtype=not is_half)
+    if any(t.is_floating_point() and not t.isfinite().all() for t in tensors_of(inputs)):
+        raise ValueError("inputs must be finite, got NaN or infinity.")
+    trials = Sandbox(module, inputs, loss, seed)
     return _Check(trials, optimizer, learning_rate, tolerance).result()
 
 
@@ -151,7 +175,7 @@ class _Check:
 
     def __init__(
         self,
-        trials: Trials,
+        trials: Sandbox,
         optimizer: torch.optim.Optimizer | None,
         learning_rate: float | None,
         tolerance: float,
@@ -165,12 +189,11 @@ class _Check:
         self.states: dict[str, str] = {}
 
     def result(self) -> GradientCheck:
-        self.copy, self.optimizer_copy = self._copies()
+        self.copy, self.optimizer_copy = copied_together(self.module, self.optimizer)
         before = {name: id(p) for name, p in self.copy.named_parameters()}
         held = dict(self.copy.named_parameters())
         run = self.trials.run(self.copy)
-        _check_loss(run.loss)
-        self._check_repeats(run)
+        check_loss(run.loss, self.trials.run().loss)
         self.loss = run.loss.item()
         after = {name: id(p) for name, p in self.copy.named_parameters()}
         self.rewrapped = [n for n in self.trained if after.get(n) != before[n]]
@@ -196,27 +219,9 @@ class _Check:
 
     # -- runs -----------------------------------------------------------------------------------
 
-    def _copies(self) -> tuple[nn.Module, torch.optim.Optimizer | None]:
-        if self.optimizer is None:
-            return self.trials.fresh(), None
-        module, optimizer = copied(self.module, self.optimizer)
-        return module, optimizer
-
-    def _check_repeats(self, run: Run) -> None:
-        again = self.trials.run(self.trials.fresh()).loss.item()
-        first = run.loss.item()
-        dtype = run.loss.dtype if run.loss.is_floating_point() else torch.float32
-        rounding = 1e4 * torch.finfo(dtype).eps * max(abs(first), abs(again))
-        if math.isfinite(first) and abs(first - again) > rounding:
-            raise ValueError(
-                "loss must be the same for the same parameters and seed, but two runs gave "
-                f"{first:.6g} and {again:.6g}; draw its random numbers from torch's generator, "
-                "or once, before the check."
-            )
-
     def _follows(self, name: str, *, mode: str = "") -> bool:
         """Whether the output follows a parameter that changes between two runs of one copy."""
-        module = self.trials.fresh()
+        module = copied(self.module)
         if mode:
             module.train(mode == "train")
         first = self.trials.run(module).output
@@ -224,16 +229,16 @@ class _Check:
             return False
         if mode == "train":  # what is computed once in evaluation comes after the change
             self.trials.run(module)
-        return not same(first, self.trials.run(module).output)
+        return not equal(first, self.trials.run(module).output)
 
     def _undone(self, name: str) -> bool:
         """Whether the forward pass takes back what a step does to a parameter."""
-        module = self.trials.fresh()
+        module = copied(self.module)
         self.trials.run(module)
         old = module.get_parameter(name).detach().clone()
         _nudge(module, name)
         self.trials.run(module)
-        return not self.follows[name] and same(old, module.get_parameter(name))
+        return not self.follows[name] and equal(old, module.get_parameter(name))
 
     # -- derivatives ----------------------------------------------------------------------------
 
@@ -243,7 +248,7 @@ class _Check:
         for widen in (False, True):
             try:
                 trials = self.trials.double(widen=widen)
-                module = trials.fresh()
+                module = copied(trials.module)
                 run = trials.run(module)
                 if run.loss.dtype != torch.float64:
                     reason = f"its loss stays {run.loss.dtype}"
@@ -308,17 +313,17 @@ class _Check:
         return best, slope
 
     def _loss_at(self, name: str, change: Tensor) -> float:
-        module = self.twin.fresh()
+        module = copied(self.twin.module)
         with torch.no_grad():
             module.get_parameter(name).add_(change)
         return self.twin.run(module).loss.item()
 
     # -- findings -------------------------------------------------------------------------------
 
-    def _say(self, found: Finding) -> None:
-        self.found.append(found)
-        for name in found.where:
-            self.states.setdefault(name, found.cause)
+    def _say(self, cause: str, location: Iterable[str], **options: Any) -> None:
+        self.found.append(finding(cause, location, **options))
+        for name in self.found[-1].location:
+            self.states.setdefault(name, cause)
 
     def _has_gradient(self, name: str) -> bool:
         gradient = self.gradients.get(name)
@@ -333,48 +338,42 @@ class _Check:
         ]
         if math.isfinite(self.loss) and not bad:
             return
-        where = tuple(bad) if math.isfinite(self.loss) else tuple(self.trained)
         trace = Trace()
-        run = self.trials.run(self.trials.fresh(), trace)
-        narrow = any(t.dtype in _HALF for t in tensors_of(run.output))
+        run = self.trials.run(trace=trace)
+        narrow = any(t.dtype in HALF for t in tensors_of(run.output))
         twin_is_finite = hasattr(self, "twin") and math.isfinite(self.twin_run.loss.item())
         root = trace.zero_roots[0] if trace.zero_roots else ""
-        listed = _listed(where)
-        numbers = {"loss": self.loss}
+        remedy = ""
         if narrow and twin_is_finite and not (math.isfinite(self.loss) and root):
-            sentence = (
-                f"Half precision overflows: the loss is {self.loss:g} where double precision "
-                f"gives {self.twin_run.loss.item():g}, and the gradient of {listed} is not finite."
+            reason = (
+                f"half precision overflows (the loss is {self.loss:g}, and "
+                f"{self.twin_run.loss.item():g} in double precision)"
             )
             remedy = (
                 "module = module.float()\ninputs, targets = inputs.float(), targets.float()\n"
-                + mending.RENEW_OPTIMIZER
+                + RENEW_OPTIMIZER
             )
         elif root and math.isfinite(self.loss):
-            sentence = (
-                f"The gradient of {listed} is NaN: a root is taken of 0 ({root}), where its slope "
-                "is infinite. "
-                + (
-                    "The fit is exact; the root of the mean squared error has no gradient there."
-                    if self.loss == 0
-                    else "Add a small constant under the root, or use torch.linalg.vector_norm."
-                )
-            )
-            remedy = "import torch\nloss = torch.nn.functional.mse_loss\n" if self.loss == 0 else ""
+            reason = f"a root is taken of 0, where its slope is infinite ({root}). "
+            if self.loss == 0:
+                reason += "The fit is exact: use the squared error"
+                remedy = "import torch\nloss = torch.nn.functional.mse_loss\n"
+            else:
+                reason += "Add a small constant under it, or use torch.linalg.vector_norm"
         elif not math.isfinite(self.loss):
             lost = [n for n, p in self.module.named_parameters() if not bool(p.isfinite().all())]
-            sentence = f"The loss itself is {self.loss:g}: " + (
-                f"{_listed(lost)} hold NaN or infinities."
+            finite = all(bool(t.isfinite().all()) for t in tensors_of(run.output))
+            reason = f"the loss itself is {self.loss:g}, because " + (
+                f"{listed(lost)} holds NaN or infinities"
                 if lost
-                else "the output is not finite."
-                if not all(bool(t.isfinite().all()) for t in tensors_of(run.output))
-                else "the output is finite, the loss makes it so."
+                else "its function makes it so from a finite output"
+                if finite
+                else "the output is not finite"
             )
-            remedy = ""
         else:
-            sentence = f"The gradient of {listed} is NaN or infinite, though the loss is finite."
-            remedy = ""
-        self._say(Finding("nan gradient", Severity.SEVERE, sentence, numbers, remedy, where))
+            reason = "the loss is finite"
+        location = bad if math.isfinite(self.loss) else self.trained
+        self._say("nan gradient", location, remedy=remedy, reason=reason, loss=self.loss)
 
     def _without_gradient(self, run: Run) -> None:
         silent = [
@@ -386,16 +385,12 @@ class _Check:
             return
         if not run.loss.requires_grad and any(one.requires_grad for one in tensors_of(run.output)):
             line = _break_of_loss(self.trials)
+            line = line or ".item(), .detach(), numpy, a rounding or a comparison"
             self._say(
-                Finding(
-                    "no gradient",
-                    Severity.SEVERE,
-                    "The loss is cut off from the output, so nothing gets a gradient: it goes "
-                    f"through {line or '.item(), .detach(), numpy, a rounding or a comparison'}.",
-                    {"parameters": float(len(silent))},
-                    "",
-                    tuple(silent),
-                )
+                "no gradient",
+                silent,
+                reason=f"the loss is cut off from the output, at {line}",
+                parameters=len(silent),
             )
             return
         followed = [n for n in silent if self.follows[n]]
@@ -406,19 +401,9 @@ class _Check:
         still = [n for n in silent if n not in followed and self.gradients.get(n) is None]
         cached = [n for n in still if units.is_gabor_like(n)]
         self._computed_once(cached)
-        unused = tuple(n for n in still if n not in cached)
+        unused = [n for n in still if n not in cached]
         if unused:
-            self._say(
-                Finding(
-                    "unused parameter",
-                    Severity.NOTE,
-                    f"The output does not depend on {_listed(unused)}.",
-                    {},
-                    "",
-                    unused,
-                    0.5,
-                )
-            )
+            self._say("unused parameter", unused)
 
     def _matters(self, name: str) -> bool:
         """Without a gradient although the loss has a slope; a flat place has none either."""
@@ -433,67 +418,54 @@ class _Check:
 
     def _underflow(self, names: list[str]) -> None:
         if names:
+            dtype = self.module.get_parameter(names[0]).dtype
             self._say(
-                Finding(
-                    "vanishing step",
-                    Severity.SEVERE,
-                    f"The gradient of {_listed(names)} is rounded to zero in "
-                    f"{self.module.get_parameter(names[0]).dtype}.",
-                    {"gradient_norm": self.differences[names[0]].gradient_norm},
-                    "module = module.float()\n" + mending.RENEW_OPTIMIZER,
-                    tuple(names),
-                )
+                "vanishing step",
+                names,
+                remedy="module = module.float()\n" + RENEW_OPTIMIZER,
+                reason=f"the gradient of {listed(names)} is rounded to zero in {dtype}",
+                gradient_norm=self.differences[names[0]].gradient_norm,
             )
 
     def _lost(self, names: list[str]) -> None:
         """The output follows these parameters, and no gradient comes back."""
         if not names:
             return
-        module = self.trials.fresh()
+        module = copied(self.module)
         trace = Trace({id(module.get_parameter(name)): name for name in names})
-        self.trials.run(module, trace)
+        self.trials.run(module, trace=trace)
         groups: dict[str, list[str]] = {}
         for name in names:
             breaks = trace.breaks.get(name, [])
-            groups.setdefault(breaks[0].how if breaks else "", []).append(name)
+            groups.setdefault(breaks[0].partition(" (")[0] if breaks else "", []).append(name)
         for group in groups.values():
-            how = self._how(group[0], trace.breaks.get(group[0], []))
-            numbers = {"parameters": float(len(group))}
             slopes = [self.differences[n].slope for n in group if n in self.differences]
-            if slopes:
-                numbers["slope_of_the_loss"] = max(slopes)
             self._say(
-                Finding(
-                    "no gradient",
-                    Severity.SEVERE,
-                    f"{_listed(group)}: the output changes with {_it(group)}, but no gradient "
-                    f"comes back, because {how}.",
-                    numbers,
-                    self._replacement(group[0]),
-                    tuple(group),
-                )
+                "no gradient",
+                group,
+                remedy=self._replacement(group[0]),
+                reason="the output follows, but "
+                + self._how(group[0], trace.breaks.get(group[0], [])),
+                parameters=len(group),
+                **({"slope_of_the_loss": max(slopes)} if slopes else {}),
             )
 
-    def _how(self, name: str, breaks: list[Break]) -> str:
+    def _how(self, name: str, breaks: list[str]) -> str:
         if self.gradients.get(name) is not None:
-            return "what it goes through has a derivative of zero, such as a rounding or a sign"
-        outright = [b for b in breaks if not b.how.startswith(("`.item", "`.float"))] or breaks
-        place = f" ({outright[0].where})" if outright and outright[0].where else ""
+            return "it passes through a derivative of zero, such as a rounding or a sign"
+        outright = [b for b in breaks if not b.startswith(("`.item", "`.float"))] or breaks
         owner = name.rpartition(".")[0]
         if self.rewrapped:
             near = [n for n in self.rewrapped if n.startswith(owner)] or self.rewrapped
-            return (
-                f"{_listed(near)} is wrapped into a new nn.Parameter at every forward pass, and "
-                "the gradient ends there"
-            )
-        if outright and outright[0].how == "`.data`" and self.overwritten:
+            return f"{listed(near)} is wrapped into a new nn.Parameter at every forward pass"
+        if outright and outright[0].startswith("`.data`") and self.overwritten:
             near = [n for n in self.overwritten if n.startswith(owner)] or self.overwritten
             return (
-                f"the kernel is written through `.data`{place}: {_listed(near)} gets the "
-                "gradient instead, and is overwritten at the next forward pass"
+                f"the kernel is written through {outright[0]}: {listed(near)} gets the gradient "
+                "instead, and is overwritten at the next forward pass"
             )
         if outright:
-            return f"it is lost at {outright[0].how}{place}"
+            return f"it is lost at {outright[0]}"
         return "its value leaves the graph, through .data, .detach(), .item() or numpy"
 
     def _computed_once(self, names: list[str]) -> None:
@@ -502,17 +474,13 @@ class _Check:
             return
         kept = sorted({kept for name in names for kept in self._kernels_beside(name)})
         self._say(
-            Finding(
-                "no gradient",
-                Severity.SEVERE,
-                f"{_listed(names)}: the output does not change with {_it(names)}, and no gradient "
-                "comes back: the kernel is computed once, at construction or at the first call, "
-                "and then kept" + (f" ({_listed(kept)})." if kept else "."),
-                {"parameters": float(len(names))},
-                self._replacement(names[0]),
-                tuple(names),
-                1.0 if kept else 0.7,
-            )
+            "no gradient",
+            names,
+            confidence=1.0 if kept else 0.7,
+            remedy=self._replacement(names[0]),
+            reason="the kernel is computed once, at construction or at the first call, and then "
+            "kept" + (f" ({listed(kept)})" if kept else ""),
+            parameters=len(names),
         )
 
     def _kernels_beside(self, name: str) -> list[str]:
@@ -547,16 +515,12 @@ class _Check:
         if wrong:
             worst = max(wrong, key=lambda name: wrong[name].disagreement)
             self._say(
-                Finding(
-                    "wrong gradient",
-                    Severity.SEVERE,
-                    f"The gradient of {_listed(list(wrong))} is not the derivative of the loss: "
-                    f"that of {worst} is off by {wrong[worst].disagreement:.0%} from finite "
-                    "differences in float64.",
-                    {f"disagreement[{n}]": found.disagreement for n, found in wrong.items()},
-                    self._replacement(worst) if units.is_gabor_like(worst) else "",
-                    tuple(wrong),
-                )
+                "wrong gradient",
+                wrong,
+                remedy=self._replacement(worst) if units.is_gabor_like(worst) else "",
+                worst=worst,
+                error=f"{wrong[worst].disagreement:.0%}",
+                **{f"disagreement[{n}]": found.disagreement for n, found in wrong.items()},
             )
 
     def _step(self) -> dict[str, bool]:
@@ -574,22 +538,14 @@ class _Check:
                     gradient = gradients[name]
                     if gradient is not None:
                         parameters[name].sub_(self.rate * gradient)
-        moved = {name: not same(old[name], parameters[name]) for name in stepped}
+        moved = {name: not equal(old[name], parameters[name]) for name in stepped}
         known = self._known_to_optimizer()
         still = [n for n in stepped if not moved[n] and n not in self.states and n in known]
         still = [n for n in still if not self._is_rounding(n)]
         lost = [n for n in self.overwritten if n not in self.states and self._has_gradient(n)]
         if lost and not any(found.cause == "no gradient" for found in self.found):
             self._say(
-                Finding(
-                    "does not move",
-                    Severity.SEVERE,
-                    f"{_listed(lost)} gets a gradient and a step, but the next forward pass "
-                    "writes the old value back.",
-                    {},
-                    "",
-                    tuple(lost),
-                )
+                "does not move", lost, reason="the next forward pass writes the old value back"
             )
         fall = 0.0
         for name in stepped:
@@ -597,7 +553,7 @@ class _Check:
             if gradient is not None and name not in (*self.overwritten, *self.rewrapped):
                 change = old[name].double() - parameters[name].detach().double()
                 fall += (gradient.double() * change).sum().item()
-        coarse = any(self.module.get_parameter(n).dtype in _HALF for n in still)
+        coarse = any(self.module.get_parameter(n).dtype in HALF for n in still)
         if not coarse:
             self._too_short([n for n in stepped if n in known], old, gradients, fall)
         still = [
@@ -618,23 +574,19 @@ class _Check:
 
     def _does_not_move(self, names: list[str]) -> None:
         parameter = self.module.get_parameter(names[0])
+        half = parameter.dtype in HALF
+        is_guess = self.optimizer is None and self.rate_is_guess
         self._say(
-            Finding(
-                "does not move",
-                Severity.WARNING if self.optimizer is None and self.rate_is_guess
-                else Severity.SEVERE,
-                f"{_listed(names)} gets a gradient, but a step leaves every digit as it was: the "
-                f"step is shorter than the rounding of {parameter.dtype}.",
-                {
-                    "learning_rate": self._rate_of(names[0]),
-                    "rounding": torch.finfo(parameter.dtype).eps * _size(parameter),
-                },
-                "module = module.float()\n" + mending.RENEW_OPTIMIZER
-                if parameter.dtype in _HALF
-                else "for group in optimizer.param_groups:\n    group['lr'] *= 1000\n",
-                tuple(names),
-            )
-        )  # fmt: skip
+            "does not move",
+            names,
+            severity=Severity.WARNING if is_guess else None,
+            remedy="module = module.float()\n" + RENEW_OPTIMIZER
+            if half
+            else SCALE_RATE.format(factor=1000),
+            reason=f"a step is smaller than the rounding of {parameter.dtype}",
+            learning_rate=self._rate_of(names[0]),
+            rounding=torch.finfo(parameter.dtype).eps * _size(parameter),
+        )
 
     def _too_short(
         self,
@@ -650,18 +602,16 @@ class _Check:
         n_steps = abs(self.loss / fall) if fall else math.inf
         if weight < _FLAT or n_steps < _TOO_MANY_STEPS:
             return
-        factor = min(n_steps / 1e2, 1e12)
         self._say(
-            Finding(
-                "vanishing step",
-                Severity.WARNING if self.optimizer is None else Severity.SEVERE,
-                f"A step at the learning rate {self._rate_of(names[0]):g} is too short: the loss "
-                f"would take about {n_steps:.0e} of them to fall by its own size. Gradients are "
-                "small because the loss is scaled down, or the rate is.",
-                {"n_steps": n_steps, "loss": self.loss, "gradient_times_size": weight},
-                f"for group in optimizer.param_groups:\n    group['lr'] *= {factor:.3g}\n",
-                tuple(names),
-            )
+            "vanishing step",
+            names,
+            severity=Severity.WARNING if self.optimizer is None else None,
+            remedy=SCALE_RATE.format(factor=f"{min(n_steps / 1e2, 1e12):.3g}"),
+            reason=f"at the learning rate {self._rate_of(names[0]):g} the loss needs about "
+            f"{n_steps:.0e} steps to fall by its own size. The loss is scaled down, or the rate is",
+            n_steps=n_steps,
+            loss=self.loss,
+            gradient_times_size=weight,
         )
 
     def _weight(self, value: Tensor, gradient: Tensor | None) -> float:
@@ -698,32 +648,23 @@ class _Check:
         ]
         if here:
             self._say(
-                Finding(
-                    "stale cache",
-                    Severity.SEVERE,
-                    f"The output does not follow {_listed(here)} from the second call on: what is "
-                    "computed from it is kept.",
-                    {},
-                    self._replacement(here[0]),
-                    tuple(here),
-                )
+                "stale cache",
+                here,
+                remedy=self._replacement(here[0]),
+                reason=f"The output does not follow {listed(here)} after the first call",
             )
             return
         stale = [n for n in candidates if self._follows(n, mode="train")]
         stale = [n for n in stale if not self._follows(n, mode="eval") and self._seen_in_eval(n)]
         if stale:
             self._say(
-                Finding(
-                    "stale cache",
-                    Severity.WARNING,
-                    f"In eval() mode the output does not follow {_listed(stale)} after the first "
-                    "call: a kernel is kept. Parameters that are loaded or assigned then have no "
-                    "effect.",
-                    {},
-                    self._replacement(stale[0]),
-                    tuple(stale),
-                    0.8,
-                )
+                "stale cache",
+                stale,
+                severity=Severity.WARNING,
+                confidence=0.8,
+                remedy=self._replacement(stale[0]),
+                reason=f"In eval() mode the output does not follow {listed(stale)} after the first "
+                "call, so loaded or assigned parameters have no effect",
             )
         self._modes_differ()
 
@@ -731,22 +672,22 @@ class _Check:
         """Whether a change made in train() mode shows in eval() mode: it is used there, then."""
         outputs = []
         for nudged in (False, True):
-            module = self.trials.fresh().train()
+            module = copied(self.module).train()
             if nudged:
                 _nudge(module, name)
             self.trials.run(module)
             outputs.append(self.trials.run(module.eval()).output)
-        return not same(*outputs)
+        return not equal(*outputs)
 
     def _modes_differ(self) -> None:
         """The same parameters, and another output: right for dropout, wrong for a convolution."""
-        modules = [self.trials.fresh().train(mode) for mode in (True, False)]
+        modules = [copied(self.module).train(mode) for mode in (True, False)]
         buffers = {name: value.clone() for name, value in modules[0].named_buffers()}
         runs = [self.trials.run(module).output for module in modules]
         other = replace(self.trials, seed=self.trials.seed + 1)
-        if not same(runs[0], other.run(other.fresh().train()).output):
+        if not equal(runs[0], other.run(copied(self.module).train()).output):
             return  # it draws, as dropout does
-        if not all(same(value, buffers.get(n)) for n, value in modules[0].named_buffers()):
+        if not all(equal(value, buffers.get(n)) for n, value in modules[0].named_buffers()):
             return  # it keeps statistics, as batch norm does
         outputs = [list(tensors_of(output)) for output in runs]
         if [one.shape for one in outputs[0]] != [one.shape for one in outputs[1]]:
@@ -758,17 +699,13 @@ class _Check:
         size = math.sqrt(sum(one.double().square().sum().item() for one in outputs[0]))
         if not distance <= 1e-3 * size and not any(f.cause == "stale cache" for f in self.found):
             self._say(
-                Finding(
-                    "stale cache",
-                    Severity.WARNING,
-                    "The output in eval() mode differs from that in train() mode, though the "
-                    "module neither draws nor keeps statistics: a kernel that was computed "
-                    "earlier may still be in use.",
-                    {"relative_difference": distance / size if size else math.inf},
-                    "",
-                    (),
-                    0.5,
-                )
+                "stale cache",
+                (),
+                severity=Severity.WARNING,
+                confidence=0.5,
+                reason="The output in eval() mode differs from the one in train() mode, though the "
+                "module neither draws random numbers nor keeps statistics. Perhaps",
+                relative_difference=distance / size if size else math.inf,
             )
 
     def _units(self) -> None:
@@ -779,27 +716,10 @@ class _Check:
         for name, parameter in self.module.named_parameters():
             if not parameter.is_floating_point() or self._is_ours(name):
                 continue
-            unit = units.suspect(name, parameter, float(extent), partial(self._is_turn, name))
-            if unit is None:
-                continue
-            self._say(
-                Finding(
-                    "wrong unit",
-                    Severity.SEVERE
-                    if unit.certain
-                    else Severity.WARNING
-                    if unit.likelihood >= 0.4
-                    else Severity.NOTE,
-                    f"{name} {unit.sentence}",
-                    {"largest": parameter.detach().abs().max().item()},
-                    "import torch\nwith torch.no_grad():\n"
-                    f"    module.get_parameter({name!r}).{unit.conversion}()\n"
-                    if unit.conversion
-                    else "",
-                    (name,),
-                    unit.likelihood,
-                )
-            )
+            found = units.suspect(name, parameter, float(extent), partial(self._is_turn, name))
+            if found is not None:
+                self.found.append(found)
+                self.states.setdefault(name, found.cause)
 
     def _is_ours(self, name: str) -> bool:
         owner = self.module.get_submodule(name.rpartition(".")[0])
@@ -807,7 +727,7 @@ class _Check:
 
     def _is_turn(self, name: str, turn: float) -> bool:
         """Whether the output is the same when a parameter is moved by a supposed whole turn."""
-        module = self.twin.fresh()
+        module = copied(self.twin.module)
         with torch.no_grad():
             module.get_parameter(name).add_(turn)
         moved, still = self.twin.run(module).output, self.twin_run.output
@@ -823,7 +743,7 @@ class _Check:
         frozen = [n for n in names if nothing or units.is_gabor_like(n)]
         if frozen:
             thaw = "".join(f"module.get_parameter({n!r}).requires_grad_(True)\n" for n in frozen)
-            self._say_frozen(frozen, "have requires_grad=False", thaw, nothing=nothing)
+            self._say_frozen(frozen, "requires_grad=False", thaw + RENEW_OPTIMIZER, nothing=nothing)
         for name, part in self.module.named_modules():
             if isinstance(part, GABOR_LAYERS):
                 # The centre stays where it is unless asked for.
@@ -833,40 +753,32 @@ class _Check:
                     code = mending.rebuilding_code(
                         part, name, learn=repr(tuple(sorted({*part.learn, *left})))
                     )
-                    self._say_frozen(
-                        left, f"are left out of learn= of {name or 'the layer'}", code,
-                        nothing=nothing,
-                    )  # fmt: skip
+                    reason = f"left out of learn={' of ' if name else ''}{name}"
+                    self._say_frozen(left, reason, code, nothing=nothing)
         unknown = [n for n in self.trained if n not in self._known_to_optimizer()]
         if unknown:
             alone = len(unknown) == len(self.trained)
-            code = "optimizer.add_param_group({'params': ["
+            code = "optimizer.add_param_group(dict(params=["
             code += ", ".join(f"module.get_parameter({n!r})" for n in unknown)
-            code += "], 'lr': optimizer.param_groups[0]['lr']})\n"
+            code += "], lr=optimizer.param_groups[0]['lr']))\n"
             self._say(
-                Finding(
-                    "frozen",
-                    Severity.SEVERE if alone else Severity.WARNING,
-                    f"{_listed(unknown)} is not among the optimiser's parameters"
-                    + (": was the optimiser made for another copy?" if alone else "."),
-                    {},
-                    code if not alone else mending.RENEW_OPTIMIZER,
-                    tuple(unknown),
-                    1.0 if alone else 0.6,
-                )
+                "frozen",
+                unknown,
+                severity=Severity.SEVERE if alone else Severity.WARNING,
+                confidence=1.0 if alone else 0.6,
+                remedy=RENEW_OPTIMIZER if alone else code,
+                reason="the optimizer does not hold it"
+                + (", and may have been made for another copy" if alone else ""),
             )
 
-    def _say_frozen(self, names: list[str], why: str, code: str, *, nothing: bool) -> None:
+    def _say_frozen(self, names: list[str], reason: str, code: str, *, nothing: bool) -> None:
         self._say(
-            Finding(
-                "frozen",
-                Severity.SEVERE if nothing else Severity.NOTE,
-                f"{_listed(names)} {why}, and {'nothing else learns' if nothing else 'stay put'}.",
-                {},
-                code if mending.RENEW_OPTIMIZER in code else code + mending.RENEW_OPTIMIZER,
-                tuple(names),
-                0.9 if nothing else 0.5,
-            )
+            "frozen",
+            names,
+            severity=Severity.SEVERE if nothing else None,
+            confidence=0.9 if nothing else None,
+            remedy=code,
+            reason=reason + (", and nothing else learns" if nothing else ""),
         )
 
     # -- the record -----------------------------------------------------------------------------
@@ -894,16 +806,16 @@ class _Check:
         )
 
 
-def _break_of_loss(trials: Trials) -> str:
+def _break_of_loss(trials: Sandbox) -> str:
     """Where a loss leaves the graph: the output is followed through it."""
-    module = trials.fresh()
+    module = copied(trials.module)
     output = trials.run(module).output
     followed = {id(one): "output" for one in tensors_of(output) if one.requires_grad}
     trace = Trace(followed)
     with trace:
         trials.loss(output)
     breaks = trace.breaks.get("output", [])
-    return f"{breaks[0].how} ({breaks[0].where})" if breaks else ""
+    return breaks[0] if breaks else ""
 
 
 def _nudge(module: nn.Module, name: str) -> bool:
@@ -923,46 +835,3 @@ def _size(parameter: Tensor) -> float:
     """Root mean square of the entries; of a parameter that is zero, 1."""
     size = parameter.detach().double().square().mean().sqrt().item()
     return size if math.isfinite(size) and size > 1e-8 else 1.0
-
-
-def _check_inputs(module: nn.Module, inputs: tuple[Any, ...]) -> None:
-    if not isinstance(module, nn.Module):
-        raise TypeError(f"module must be an nn.Module, got {type(module).__name__}.")
-    parameters = [*module.parameters()]
-    for value in tensors_of(inputs):
-        if not value.is_floating_point():
-            continue
-        if parameters and value.device != parameters[0].device:
-            raise ValueError(
-                f"inputs lie on {value.device} and the module on {parameters[0].device}; use "
-                f"inputs.to({str(parameters[0].device)!r})."
-            )
-        if not bool(value.isfinite().all()):
-            raise ValueError("inputs must be finite, got NaN or infinity.")
-        if parameters and value.dtype != parameters[0].dtype and parameters[0].dtype in _HALF:
-            raise ValueError(
-                f"inputs are {value.dtype} and the module is {parameters[0].dtype}; use "
-                "module.float(), or inputs of the module's precision."
-            )
-
-
-def _check_loss(loss: Any) -> None:
-    if not isinstance(loss, Tensor):
-        raise TypeError(
-            f"loss must return a scalar tensor, got {type(loss).__name__}; do not call .item() "
-            "in it."
-        )
-    if loss.numel() != 1:
-        raise ValueError(
-            f"loss must return a scalar, got shape {tuple(loss.shape)}; use .mean() or .sum()."
-        )
-
-
-def _listed(names: list[str] | tuple[str, ...]) -> str:
-    if len(names) <= 6:
-        return ", ".join(names)
-    return ", ".join(names[:5]) + f" and {len(names) - 5} more"
-
-
-def _it(names: list[str]) -> str:
-    return "it" if len(names) == 1 else "them"

@@ -8,9 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from gaborium.diagnostics.findings import Finding, Severity, by_severity
-from gaborium.diagnostics.losses import check_same_place
-from gaborium.diagnostics.moments import Moments
+from gaborium.diagnostics.causes import Finding, Severity, by_severity
+from gaborium.diagnostics.sandbox import check_inputs
 from gaborium.diagnostics.views import (
     GaborLayer,
     filter_moments,
@@ -20,6 +19,7 @@ from gaborium.diagnostics.views import (
     recover_arguments,
 )
 from gaborium.params import POSITIVE_FIELDS, Gabor
+from gaborium.patches import PatchStatistics
 
 _SEEN = 1e-6  # of the response's own power: what changes it less is not seen
 _TRADE = 0.9  # correlation of two estimates, above which they trade off
@@ -170,7 +170,7 @@ def identifiability(
 
 
 def _check(layer: GaborLayer, inputs: Tensor, noise: float | None, targets: Tensor | None) -> None:
-    check_same_place(layer, inputs)
+    check_inputs(layer, inputs)
     if inputs.ndim != layer.n_dims + 2 or inputs.shape[1] != layer.in_channels:
         raise ValueError(
             f"inputs must be (batch, {layer.in_channels} channels, {layer.n_dims} axes), got "
@@ -221,11 +221,16 @@ def _noise(
 
 
 def _judge(
-    layer: GaborLayer, kernel: Tensor, J: Tensor, scale: Tensor, padded: Moments, inside: Moments
+    layer: GaborLayer,
+    kernel: Tensor,
+    J: Tensor,
+    scale: Tensor,
+    padded: PatchStatistics,
+    inside: PatchStatistics,
 ) -> dict[str, Tensor]:
     """What is known of one filter for noise of standard deviation 1."""
 
-    def metric(moments: Moments) -> Tensor:
+    def metric(moments: PatchStatistics) -> Tensor:
         # A bias that learns takes up the mean, which then tells nothing.
         return moments.covariance if layer.bias is not None else moments.second_moment
 
@@ -258,7 +263,9 @@ def _judge(
     }
 
 
-def _border_power(layer: GaborLayer, index: int, padded: Moments, inside: Moments) -> Tensor:
+def _border_power(
+    layer: GaborLayer, index: int, padded: PatchStatistics, inside: PatchStatistics
+) -> Tensor:
     """The border's largest share of the responses' power as the filter turns around.
 
     The filter as it stands may not see the edge that the padding makes; turned along it, it does.

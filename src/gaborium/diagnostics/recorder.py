@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from gaborium.diagnostics.causes import Finding, Severity, by_severity
 from gaborium.diagnostics.filters import duplicates_of
-from gaborium.diagnostics.findings import Finding, Severity, by_severity
 from gaborium.layers import GaborConv1d, GaborConv2d, GaborConv3d
 from gaborium.params import UNITS, Gabor, plain
 

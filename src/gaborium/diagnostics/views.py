@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gaborium.diagnostics.moments import Moments, patch_moments
 from gaborium.kernels import gabor_jacobian
 from gaborium.layers import GABOR_LAYERS, GaborConv1d, GaborConv2d, GaborConv3d
+from gaborium.patches import PatchStatistics
 
 GaborLayer = GaborConv1d | GaborConv2d | GaborConv3d
 _AXES = ("x", "y", "z")
@@ -31,7 +31,7 @@ def filter_moments(
     *,
     mixing: Tensor | None = None,
     padded: bool = True,
-) -> Moments:
+) -> PatchStatistics:
     """Moments of the patches that one filter sees, and of what it should answer less its bias.
 
     With ``mixing``, ``(mixtures, channels)``, they are those of mixtures of its channels.
@@ -48,7 +48,14 @@ def filter_moments(
         answer = targets[:, index : index + 1].detach().double()
         if layer.bias is not None:
             answer = answer - layer.bias[index].detach().double()
-    return patch_moments(own, answer, layer.kernel_size, layer.stride)
+    moments = PatchStatistics(
+        layer.kernel_size,
+        n_channels=own.shape[1],
+        n_outputs=int(answer is not None),
+        stride=layer.stride,
+    )
+    moments.add(own, answer)
+    return moments
 
 
 def kernel_slopes(layer: GaborLayer) -> tuple[tuple[str, ...], Tensor]:

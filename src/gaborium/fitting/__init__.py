@@ -2,7 +2,7 @@
 
 The output of a convolution is linear in the kernel, and phase and amplitude are linear in it too.
 So both problems are one: the kernel ``K(z)`` nearest to a target in a quadratic metric, where only
-the geometry z is searched for. ``statistics`` reduces images to that metric, ``start`` finds where
+the geometry z is searched for. ``patches`` reduces images to that metric, ``start`` finds where
 to begin, ``solver`` descends, ``result`` holds what was found and how far to trust it. ``shards``
 does it for more kernels than memory holds.
 """

@@ -16,9 +16,6 @@ from torch import Tensor
 from gaborium.files import read_tensors, write_tensors
 from gaborium.params import RECORDS, UNITS, Gabor, plain
 
-_FORMAT = 1  # of saved results
-_NEED = {"extra": "shards", "purpose": "Saved fits"}
-
 
 class Outcome(enum.Enum):
     """How a fit ended. The value is a sentence, with advice where something can be done."""
@@ -160,7 +157,7 @@ class FitResult:
             FitResult(2 x Gabor2d: 2 CONVERGED)
         """
         tensors, facts = fit_tensors(self)
-        write_tensors(path, tensors, {"format": _FORMAT, **facts}, **_NEED)
+        write_tensors(path, tensors, {"name": "gaborium.fit", "format": 1, **facts})
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> FitResult:
@@ -177,9 +174,7 @@ class FitResult:
             OSError: the file cannot be read.
             ValueError: it is cut off or damaged, is no saved fit, or has a newer format.
         """
-        tensors, facts = read_tensors(
-            path, newest=_FORMAT, what="a result of FitResult.save", again="fit again", **_NEED
-        )
+        tensors, facts = read_tensors(path, kind="fit")
         try:
             return fit_from_tensors(tensors, facts)
         except LookupError as error:

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from gaborium.errors import one_of, require
-from gaborium.files import alone_in, write_text
+from gaborium.files import locked_folder, write_text
 from gaborium.fitting.api import fit
 from gaborium.fitting.result import FitResult
 from gaborium.params import RECORDS
@@ -147,7 +147,7 @@ def fit_shards(
         _Job(i, shards.path(i), source, rows, n_results * (rows.stop - rows.start))
         for i, rows in enumerate(_slices(n_kernels, shard_size))
     ]
-    with alone_in(shards.folder, _MANIFEST, extra="shards", purpose="Shards"):
+    with locked_folder(shards.folder, _MANIFEST):
         for part in shards.folder.glob(".gaborium-*.part"):  # of a process that was killed
             part.unlink(missing_ok=True)
         _claim(shards.folder, _manifest(source, shard_size, options))

@@ -11,11 +11,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from gaborium.layers import GABOR_LAYERS, KernelTap
+from gaborium.layers import GABOR_LAYERS, KernelGradientHook
 from gaborium.optim.family import KernelFamily
-from gaborium.optim.inputs import draw_patches, mean_patch, moments_of
 from gaborium.optim.quadratic import Evidence, Metric, inner, pull_of_brightness
 from gaborium.optim.steps import Slopes, descend, leap, reseed
+from gaborium.patches import mean_patch, patch_moments, sample_patches
 
 _PATCH_MOMENTUM = 0.9  # of the patches' moments, from look to look
 _HEEDED = 1e-6  # share of the gradient that the responses' means must have, to be heeded
@@ -123,11 +123,16 @@ class NaturalGradient(Optimizer):
         families = [_family_of(layer) for layer in _layers_in(group.pop("layers"))]
         group["params"] = []
         for family in families:
-            tap = family.layer.tap
-            self._families[tap.kernel] = family
-            group["params"] += [tap.kernel, tap.offset, *family.parameters()]
+            hook = family.layer.gradient_hook
+            self._families[hook.kernel] = family
+            group["params"] += [hook.kernel, hook.offset, *family.parameters()]
         _check(self.defaults | group)
         super().add_param_group(group)
+
+    @property
+    def n_global_steps(self) -> int:
+        """Global steps taken so far, over all filters and layers."""
+        return sum(int(state["leaps"].sum()) for state in self.state.values() if "leaps" in state)
 
     def __getstate__(self) -> dict[str, Any]:
         # Copies and pickles know their layers too.
@@ -156,7 +161,7 @@ class NaturalGradient(Optimizer):
         return loss
 
     def _step(self, family: KernelFamily, group: dict[str, Any]) -> None:
-        state = self.state[family.layer.tap.kernel]
+        state = self.state[family.layer.gradient_hook.kernel]
         news = self._news(family, state, group)
         if news is not None:
             self._move(family, state, group, news)
@@ -164,10 +169,10 @@ class NaturalGradient(Optimizer):
 
     def _listen(self, family: KernelFamily, group: dict[str, Any]) -> None:
         """Ask for what the next step needs to know of the responses' means."""
-        state = self.state.get(family.layer.tap.kernel, {})
+        state = self.state.get(family.layer.gradient_hook.kernel, {})
         step = int(state.get("step", 0)) + 1
         looks = _is_time_to_look(step, group["look_every"])
-        family.layer.tap.hears_offset = looks or not state.get("centred", False)
+        family.layer.gradient_hook.needs_output_mean = looks or not state.get("centred", False)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from what ``state_dict`` gave."""
@@ -181,13 +186,13 @@ class NaturalGradient(Optimizer):
         self, family: KernelFamily, state: dict[str, Any], group: dict[str, Any]
     ) -> News | None:
         """What the last batches say; nothing yet, where it is not time to move."""
-        layer, tap = family.layer, family.layer.tap
-        inputs, seen = list(tap.inputs), _share_of(bool(tap.inputs), tap.kernel)
-        tap.inputs.clear()
+        layer, hook = family.layer, family.layer.gradient_hook
+        inputs, seen = list(hook.inputs), _share_of(bool(hook.inputs), hook.kernel)
+        hook.inputs.clear()
         shape = (family.n_filters, family.n_members)
         device = layer.log_sigma.device
-        gradient = _mean(tap.kernel.grad, tap.kernel).to(device).reshape(*shape, -1)
-        offset = _mean(tap.offset.grad, tap.offset).to(device).reshape(shape)
+        gradient = _mean(hook.kernel.grad, hook.kernel).to(device).reshape(*shape, -1)
+        offset = _mean(hook.offset.grad, hook.offset).to(device).reshape(shape)
         heard = gradient.isfinite().flatten(1).all(1) & offset.isfinite().all(1)
         if not bool(heard.any()):
             return None
@@ -202,7 +207,7 @@ class NaturalGradient(Optimizer):
             draw = torch.Generator().manual_seed(group["seed"] * 1_000_003 + step - 1)
             first, second = (part / seen for part in _moments(family, inputs, draw))
             covariance = second - first.unsqueeze(-1) * first.unsqueeze(-2)
-            self._evidence(tap.kernel, group["damping"]).see_patches(covariance, _PATCH_MOMENTUM)
+            self._evidence(hook.kernel, group["damping"]).see_patches(covariance, _PATCH_MOMENTUM)
             state.pop("slopes", None)
 
         # With a bias or a norm behind it, the loss does not mind the responses' means.
@@ -237,7 +242,7 @@ class NaturalGradient(Optimizer):
         self, family: KernelFamily, state: dict[str, Any], group: dict[str, Any], news: News
     ) -> None:
         """A step of all filters that are heard of, and now and then leaps of some."""
-        evidence = self._evidence(family.layer.tap.kernel, group["damping"])
+        evidence = self._evidence(family.layer.gradient_hook.kernel, group["damping"])
         z, heard = family.read(), news.heard
         if "leapt" in state:
             back = inner(news.gradient, state["leap"]) > -_UPHILL * state["leap_slope"]
@@ -392,8 +397,8 @@ def _learned(layer: Any) -> Iterable[nn.Parameter]:
 
 
 def _family_of(layer: Any) -> KernelFamily:
-    if layer.tap is None:
-        layer.tap = KernelTap(layer.weight.detach())
+    if layer.gradient_hook is None:
+        layer.gradient_hook = KernelGradientHook(layer.weight.detach())
     return KernelFamily(layer)
 
 
@@ -450,9 +455,9 @@ def _moments(
     n = layer.in_channels // layer.groups * math.prod(layer.kernel_size)
     patches = layer.log_sigma.new_zeros(1, layer.groups, n, dtype=family.dtype)
     if inputs:
-        drawn = [draw_patches(layer, part, draw) for part in inputs]
+        drawn = [sample_patches(layer, part, draw) for part in inputs]
         patches = torch.cat(drawn).to(family.dtype)
-    mean, second = moments_of(patches)
+    mean, second = patch_moments(patches)
     return _mean(mean, mean), _mean(second, second)
 
 

@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 
 from gaborium.files import write_text
 from gaborium.reporting.charts import DARK
-from gaborium.reporting.exports import export_headline
 from gaborium.reporting.page import render
 from gaborium.reporting.wording import counted, number, percent
 
@@ -107,12 +106,12 @@ def _recovery(record: Mapping[str, Any]) -> _Told:
 def _training(record: Mapping[str, Any]) -> _Told:
     first, *others = record["table"]
     beside = [
-        f"{row['first_layer']}: {_share(row['accuracy'], row['accuracy_error'])}" for row in others
+        f"{row['variant']}: {_share(row['accuracy'], row['accuracy_error'])}" for row in others
     ]
     return (
         "Training of networks",
         _share(first["accuracy"], first["accuracy_error"]),
-        [f"test accuracy, {first['first_layer']}", *beside],
+        [f"test accuracy, {first['variant']}", *beside],
         record["headline"],
     )
 
@@ -168,22 +167,11 @@ def _conversion(record: Mapping[str, Any]) -> _Told:
     )
 
 
-def _export(record: Mapping[str, Any]) -> _Told:
-    whole = "input" in record
-    return (
-        "Export of a trained network" if whole else "Export of a layer",
-        str(len(record["files"])),
-        ["file" if len(record["files"]) == 1 else "files"],
-        export_headline(record),
-    )
-
-
 _TOLD = {
     "gaborium.recovery": _recovery,
     "gaborium.train": _training,
     "gaborium.fit": _fit,
     "gaborium.census": _census,
     "gaborium.conversion": _conversion,
-    "gaborium.export": _export,
     "gaborium.diagnosis": _diagnosis,
 }

@@ -270,7 +270,7 @@ def _slope_figure(part: StepLimit, name: str) -> Figure:
 def _bounds_figure(part: Identifiability, found: Finding | None, name: str) -> Figure:
     """How much worse each parameter is known than from white input."""
     objects, _ = plotly_parts()
-    where = found.where if found is not None else ()
+    where = found.location if found is not None else ()
     told = found.numbers.get("filter") if found is not None else None
     index = int(told if told is not None else next((w for w in where if w.isdigit()), 0))
     index = index if index < len(part.bounds) else 0
@@ -311,7 +311,7 @@ def _filters_figure(
     kernels = kernels.unflatten(0, (len(part), -1))[:, 0]  # of a pair the even one
     concerned: Sequence[int] = range(len(part))
     if found is not None:
-        concerned = [int(i) for i in found.where if i.isdigit() and int(i) < len(part)]
+        concerned = [int(i) for i in found.location if i.isdigit() and int(i) < len(part)]
     order = list(concerned)[:_MOST_FILTERS]
     if not order:
         return
@@ -370,7 +370,7 @@ def kernels_of(diagnosis: Diagnosis, name: str) -> Tensor | None:
 
 def _gradients_figure(part: GradientCheck, found: Finding | None) -> Figure:
     """A row for each parameter, those that the finding is about first."""
-    concerned = set(found.where) if found is not None else set()
+    concerned = set(found.location) if found is not None else set()
     ordered = sorted(part.parameters, key=lambda one: one.name not in concerned)
     rows = [(False, ["parameter", "shape", "gradient", "off by", "moves", "state"])]
     rows += [(one.name in concerned, _gradient_row(one)) for one in ordered[:_MOST_ROWS]]
@@ -403,7 +403,7 @@ def _recover_figure(
     if params is None or type(params) is not type(part.params):
         return
     present, asked = params.detach().expand().as_dict(), part.params.expand().as_dict()
-    first = next((w for w in (found.where if found is not None else ()) if w.isdigit()), "0")
+    first = next((w for w in (found.location if found is not None else ()) if w.isdigit()), "0")
     index = int(first) if int(first) < len(part) else 0
     rows = [(False, [f"filter {index}", "the layer", "the responses ask for", "learns"])]
     for name, value in present.items():

@@ -37,7 +37,7 @@ from gaborium.training.results import Mean, Run, TrainResult
 _TITLE = "Training a Gabor layer"
 _COLUMNS = 8  # filters in a row
 _N_BINS = 12
-_SIDES = {
+_NAMES = {
     "gabor": "learned Gabor",
     "gabor-fixed": "fixed Gabor",
     "mixed": "mixed",
@@ -79,40 +79,40 @@ def in_percent(mean: Mean, *, signed: bool = False) -> str:
 
 def training_headline(result: TrainResult) -> str:
     """How well the network does, and how that compares, in a sentence."""
-    first, *others = result.sides
+    first, *others = result.variants
     accuracy = result.accuracy(first)
     if not accuracy.n:
-        return f"Every run with a {_SIDES[first]} first layer was stopped: its loss was not finite."
+        return f"Every run with a {_NAMES[first]} first layer was stopped: its loss was not finite."
     text = (
-        f"With a {_SIDES[first]} first layer the network tells {in_percent(accuracy)} of the test "
+        f"With a {_NAMES[first]} first layer the network tells {in_percent(accuracy)} of the test "
         "images right"
     )
     parts = []
-    for side in others:
-        lead = result.lead(first, side)
+    for variant in others:
+        lead = result.difference(first, variant)
         if lead.n:
             points = in_percent(lead._replace(mean=abs(lead.mean)), signed=True).lstrip("+")
             word = "more" if lead.mean >= 0 else "fewer"
-            parts.append(f"{points} points {word} than with a {_SIDES[side]} one")
+            parts.append(f"{points} points {word} than with a {_NAMES[variant]} one")
     return f"{text}{': ' if parts else ''}{listing(parts)}."
 
 
 def training_sentences(result: TrainResult) -> dict[str, str]:
     """What became of the filters, for each first layer that has Gabor filters which learn."""
     told = {}
-    for side in result.sides:
-        back = result.accuracy_put_back(side)
+    for variant in result.variants:
+        back = result.accuracy_reset(variant)
         if not back.n:
             continue
         moved = [
             f"the {name.replace('_', ' ')} by {_with_unit(name, mean.mean)}"
-            for name, mean in result.displacement(side).items()
+            for name, mean in result.displacement(variant).items()
             if name in ("orientation", "wavelength", "sigma") and mean.n
         ]
-        gain = result.gain_of_moving(side)
+        gain = result.learning_gain(variant)
         loses = "loses" if gain.mean >= 0 else "gains"
         points = in_percent(gain._replace(mean=abs(gain.mean)), signed=True).lstrip("+")
-        told[side] = (
+        told[variant] = (
             f"The median filter moved {listing(moved)}. Put back to their start in the trained "
             f"network, the filters leave it {in_percent(back)}: it {loses} {points} points."
         )
@@ -153,7 +153,7 @@ def report_training(result: TrainResult, *, title: str = _TITLE, facts: Mapping[
         ImportError: Jinja2, plotly or matplotlib is not installed.
     """
     filters = [_filters(run) for run in _shown(result)]
-    learned = [side for side in result.sides if result.accuracy_put_back(side).n]
+    learned = [variant for variant in result.variants if result.accuracy_reset(variant).n]
     return render(
         "training.html.j2",
         {"number": number},
@@ -162,18 +162,18 @@ def report_training(result: TrainResult, *, title: str = _TITLE, facts: Mapping[
         headline=training_headline(result),
         cards=[
             (
-                _SIDES[side],
-                in_percent(result.accuracy(side)),
-                f"{counted(result.of(side)[0].n_first_parameters, 'number')} learned in the first "
-                "layer",
+                _NAMES[variant],
+                in_percent(result.accuracy(variant)),
+                f"{counted(result.runs_of(variant)[0].n_first_parameters, 'number')} learned in "
+                "the first layer",
             )
-            for side in result.sides
+            for variant in result.variants
         ],
-        rows=[_row(result, side) for side in result.sides],
+        rows=[_row(result, variant) for variant in result.variants],
         n_seeds=len(result.recipe.seeds),
         has_corruption=bool(result.recipe.corruption),
         stopped=[run.stopped for run in result.runs if run.stopped],
-        sentences={_SIDES[side]: text for side, text in training_sentences(result).items()},
+        sentences={_NAMES[variant]: text for variant, text in training_sentences(result).items()},
         learning=[_learning_chart(result, "test_accuracy"), _learning_chart(result, "loss")],
         displacement=_displacement_chart(result, learned) if learned else None,
         distribution=_distribution_chart(result, learned[0]) if learned else None,
@@ -234,18 +234,18 @@ def _recipe_facts(result: TrainResult) -> dict[str, str]:
     }
 
 
-def _row(result: TrainResult, side: str) -> list[str]:
+def _row(result: TrainResult, variant: str) -> list[str]:
     """A row of the table of first layers."""
-    runs, first = result.of(side), result.sides[0]
-    lead = result.lead(side, first)
+    runs, first = result.runs_of(variant), result.variants[0]
+    lead = result.difference(variant, first)
     cells = [
-        _SIDES[side],
-        in_percent(result.accuracy(side)),
-        "" if side == first else in_percent(lead, signed=True),
-        in_percent(result.accuracy_put_back(side)),
+        _NAMES[variant],
+        in_percent(result.accuracy(variant)),
+        "" if variant == first else in_percent(lead, signed=True),
+        in_percent(result.accuracy_reset(variant)),
     ]
     if result.recipe.corruption:
-        cells.append(in_percent(result.mean_corrupted(side)))
+        cells.append(in_percent(result.mean_corrupted(variant)))
     return [*cells, str(runs[0].n_first_parameters), str(runs[0].n_parameters)]
 
 
@@ -261,7 +261,7 @@ def _with_unit(name: str, value: float) -> str:
 
 def _shown(result: TrainResult) -> list[Run]:
     """For each first layer the run of the first seed."""
-    return [result.of(side)[0] for side in result.sides]
+    return [result.runs_of(variant)[0] for variant in result.variants]
 
 
 def _filters(run: Run) -> Filters:
@@ -270,7 +270,7 @@ def _filters(run: Run) -> Filters:
     scale = images.abs().amax((0, 2, 3, 4), keepdim=True).clamp_min(1e-30)
     frames = [_mosaic(image) for image in images / scale]
     return Filters(
-        f"{_SIDES[run.side]}, seed {run.seed}",
+        f"{_NAMES[run.variant]}, seed {run.seed}",
         [data_uri((255 * frame).round().byte()) for frame in frames],
     )
 
@@ -295,10 +295,10 @@ def _mosaic(images: Tensor) -> Tensor:
 # -- charts -------------------------------------------------------------------------------------
 
 
-def side_colors(sides: Sequence[str]) -> dict[str, str]:
+def variant_colors(variants: Sequence[str]) -> dict[str, str]:
     """The colour of each first layer, the same in all charts."""
     palette = [TRAINED, INK, *rate_colors([0.0, 1.0, 2.0, 3.0]).values()]
-    return dict(zip(sides, palette, strict=False))
+    return dict(zip(variants, palette, strict=False))
 
 
 def curve_of(run: Run, name: str) -> tuple[list[int], list[float]]:
@@ -315,16 +315,16 @@ def _learning_chart(result: TrainResult, name: str) -> Chart:
     objects, _ = plotly_parts()
     figure = objects.Figure()
     share = name == "test_accuracy"
-    for side, color in side_colors(result.sides).items():
-        for index, run in enumerate(result.of(side)):
+    for variant, color in variant_colors(result.variants).items():
+        for index, run in enumerate(result.runs_of(variant)):
             epochs, values = curve_of(run, name)
             written = "%{y:.1%}" if share else "%{y:.4g}"
             figure.add_trace(
                 objects.Scatter(
-                    x=epochs, y=values, mode="lines+markers", name=_SIDES[side],
-                    legendgroup=side, showlegend=index == 0, line={"color": color, "width": 1.5},
+                    x=epochs, y=values, mode="lines+markers", name=_NAMES[variant],
+                    legendgroup=variant, showlegend=index == 0, line={"color": color, "width": 1.5},
                     marker={"size": 4, "color": color}, opacity=0.85,
-                    hovertemplate=f"{_SIDES[side]}, seed {run.seed}<br>epoch %{{x}}: {written}"
+                    hovertemplate=f"{_NAMES[variant]}, seed {run.seed}<br>epoch %{{x}}: {written}"
                     "<extra></extra>",
                 )
             )  # fmt: skip
@@ -336,10 +336,10 @@ def _learning_chart(result: TrainResult, name: str) -> Chart:
     return Chart(f"learning-{name.replace('_', '-')}", f"{title} in the epochs", _small(figure))
 
 
-def _displacement_chart(result: TrainResult, sides: Sequence[str]) -> Chart:
+def _displacement_chart(result: TrainResult, variants: Sequence[str]) -> Chart:
     """How far each field has gone from its start, in its own unit."""
     objects, subplots = plotly_parts()
-    fields = list(result.displacement(sides[0])) or list(_shown(result)[0].displacement)
+    fields = list(result.displacement(variants[0])) or list(_shown(result)[0].displacement)
     titles = [f"{name.replace('_', ' ')}{_axis_unit(name)}" for name in fields]
     columns = min(3, len(fields))
     rows = math.ceil(len(fields) / columns)
@@ -347,19 +347,19 @@ def _displacement_chart(result: TrainResult, sides: Sequence[str]) -> Chart:
         rows=rows, cols=columns, subplot_titles=titles, vertical_spacing=0.2,
         horizontal_spacing=0.08,
     )  # fmt: skip
-    colors = side_colors(result.sides)
+    colors = variant_colors(result.variants)
     for place, name in enumerate(fields):
         row, column = place // columns + 1, place % columns + 1
         turn = 180 / math.pi if UNITS[name] == "rad" else 1.0
-        for side in sides:
-            for index, run in enumerate(result.of(side)):
+        for variant in variants:
+            for index, run in enumerate(result.runs_of(variant)):
                 epochs = [point["epoch"] for point in run.curve]
                 values = [turn * point["displacement"][name] for point in run.curve]
                 figure.add_trace(
                     objects.Scatter(
-                        x=epochs, y=values, mode="lines", name=_SIDES[side], legendgroup=side,
-                        showlegend=place == 0 and index == 0 and len(sides) > 1,
-                        line={"color": colors[side], "width": 1.5}, opacity=0.85,
+                        x=epochs, y=values, mode="lines", name=_NAMES[variant], legendgroup=variant,
+                        showlegend=place == 0 and index == 0 and len(variants) > 1,
+                        line={"color": colors[variant], "width": 1.5}, opacity=0.85,
                         hovertemplate=f"seed {run.seed}, epoch %{{x}}: %{{y:.3g}}<extra></extra>",
                     ),
                     row=row, col=column,
@@ -380,10 +380,10 @@ def _axis_unit(name: str) -> str:
     return {"rad": ", degrees", "px": ", px"}.get(UNITS[name], "")
 
 
-def _distribution_chart(result: TrainResult, side: str) -> Chart:
+def _distribution_chart(result: TrainResult, variant: str) -> Chart:
     """Orientations and wavelengths of all filters of all seeds, before and after."""
     objects, subplots = plotly_parts()
-    ends = [(run.start, run.end) for run in result.of(side) if run.params is not None]
+    ends = [(run.start, run.end) for run in result.runs_of(variant) if run.params is not None]
     names = [n for n in ("orientation", "wavelength") if hasattr(ends[0][0], n)]
     figure = subplots.make_subplots(rows=1, cols=len(names), horizontal_spacing=0.1)
     for column, name in enumerate(names, 1):
@@ -444,17 +444,17 @@ def _corruption_chart(result: TrainResult) -> Chart:
     )  # fmt: skip
     for place, kind in enumerate(kinds):
         row, column = place // columns + 1, place % columns + 1
-        for side, color in side_colors(result.sides).items():
-            means = [result.accuracy(side), *result.corrupted(side, kind)]
+        for variant, color in variant_colors(result.variants).items():
+            means = [result.accuracy(variant), *result.corrupted(variant, kind)]
             errors = [m.standard_error if math.isfinite(m.standard_error) else 0.0 for m in means]
             figure.add_trace(
                 objects.Scatter(
                     x=list(range(len(means))), y=[mean.mean for mean in means],
                     error_y={"array": errors, "thickness": 1, "width": 3},
-                    mode="lines+markers", name=_SIDES[side], legendgroup=side,
+                    mode="lines+markers", name=_NAMES[variant], legendgroup=variant,
                     showlegend=place == 0, line={"color": color, "width": 1.5},
                     marker={"size": 5},
-                    hovertemplate=f"{_SIDES[side]}, strength %{{x}}: %{{y:.1%}}<extra></extra>",
+                    hovertemplate=f"{_NAMES[variant]}, strength %{{x}}: %{{y:.1%}}<extra></extra>",
                 ),
                 row=row, col=column,
             )  # fmt: skip

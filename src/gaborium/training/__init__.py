@@ -11,7 +11,7 @@ from gaborium.training.checkpoints import Checkpoints, load_state, save_state
 from gaborium.training.corruptions import corrupt
 from gaborium.training.datasets import Dataset, load_dataset
 from gaborium.training.engine import train
-from gaborium.training.networks import build_network, first_layer
+from gaborium.training.networks import build_network, make_first_layer
 from gaborium.training.recipe import Recipe
 from gaborium.training.results import Mean, Run, TrainResult
 from gaborium.training.trained import Inputs, Trained, load_trained
@@ -28,10 +28,10 @@ __all__ = [
     "augment",
     "build_network",
     "corrupt",
-    "first_layer",
     "load_dataset",
     "load_state",
     "load_trained",
+    "make_first_layer",
     "save_state",
     "train",
 ]

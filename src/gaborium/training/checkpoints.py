@@ -14,7 +14,6 @@ from torch import Tensor
 from gaborium.files import read_tensors, write_tensors
 
 RUN_FILE = "run.safetensors"  # in place of checkpoints, what a finished run found
-_FORMAT = 1
 _KEPT = 2
 _NAME = re.compile(r"checkpoint-(\d+)\.safetensors")
 
@@ -45,8 +44,12 @@ def save_state(path: str | os.PathLike[str], state: Mapping[str, Any]) -> None:
         ((0.9, 0.999), 0)
     """
     tensors: dict[str, Tensor] = {}
-    facts = {"format": _FORMAT, "state": _flattened(dict(state), "state", tensors)}
-    write_tensors(path, tensors, facts, extra="train", purpose="Checkpoints")
+    facts = {
+        "name": "gaborium.checkpoint",
+        "format": 1,
+        "state": _flattened(dict(state), "state", tensors),
+    }
+    write_tensors(path, tensors, facts)
 
 
 def load_state(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -57,19 +60,7 @@ def load_state(path: str | os.PathLike[str]) -> dict[str, Any]:
         OSError: the file cannot be read.
         ValueError: it is cut off or damaged, is no checkpoint, or has a newer format.
     """
-    tensors, facts = read_tensors(
-        path,
-        newest=_FORMAT,
-        what="a checkpoint of gaborium.train",
-        again="train again",
-        extra="train",
-        purpose="Checkpoints",
-    )
-    if "state" not in facts:
-        raise ValueError(
-            f"{os.fspath(path)!r} is another file of gaborium and not a checkpoint of "
-            "gaborium.train; give such a file."
-        )
+    tensors, facts = read_tensors(path, kind="checkpoint")
     return _nested(facts["state"], tensors)
 
 

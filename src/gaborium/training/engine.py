@@ -85,7 +85,7 @@ def train(
         >>> from gaborium.training import Recipe, train
         >>> recipe = Recipe(data="digits", n_filters=4, kernel_size=5, epochs=1, seeds=(0,))
         >>> result = train(recipe)
-        >>> [row["first_layer"] for row in result.to_table()]
+        >>> [row["variant"] for row in result.to_table()]
         ['gabor', 'free']
     """
     for name, value in (("checkpoint_steps", checkpoint_steps), ("log_steps", log_steps)):
@@ -96,10 +96,10 @@ def train(
     for field in ("augmentation", "corruption"):
         if getattr(recipe, field) and dataset.n_dims != 2:
             raise ValueError(f"{field} is for images, and {dataset.name!r} has none; leave it out.")
-    for side in recipe.sides:  # what cannot be made is told before anything is written
+    for variant in recipe.variants:  # what cannot be made is told before anything is written
         seed = recipe.seeds[0]
         data = dataset.subset(recipe.samples_per_class, seed)
-        make_optimizers(make_network(recipe, model, data, side, seed, start=start)[0], recipe)
+        make_optimizers(make_network(recipe, model, data, variant, seed, start=start)[0], recipe)
     job = Job(
         recipe=recipe,
         model=model,
@@ -179,8 +179,8 @@ def _launched(fabric: Any, job: Job, progress: Progress | None) -> list[Run]:
                 "the script that calls train does so outside of if __name__ == '__main__'."
             ) from None
         return [
-            Run.from_state(load_state(job.place(side, seed) / RUN_FILE)["run"])
-            for side in job.recipe.sides
+            Run.from_state(load_state(job.place(variant, seed) / RUN_FILE)["run"])
+            for variant in job.recipe.variants
             for seed in job.recipe.seeds
         ]
 
@@ -236,7 +236,7 @@ def _work(fabric: Any, job: Job, progress: Progress | None) -> list[Run]:
             )
         )
         return [
-            Trainer(fabric, job, journal, side, seed).run()
-            for side in recipe.sides
+            Trainer(fabric, job, journal, variant, seed).run()
+            for variant in recipe.variants
             for seed in recipe.seeds
         ]

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from gaborium.errors import require
-from gaborium.files import alone_in
+from gaborium.files import locked_folder
 from gaborium.params import plain
 from gaborium.training.recipe import Recipe
 
@@ -26,9 +26,7 @@ _HARDWARE = ("accelerator", "devices")  # may change when a run is taken up agai
 @contextlib.contextmanager
 def claimed(folder: Path, recipe: Recipe, *, resume: bool) -> Iterator[None]:
     """Make the folder that of this recipe, or see that it is, and keep others out of it."""
-    with alone_in(
-        folder, RECIPE_FILE, extra="train", purpose="Trainings", patience=_PATIENCE
-    ) as known:
+    with locked_folder(folder, RECIPE_FILE, timeout=_PATIENCE) as known:
         if known and resume:
             _check_same(Recipe.from_toml(folder / RECIPE_FILE), recipe, repr(str(folder)))
         elif known:
@@ -84,7 +82,7 @@ class Journal:
         if self.writer is not None:
             for name, value in line.items():
                 if isinstance(value, float):
-                    tag = f"{line['side']}, seed {line['seed']}/{line['kind']} {name}"
+                    tag = f"{line['variant']}, seed {line['seed']}/{line['kind']} {name}"
                     self.writer.add_scalar(tag, value, line["step"])
         if self.progress is not None:
             self.progress({**line, "n_steps": n_steps})

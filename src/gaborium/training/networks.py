@@ -14,8 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gaborium.errors import as_sizes, one_of
-from gaborium.layers import LAYERS, PLAIN_LAYERS, PairEnergy
-from gaborium.mixed import MixedConv
+from gaborium.layers import LAYERS, PLAIN_LAYERS, MixedConv, PairEnergy
 from gaborium.params import RECORDS, Gabor
 from gaborium.starts import STARTS
 
@@ -43,7 +42,7 @@ _NORM_VARIANCE = 2 - math.pi / 2
 # -- first layers -----------------------------------------------------------------------------
 
 
-def first_layer(
+def make_first_layer(
     kind: str,
     *,
     n_dims: int,
@@ -94,7 +93,7 @@ def first_layer(
     Example:
         >>> from gaborium.layers import n_learned
         >>> for kind in KINDS:
-        ...     layer = first_layer(kind, n_dims=2, in_channels=1, n_filters=8, kernel_size=9)
+        ...     layer = make_first_layer(kind, n_dims=2, in_channels=1, n_filters=8, kernel_size=9)
         ...     print(kind, n_learned(layer))
         free 648
         gabor 48
@@ -204,7 +203,7 @@ def build_network(
     Args:
         name: ``"cnn"``, see ``SmallCNN``, ``"energy"``, see ``EnergyClassifier``, or
             ``"texture"``, see ``TextureClassifier``.
-        first: the first layer, as from ``first_layer``; it becomes the network's ``first``.
+        first: the first layer, as from ``make_first_layer``; it becomes the network's ``first``.
         image_size: ``(height, width)`` of images, ``(samples,)`` of sounds.
         n_classes: how many classes to tell apart.
         seed: of all weights behind the first layer. torch's global generator is left alone.
@@ -217,7 +216,7 @@ def build_network(
         ValueError: there is no such network, or the first layer does not suit it or the size.
 
     Example:
-        >>> first = first_layer("gabor", n_dims=2, in_channels=1, n_filters=8, kernel_size=7)
+        >>> first = make_first_layer("gabor", n_dims=2, in_channels=1, n_filters=8, kernel_size=7)
         >>> network = build_network("cnn", first=first, image_size=(28, 28), n_classes=10)
         >>> network(torch.rand(2, 1, 28, 28)).shape
         torch.Size([2, 10])
@@ -372,7 +371,7 @@ class TextureClassifier(EnergyClassifier):
         doi:10.1023/A:1026553619983: correlations of energies among what makes a texture.
 
     Example:
-        >>> first = first_layer(
+        >>> first = make_first_layer(
         ...     "gabor", n_dims=2, in_channels=1, n_filters=8, kernel_size=9, output="energy"
         ... )
         >>> network = TextureClassifier(first, 10, image_size=(64, 64))

@@ -72,7 +72,7 @@ class Recipe:
         first_layer: ``"gabor"``, learned Gabor filters; ``"gabor-fixed"``, the same and they stay
             where they start; ``"free"``, an ordinary convolution; ``"mixed"``, some filters of
             each kind.
-        beside: first layers to train the same network with, for comparison.
+        compare_with: first layers to train the same network with, for comparison.
         n_filters: filters of the first layer.
         kernel_size: of the first layer, px along every axis.
         stride: of the first layer, px.
@@ -97,7 +97,7 @@ class Recipe:
         n_evaluations: how often at most the test images are looked at during a run; the last time
             is at its end, and of more than one there is another before the first step.
         augmentation: what is done to training images by chance, anew in each epoch: ``"flip"``,
-            left and right exchanged; ``"shift"``, up to an eighth of each side. See ``augment``.
+            left and right exchanged; ``"shift"``, up to an eighth of each variant. See ``augment``.
         corruption: kinds of corruption under which accuracy is measured, as ``corrupt`` takes
             them, each at five strengths.
         accelerator: where to train; ``"auto"`` takes a GPU if there is one.
@@ -121,7 +121,7 @@ class Recipe:
     samples_per_class: int | None = None
     network: str = "cnn"
     first_layer: str = "gabor"
-    beside: tuple[str, ...] = ("free",)
+    compare_with: tuple[str, ...] = ("free",)
     n_filters: int = 32
     kernel_size: int = 9
     stride: int = 1
@@ -160,7 +160,7 @@ class Recipe:
         if not self.data:
             raise ValueError("data must be the name of a data set, got an empty text.")
         for name, choices in (
-            ("beside", FIRST_LAYERS),
+            ("compare_with", FIRST_LAYERS),
             ("augmentation", AUGMENTATIONS),
             ("corruption", CORRUPTIONS),
         ):
@@ -168,15 +168,15 @@ class Recipe:
                 one_of(name, kind, choices)
         if not self.seeds:
             raise ValueError("seeds must hold at least one number, got none.")
-        for name in ("seeds", "beside", "augmentation", "corruption"):
+        for name in ("seeds", "compare_with", "augmentation", "corruption"):
             values = getattr(self, name)
             if len(set(values)) < len(values):
                 raise ValueError(f"{name} must differ from one another, got {list(values)}.")
 
     @property
-    def sides(self) -> tuple[str, ...]:
+    def variants(self) -> tuple[str, ...]:
         """The first layers that are trained: that of the recipe, then those beside it."""
-        return tuple(dict.fromkeys((self.first_layer, *self.beside)))
+        return tuple(dict.fromkeys((self.first_layer, *self.compare_with)))
 
     def replace(self, **fields: Any) -> Recipe:
         """The same recipe with other values in some fields."""

@@ -49,11 +49,11 @@ class Run:
     """One trained network: of one first layer and one seed.
 
     Args:
-        side: kind of its first layer.
+        variant: kind of its first layer.
         seed: of its start, its samples and their order.
         accuracy: share of the test images told right, at the end; ``None`` if it was stopped.
         corrupted: for each kind of corruption the accuracy at strengths 1 to 5.
-        accuracy_put_back: the same as ``accuracy``, when only the Gabor filters are put back to
+        accuracy_reset: the same as ``accuracy``, when only the Gabor filters are put back to
             where they started; ``None`` where none learns.
         n_first_parameters: numbers that the first layer learns.
         n_parameters: numbers that the whole network learns.
@@ -69,11 +69,11 @@ class Run:
         stopped: empty, or a line that says why it was stopped.
     """
 
-    side: str
+    variant: str
     seed: int
     accuracy: float | None
     corrupted: dict[str, list[float]]
-    accuracy_put_back: float | None
+    accuracy_reset: float | None
     n_first_parameters: int
     n_parameters: int
     curve: list[dict[str, Any]]
@@ -144,74 +144,76 @@ class TrainResult:
     data: dict[str, Any] = field(default_factory=dict)
 
     @property
-    def sides(self) -> tuple[str, ...]:
+    def variants(self) -> tuple[str, ...]:
         """Kinds of first layer, in the recipe's order."""
-        return tuple(dict.fromkeys(run.side for run in self.runs))
+        return tuple(dict.fromkeys(run.variant for run in self.runs))
 
-    def of(self, side: str) -> tuple[Run, ...]:
+    def runs_of(self, variant: str) -> tuple[Run, ...]:
         """The runs of one kind of first layer."""
-        return tuple(run for run in self.runs if run.side == side)
+        return tuple(run for run in self.runs if run.variant == variant)
 
-    def accuracy(self, side: str) -> Mean:
+    def accuracy(self, variant: str) -> Mean:
         """Test accuracy over the seeds; runs that were stopped have none."""
-        return _mean([run.accuracy for run in self.of(side)])
+        return _mean([run.accuracy for run in self.runs_of(variant)])
 
-    def accuracy_put_back(self, side: str) -> Mean:
+    def accuracy_reset(self, variant: str) -> Mean:
         """Test accuracy with the Gabor filters put back to their start."""
-        return _mean([run.accuracy_put_back for run in self.of(side)])
+        return _mean([run.accuracy_reset for run in self.runs_of(variant)])
 
-    def gain_of_moving(self, side: str) -> Mean:
+    def learning_gain(self, variant: str) -> Mean:
         """What the accuracy loses when the Gabor filters are put back, seed by seed."""
         return _mean(
             [
-                run.accuracy - run.accuracy_put_back
-                for run in self.of(side)
-                if run.accuracy is not None and run.accuracy_put_back is not None
+                run.accuracy - run.accuracy_reset
+                for run in self.runs_of(variant)
+                if run.accuracy is not None and run.accuracy_reset is not None
             ]
         )
 
-    def lead(self, side: str, other: str) -> Mean:
+    def difference(self, variant: str, other: str) -> Mean:
         """How much more accurate one first layer is than another, seed by seed.
 
-        Both sides of a seed have the same samples in the same order, so that the differences vary
+        Both variants of a seed have the same samples in the same order, so that differences vary
         less than the accuracies.
         """
-        theirs = {run.seed: run.accuracy for run in self.of(other)}
-        pairs = [(run.accuracy, theirs.get(run.seed)) for run in self.of(side)]
+        theirs = {run.seed: run.accuracy for run in self.runs_of(other)}
+        pairs = [(run.accuracy, theirs.get(run.seed)) for run in self.runs_of(variant)]
         return _mean([a - b for a, b in pairs if a is not None and b is not None])
 
-    def corrupted(self, side: str, kind: str) -> tuple[Mean, ...]:
+    def corrupted(self, variant: str, kind: str) -> tuple[Mean, ...]:
         """Accuracy under a kind of corruption, at strengths 1 to 5."""
-        rows = [run.corrupted[kind] for run in self.of(side) if kind in run.corrupted]
+        rows = [run.corrupted[kind] for run in self.runs_of(variant) if kind in run.corrupted]
         return tuple(_mean(list(values)) for values in zip(*rows, strict=True))
 
-    def mean_corrupted(self, side: str) -> Mean:
+    def mean_corrupted(self, variant: str) -> Mean:
         """Accuracy over all kinds and strengths of corruption, seed by seed."""
-        runs = [[v for kind in run.corrupted.values() for v in kind] for run in self.of(side)]
+        runs = [
+            [v for kind in run.corrupted.values() for v in kind] for run in self.runs_of(variant)
+        ]
         return _mean([statistics.fmean(values) for values in runs if values])
 
-    def displacement(self, side: str) -> dict[str, Mean]:
+    def displacement(self, variant: str) -> dict[str, Mean]:
         """Median distance over the filters of every field from its start, in the field's unit."""
-        found = [run.displacement for run in self.of(side) if not run.stopped]
+        found = [run.displacement for run in self.runs_of(variant) if not run.stopped]
         names = found[0] if found else {}
         return {name: _mean([one[name] for one in found]) for name in names}
 
     def to_table(self) -> list[dict[str, Any]]:
         """One row per first layer: its accuracies with standard errors, and its parameters."""
         rows = []
-        for side in self.sides:
-            runs = self.of(side)
+        for variant in self.variants:
+            runs = self.runs_of(variant)
             row: dict[str, Any] = {
-                "first_layer": side,
+                "variant": variant,
                 "n_seeds": len(runs),
                 "n_stopped": sum(bool(run.stopped) for run in runs),
                 "n_first_parameters": runs[0].n_first_parameters,
                 "n_parameters": runs[0].n_parameters,
             }
             for name, mean in (
-                ("accuracy", self.accuracy(side)),
-                ("accuracy_put_back", self.accuracy_put_back(side)),
-                ("corrupted", self.mean_corrupted(side)),
+                ("accuracy", self.accuracy(variant)),
+                ("accuracy_reset", self.accuracy_reset(variant)),
+                ("corrupted", self.mean_corrupted(variant)),
             ):
                 row[name] = mean.mean if mean.n else None
                 row[f"{name}_error"] = mean.standard_error if mean.n > 1 else None
@@ -237,10 +239,15 @@ class TrainResult:
                 "data": self.data,
                 "table": self.to_table(),
                 "displacement": {
-                    side: {name: mean._asdict() for name, mean in self.displacement(side).items()}
-                    for side in self.sides
+                    variant: {
+                        name: mean._asdict() for name, mean in self.displacement(variant).items()
+                    }
+                    for variant in self.variants
                 },
-                "lead": {side: self.lead(self.sides[0], side)._asdict() for side in self.sides[1:]},
+                "difference": {
+                    variant: self.difference(self.variants[0], variant)._asdict()
+                    for variant in self.variants[1:]
+                },
                 "runs": [run.to_record() for run in self.runs],
             }
         )

@@ -21,15 +21,12 @@ from gaborium.params import RECORDS, Gabor
 from gaborium.training.checkpoints import RUN_FILE, load_state
 from gaborium.training.datasets import Dataset
 from gaborium.training.journal import RECIPE_FILE
-from gaborium.training.networks import FIRST_OUTPUTS, build_network, first_layer
+from gaborium.training.networks import FIRST_OUTPUTS, build_network, make_first_layer
 from gaborium.training.recipe import Recipe
 
 NETWORK_FILE = "network.safetensors"
-_FORMAT = 1
-_NAME = "gaborium.trained"
-_WHAT = "a network of gaborium train"
+_NAME = "gaborium.network"
 _AGAIN = "train again"
-_NEED = {"extra": "train", "purpose": "Trained networks"}
 
 
 @dataclass(frozen=True)
@@ -71,18 +68,18 @@ class Trained:
     Args:
         network: from normalised images to a number for each class.
         recipe: by which it was trained.
-        side: kind of its first layer.
+        variant: kind of its first layer.
         seed: of its run.
         inputs: sizes, classes, and what the images are normalised with.
     """
 
     network: nn.Module
     recipe: Recipe
-    side: str
+    variant: str
     seed: int
     inputs: Inputs
 
-    def seen(self, images: Tensor) -> Tensor:
+    def preprocess(self, images: Tensor) -> Tensor:
         """Images as the network was trained to see them: normalised channel by channel.
 
         Args:
@@ -102,13 +99,13 @@ class Trained:
         mean, std = (
             like.new_tensor(values).reshape(shape) for values in (self.inputs.mean, self.inputs.std)
         )
-        return (unit(images).to(like) - mean) / std
+        return (to_unit_range(images).to(like) - mean) / std
 
 
 def load_trained(
     path: str | os.PathLike[str],
     *,
-    side: str | None = None,
+    variant: str | None = None,
     seed: int | None = None,
     model: nn.Module | None = None,
 ) -> Trained:
@@ -117,7 +114,7 @@ def load_trained(
     Args:
         path: the folder that ``train`` has written; or a ``network.safetensors`` in it, or the
             folder of that file, which alone are enough.
-        side: kind of the first layer; by default that of the recipe.
+        variant: kind of the first layer; by default that of the recipe.
         seed: of the run; by default the first of the recipe.
         model: the network of yours that was given to ``train``, if there was one. It is not
             changed.
@@ -128,7 +125,7 @@ def load_trained(
     Raises:
         ImportError: safetensors is not installed.
         OSError: there is no such network (as ``FileNotFoundError``), or it cannot be read.
-        ValueError: ``side`` or ``seed`` is none of the recipe's; the run was stopped or has not
+        ValueError: ``variant`` or ``seed`` is none of the recipe's; the run was stopped or has not
             come to its end; the file is cut off, damaged or of another kind; or ``model`` is
             missing, or another.
 
@@ -139,24 +136,22 @@ def load_trained(
         >>> recipe = Recipe(data="digits", n_filters=4, kernel_size=5, epochs=1, seeds=(0,))
         >>> with TemporaryDirectory() as folder:
         ...     result = train(recipe, dataset=data, folder=f"{folder}/mine")
-        ...     trained = load_trained(f"{folder}/mine", side="free")
-        >>> scores = trained.network(trained.seen(data.test_images))
+        ...     trained = load_trained(f"{folder}/mine", variant="free")
+        >>> scores = trained.network(trained.preprocess(data.test_images))
         >>> hits = scores.argmax(1) == data.test_labels
         >>> abs(hits.double().mean().item() - result.accuracy("free").mean) < 1e-9
         True
     """
-    file = find_network(Path(path), side, seed)
+    file = find_network(Path(path), variant, seed)
     shown = repr(os.fspath(file))
-    tensors, facts = read_tensors(file, newest=_FORMAT, what=_WHAT, again=_AGAIN, **_NEED)
-    if facts.get("name") != _NAME:
-        raise ValueError(f"{shown} is another file of gaborium and not {_WHAT}; give such a file.")
+    tensors, facts = read_tensors(file, kind="network")
     try:
         if facts["own"] and model is None:
             told = f"{shown} was trained with a network of yours; give it as model."
         elif model is not None and not facts["own"]:
             told = f"{shown} was trained with the recipe's own network; leave model out."
-        elif side not in (None, facts["side"]) or seed not in (None, facts["seed"]):
-            told = f"{shown} is of side {facts['side']!r} and seed {facts['seed']}, no other."
+        elif variant not in (None, facts["variant"]) or seed not in (None, facts["seed"]):
+            told = f"{shown} is of variant {facts['variant']!r} and seed {facts['seed']}, no other."
         else:
             return _built(tensors, facts, model)
     except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
@@ -166,7 +161,7 @@ def load_trained(
     raise ValueError(told)
 
 
-def find_network(path: Path, side: str | None = None, seed: int | None = None) -> Path:
+def find_network(path: Path, variant: str | None = None, seed: int | None = None) -> Path:
     """The file of a network that is named as for ``load_trained``, which tells what is raised."""
     shown = repr(os.fspath(path))
     if not path.is_dir() or (path / NETWORK_FILE).is_file():
@@ -179,15 +174,15 @@ def find_network(path: Path, side: str | None = None, seed: int | None = None) -
             "gaborium train has written."
         )
     recipe = Recipe.from_toml(path / RECIPE_FILE)
-    side = one_of("side", recipe.first_layer if side is None else side, recipe.sides)
+    variant = one_of("variant", recipe.first_layer if variant is None else variant, recipe.variants)
     seed = recipe.seeds[0] if seed is None else seed
     if seed not in recipe.seeds:
         seeds = ", ".join(map(str, recipe.seeds))
         raise ValueError(f"seed must be one of {seeds}, for which {shown} has runs; got {seed}.")
-    place = path / f"{side}-{seed}"
+    place = path / f"{variant}-{seed}"
     if (place / NETWORK_FILE).is_file():
         return place / NETWORK_FILE
-    which = f"{shown} holds no trained network of side {side!r} and seed {seed}"
+    which = f"{shown} holds no trained network of variant {variant!r} and seed {seed}"
     if not (place / RUN_FILE).is_file():
         raise ValueError(f"{which}: its training has not ended; train again, and it goes on.")
     stopped = load_state(place / RUN_FILE)["run"]["stopped"]
@@ -224,23 +219,23 @@ def save_trained(
     """
     facts = {
         "name": _NAME,
-        "format": _FORMAT,
+        "format": 1,
         "gaborium": __version__,
         "recipe": vars(trained.recipe),
-        "side": trained.side,
+        "variant": trained.variant,
         "seed": trained.seed,
         "inputs": vars(trained.inputs),
         "start": None if start is None else json.loads(start.to_json()),
         "own": own,
     }
-    write_tensors(path, trained.network.state_dict(), facts, **_NEED)
+    write_tensors(path, trained.network.state_dict(), facts)
 
 
 def make_network(
     recipe: Recipe,
     model: nn.Module | None,
     data: Dataset | Inputs,
-    side: str,
+    variant: str,
     seed: int,
     *,
     start: Gabor | None = None,
@@ -249,10 +244,10 @@ def make_network(
     made: list[nn.Module] = []
 
     def layer(**options: Any) -> nn.Module:
-        learns = side in ("gabor", "mixed")
+        learns = variant in ("gabor", "mixed")
         made.append(
-            first_layer(
-                side,
+            make_first_layer(
+                variant,
                 n_dims=data.n_dims,
                 start=recipe.start if start is None else start,
                 learn=recipe.learn if learns else None,
@@ -262,7 +257,7 @@ def make_network(
         )
         return made[0]
 
-    def stand_in(conv: Any) -> nn.Module:
+    def replacement(conv: Any) -> nn.Module:
         if conv.groups != 1 or set(conv.dilation) != {1} or conv.padding_mode != "zeros":
             raise ValueError(
                 "The first convolution of model must have groups=1, dilation=1 and "
@@ -277,7 +272,7 @@ def make_network(
         )
 
     if model is not None:
-        return replace_first_conv(model, stand_in), made[0]
+        return replace_first_conv(model, replacement), made[0]
     first = layer(
         in_channels=data.n_channels,
         n_filters=recipe.n_filters,
@@ -295,7 +290,7 @@ def make_network(
     return network, first
 
 
-def unit(images: Tensor) -> Tensor:
+def to_unit_range(images: Tensor) -> Tensor:
     """Images of bytes as numbers in [0, 1]; sounds as they are."""
     return images if images.is_floating_point() else images.float() / 255
 
@@ -311,7 +306,9 @@ def _built(tensors: dict[str, Tensor], facts: dict[str, Any], model: nn.Module |
         start = record.from_json(json.dumps(start))
     with warnings.catch_warnings():  # a start that is cut was told when it was trained
         warnings.simplefilter("ignore")
-        network, _ = make_network(recipe, model, inputs, facts["side"], facts["seed"], start=start)
+        network, _ = make_network(
+            recipe, model, inputs, facts["variant"], facts["seed"], start=start
+        )
     network.to(torch.float64 if recipe.precision == "64-true" else torch.float32)
     network.load_state_dict(tensors)
-    return Trained(network.eval(), recipe, facts["side"], facts["seed"], inputs)
+    return Trained(network.eval(), recipe, facts["variant"], facts["seed"], inputs)

@@ -32,7 +32,7 @@ from gaborium.training.trained import (
     Trained,
     make_network,
     save_trained,
-    unit,
+    to_unit_range,
 )
 
 _ADAM_RATE = 0.04  # of Gabor parameters
@@ -57,11 +57,11 @@ class Job:
     log_steps: int
     tensorboard: bool
 
-    def place(self, side: str, seed: int) -> Path:
+    def place(self, variant: str, seed: int) -> Path:
         """Where the files of a run are."""
         if self.folder is None:
             raise ValueError("This job writes nothing.")
-        return self.folder / f"{side}-{seed}"
+        return self.folder / f"{variant}-{seed}"
 
 
 @dataclass
@@ -83,11 +83,11 @@ class _State:
 class Trainer:
     """Trains the network of one first layer and one seed."""
 
-    def __init__(self, fabric: Any, job: Job, journal: Journal, side: str, seed: int) -> None:
+    def __init__(self, fabric: Any, job: Job, journal: Journal, variant: str, seed: int) -> None:
         self.fabric, self.job, self.journal = fabric, job, journal
-        self.side, self.seed = side, seed
-        self.name = f"{side}, seed {seed}"
-        self.folder = None if job.folder is None else job.place(side, seed)
+        self.variant, self.seed = variant, seed
+        self.name = f"{variant}, seed {seed}"
+        self.folder = None if job.folder is None else job.place(variant, seed)
 
     def run(self) -> Run:
         """The finished run, from where an earlier call left it."""
@@ -133,7 +133,7 @@ class Trainer:
         self.draws: tuple[int, Tensor] = -1, torch.empty(0)  # of an epoch, for augmentation
 
         self.network, self.first = make_network(
-            recipe, self.job.model, data, self.side, self.seed, start=self.job.start
+            recipe, self.job.model, data, self.variant, self.seed, start=self.job.start
         )
         self.gabor: Any = gabor_layer(self.first)
         self.start = None if self.gabor is None else self._params()
@@ -226,7 +226,7 @@ class Trainer:
 
     def _seen(self, images: Tensor, rows: Tensor, epoch: int | None = None) -> Tensor:
         """Some images as the network sees them; to train with, as they are in an epoch."""
-        chosen = unit(images[rows.to(images.device)].to(self.fabric.device))
+        chosen = to_unit_range(images[rows.to(images.device)].to(self.fabric.device))
         kinds = self.job.recipe.augmentation
         if kinds and epoch is not None:
             if self.draws[0] != epoch:
@@ -279,7 +279,7 @@ class Trainer:
     def _write(self, kind: str, epoch: int, **measured: Any) -> dict[str, Any]:
         line = {
             "kind": kind,
-            "side": self.side,
+            "variant": self.variant,
             "seed": self.seed,
             "epoch": epoch,
             "step": self.state.step,
@@ -294,7 +294,7 @@ class Trainer:
         loss, accuracy = self._tested(self.network)
         measured = {**self._means(0), "test_loss": loss, "test_accuracy": accuracy}
         line = self._write("epoch", epoch, **measured)
-        kept = {k: v for k, v in line.items() if k not in ("kind", "side", "seed")}
+        kept = {k: v for k, v in line.items() if k not in ("kind", "variant", "seed")}
         self.state.curve.append(kept)
 
     def _look(self, epoch: int) -> None:
@@ -324,7 +324,7 @@ class Trainer:
                 seen = self._seen(self.test_images, rows)
             else:
                 # On the CPU, so that every machine meets the same images.
-                clean = unit(self.test_images[rows.to(self.test_images.device)].cpu())
+                clean = to_unit_range(self.test_images[rows.to(self.test_images.device)].cpu())
                 worse = corrupt(clean, *corruption, seed=0, first=int(rows[0]))
                 seen = self._normal(worse.to(fabric.device))
             labels = self.test_labels[rows.to(self.test_labels.device)]
@@ -361,19 +361,19 @@ class Trainer:
 
     def _finish(self, stopped: str) -> Run:
         recipe, state = self.job.recipe, self.state
-        accuracy = put_back = None
+        accuracy = accuracy_reset = None
         corrupted: dict[str, list[float]] = {}
         if stopped:
             warnings.warn(stopped, stacklevel=2)
             self.journal.write(
-                {"kind": "stopped", "side": self.side, "seed": self.seed, "epoch": None,
+                {"kind": "stopped", "variant": self.variant, "seed": self.seed, "epoch": None,
                  "step": state.step, "reason": stopped},
                 self.n_steps,
             )  # fmt: skip
         else:
             accuracy = state.curve[-1]["test_accuracy"]
             if self.gabor is not None and any(p.requires_grad for p in self.gabor.parameters()):
-                put_back = self._tested(self._put_back())[1]
+                accuracy_reset = self._tested(self._reset_filters())[1]
             for kind in recipe.corruption:
                 corrupted[kind] = [
                     self._tested(self.network, (kind, strength))[1]
@@ -386,11 +386,11 @@ class Trainer:
             }
             params = type(self.start)(**stacked)
         return Run(
-            side=self.side,
+            variant=self.variant,
             seed=self.seed,
             accuracy=accuracy,
             corrupted=corrupted,
-            accuracy_put_back=put_back,
+            accuracy_reset=accuracy_reset,
             n_first_parameters=n_learned(self.first),
             n_parameters=n_learned(self.network),
             curve=state.curve,
@@ -407,7 +407,7 @@ class Trainer:
         trained = Trained(
             network=self.network,
             recipe=self.job.recipe,
-            side=self.side,
+            variant=self.variant,
             seed=self.seed,
             inputs=Inputs(
                 image_size=data.image_size,
@@ -418,7 +418,7 @@ class Trainer:
         )
         save_trained(trained, path, start=self.job.start, own=self.job.model is not None)
 
-    def _put_back(self) -> nn.Module:
+    def _reset_filters(self) -> nn.Module:
         """A copy of the network whose Gabor filters are where they started."""
         network = copy.deepcopy(self.network)
         path = next(name for name, one in self.network.named_modules() if one is self.gabor)
@@ -568,7 +568,7 @@ def _statistics(images: Tensor) -> tuple[Tensor, Tensor]:
     count = images.numel() // images.shape[1]
     total = squares = torch.zeros(1, images.shape[1], *[1] * (images.ndim - 2)).double()
     for some in images.split(4096):
-        values = unit(some).double()
+        values = to_unit_range(some).double()
         total = total + values.sum(axes, keepdim=True)
         squares = squares + values.square().sum(axes, keepdim=True)
     mean = total / count

@@ -1,8 +1,8 @@
-"""Convolution layers whose kernels are Gabor functions with learned parameters.
+"""The layers whose kernels are Gabor functions with learned parameters.
 
 Image → layer → loss → gradient → parameter: ``forward`` convolves with ``weight``; ``weight``
-samples the Gabor functions that the raw parameters mean, anew at every call; autograd carries the
-gradient of the loss through the sampling back to the raw parameters.
+samples the Gabor functions of the raw parameters at every call; autograd carries the gradient of
+the loss through the sampling back to the raw parameters.
 """
 
 from __future__ import annotations
@@ -19,71 +19,63 @@ from torch import Tensor, nn
 
 from gaborium.coordinates import Coordinates
 from gaborium.errors import as_sizes, one_of
-from gaborium.kernels import combine, even_odd, turned
+from gaborium.kernels import (
+    ENOUGH_STDS,
+    combine,
+    envelope_widths,
+    even_odd,
+    quadrature_partner,
+    suggest_kernel_size,
+    with_unit_amplitude,
+)
 from gaborium.params import RECORDS, Gabor, Gabor1d, Gabor2d, Gabor3d, Waveform
 from gaborium.starts import STARTS
 from gaborium.starts import start as draw_start
 
 _CONVOLUTIONS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 PLAIN_LAYERS: dict[int, Any] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
-# Standard deviations of the envelope that a kernel should hold to each side; below that its
-# border cuts the envelope at more than a third of its height, and it is no Gabor any more.
-ENOUGH_STDS = 1.5
-_MOST_INPUTS = 32  # parts of a batch that a tap keeps
+_MAX_INPUTS = 32  # inputs that a gradient hook keeps, if no optimiser takes them
 # A smaller norm at amplitude 1 is rounding error, or an envelope lost between pixels.
 FAINTEST = 1e-6
 
 Record = TypeVar("Record", bound=Gabor)
 
 
-class KernelTap:
-    """Where an optimiser reads the gradient of a layer's kernels.
+class KernelGradientHook:
+    """Gives an optimiser the gradient of the loss with respect to a layer's kernels.
 
-    ``kernel`` and ``offset`` are zeros that are added to the kernels and to the responses, at
-    least in single precision. They never change; but after ``loss.backward()`` their gradients
-    are those of the loss with respect to the kernels and to each response's mean, accumulated,
-    scaled and reduced as any parameter's. A module makes room for one as ``tap``. Where there is
-    no bias and ``hears_offset`` is false, the responses are left alone.
-
-    Args:
-        weight: kernels of the shape to come, ``(out, in / groups, *kernel_size)``.
-
-    Example:
-        >>> layer = GaborConv2d(1, 4, 7)
-        >>> layer.tap = KernelTap(layer.weight)
-        >>> layer(torch.rand(2, 1, 16, 16)).sum().backward()
-        >>> layer.tap.kernel.grad.shape
-        torch.Size([4, 1, 7, 7])
+    ``kernel`` and ``offset`` are zeros, at least in single precision, that the layer adds to its
+    kernels and its bias. They never change. After ``loss.backward()`` their gradients are the
+    gradients of the loss with respect to the kernels and to the mean of each channel's responses;
+    like all gradients they add up, and are scaled and reduced with the others. Without
+    ``needs_output_mean`` a layer without bias is spared ``offset``, a sum over all responses.
     """
 
     def __init__(self, weight: Tensor) -> None:
         zeros = torch.zeros_like(weight, dtype=torch.promote_types(weight.dtype, torch.float32))
         self.kernel = nn.Parameter(zeros)
         self.offset = nn.Parameter(zeros.flatten(1)[:, 0].clone())
-        # What the layer saw since an optimiser last stepped; one that never steps must not fill
-        # the memory.
-        self.inputs: deque[Tensor] = deque(maxlen=_MOST_INPUTS)
-        # A sum over all responses, which a layer without bias can be spared.
-        self.hears_offset = True
+        self.inputs: deque[Tensor] = deque(maxlen=_MAX_INPUTS)
+        self.needs_output_mean = True
 
     def __call__(
         self, input: Tensor, weight: Tensor, bias: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
-        """The same kernels and bias, with the zeros added."""
+        """Kernels and bias with the zeros added."""
         self.inputs.append(input.detach())
-        if bias is None and not self.hears_offset:
+        if bias is None and not self.needs_output_mean:
             return weight + self.kernel.to(weight), None
         offset = self.offset.to(weight)
         return weight + self.kernel.to(weight), offset if bias is None else bias + offset
 
 
 class _GaborConv(nn.Module, Generic[Record]):
-    """What the three layers share; their docstrings say what the arguments mean."""
+    """The code of the three layers; ``GaborConv2d`` documents the arguments."""
 
     n_dims: ClassVar[int]
     log_sigma: Tensor
     bias: nn.Parameter | None
-    tap: KernelTap | None = None
+    gradient_hook: KernelGradientHook | None = None
 
     def __init__(
         self,
@@ -124,7 +116,13 @@ class _GaborConv(nn.Module, Generic[Record]):
                 f"got {type(start).__name__}."
             )
         if isinstance(kernel_size, str):
-            kernel_size = self._automatic_size(kernel_size, start)
+            one_of("kernel_size", kernel_size, ("auto",))
+            if isinstance(start, str):
+                raise ValueError(
+                    "kernel_size='auto' needs a record as start, to take the size from its sigma; "
+                    f"got start={start!r}."
+                )
+            kernel_size = suggest_kernel_size(start)
 
         self.in_channels, self.out_channels, self.groups = in_channels, out_channels, groups
         self.kernel_size: Any = as_sizes("kernel_size", kernel_size, self.n_dims)
@@ -168,27 +166,25 @@ class _GaborConv(nn.Module, Generic[Record]):
 
     def forward(self, input: Tensor) -> Tensor:
         """Convolve ``(batch, in_channels, *size)``, or the same without batch."""
-        responses = self.convolve(input, *self.tapped(input))
+        responses = self.convolve(input, *self.weight_and_bias(input))
         if self.output != "energy":
             return responses
         return biased(pair_norms(responses, dim=-self.n_dims - 1), self.bias, self.n_dims)
 
-    def tapped(self, input: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The kernels and the bias to convolve with, which an optimiser may listen to."""
+    def weight_and_bias(self, input: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Kernels and bias to convolve with, through the gradient hook if there is one."""
         bias = None if self.output == "energy" else self.bias
-        if self.tap is None or not torch.is_grad_enabled():
+        if self.gradient_hook is None or not torch.is_grad_enabled():
             return self.weight, bias
-        return self.tap(input, self.weight, bias)
+        return self.gradient_hook(input, self.weight, bias)
 
     def convolve(self, image: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """Convolve with any kernels, otherwise as this layer does."""
+        """Convolve with other kernels, with this layer's stride, padding, dilation and groups."""
+        padding = self.padding
+        if self.padding_mode != "zeros":
+            image, padding = self.padded(image), 0
         convolve = _CONVOLUTIONS[self.n_dims]
-        if self.padding_mode == "zeros":
-            return convolve(
-                image, weight, bias, self.stride, self.padding, self.dilation, self.groups
-            )
-        padded = self.padded(image)
-        return convolve(padded, weight, bias, self.stride, 0, self.dilation, self.groups)
+        return convolve(image, weight, bias, self.stride, padding, self.dilation, self.groups)
 
     def padded(self, image: Tensor) -> Tensor:
         """An image with the border that the layer convolves it with."""
@@ -196,16 +192,14 @@ class _GaborConv(nn.Module, Generic[Record]):
         return F.pad(image, self.border(), mode=mode)
 
     def border(self) -> list[int]:
-        """Pixels added before and after each axis, last axis first, as ``F.pad`` wants them."""
+        """Pixels added before and after each axis, last axis first, as ``F.pad`` takes them."""
         border: list[int] = []
         for axis in reversed(range(self.n_dims)):
             if self.padding == "same":
                 total = self.dilation[axis] * (self.kernel_size[axis] - 1)
                 border += [total // 2, total - total // 2]
-            elif self.padding == "valid":
-                border += [0, 0]
             else:
-                border += [int(self.padding[axis])] * 2
+                border += [0 if self.padding == "valid" else int(self.padding[axis])] * 2
         return border
 
     # -- parameters → kernels -----------------------------------------------------------------
@@ -237,7 +231,7 @@ class _GaborConv(nn.Module, Generic[Record]):
         return kernels.flatten(0, 1)
 
     def even_odd(self, wave: Waveform) -> tuple[Tensor, Tensor]:
-        """What the kernels of a geometry combine; without their sums where ``dc`` says so."""
+        """The even and odd kernel of a geometry; with ``dc="remove"`` their sums are 0."""
         even, odd = even_odd(wave, self.kernel_size)
         if self.dc == "keep":
             return even, odd
@@ -245,11 +239,11 @@ class _GaborConv(nn.Module, Generic[Record]):
 
     def _members(self, even: Tensor, odd: Tensor, wave: Waveform) -> Tensor:
         """Each filter's kernel, or its quadrature pair: ``(filters, 1 or 2, channels, *size)``."""
-        waves = [wave] if self.output == "real" else [wave, turned(wave)]
+        waves = [wave] if self.output == "real" else [wave, quadrature_partner(wave)]
         return torch.stack([combine(even, odd, member) for member in waves], dim=1)
 
     def _without_dc(self, part: Tensor, wave: Waveform) -> Tensor:
-        """Subtract the envelope that brings the sum to zero, as in a Morlet wavelet."""
+        """Subtract the multiple of the envelope that makes the sum 0, as in a Morlet wavelet."""
         still = wave._replace(wave_vector=torch.zeros_like(wave.wave_vector))
         envelope, _ = even_odd(still, self.kernel_size)
         axes = tuple(range(-self.n_dims, 0))
@@ -282,45 +276,41 @@ class _GaborConv(nn.Module, Generic[Record]):
 
     @params.setter
     def params(self, params: Gabor) -> None:
-        raw = self.raw_coordinates.to_raw(self._fitting(params))
-        with torch.no_grad():
-            for name, value in raw.items():
-                getattr(self, name).copy_(value)
-        self._warn(params, stacklevel=4)  # nn.Module's __setattr__ lies between
+        self._store(self._fitting(params))
+        self._warn(params, stacklevel=4)  # nn.Module's __setattr__ is between
+
+    @torch.no_grad()
+    def _store(self, params: Gabor) -> None:
+        for name, value in self.raw_coordinates.to_raw(params).items():
+            getattr(self, name).copy_(value)
 
     def _fitting(self, params: Gabor) -> Gabor:
-        """``params`` in float64 in the layer's shapes, or one clear line why it cannot be."""
+        """``params`` in float64 in the layer's shapes, or an error that says why it cannot be."""
         record = RECORDS[self.n_dims]
         if not isinstance(params, record):
             raise TypeError(f"params must be a {record.__name__}, got {type(params).__name__}.")
-        params = params.detach().to(torch.float64)
-        params.check()
+        whole = params.detach().to(torch.float64).expand()
+        whole.check()
         shape = (self.n_filters, self.in_channels // self.groups)
-        given = tuple(params.batch_shape)
-        whole = params.expand()
-        if given == shape[:1]:
-            whole = whole[:, None]
         try:
-            fields = {
-                name: value.expand(*shape, *[self.n_dims] * (name == "center"))
-                for name, value in whole.as_dict().items()
-            }
+            given = whole[:, None] if whole.batch_shape == shape[:1] else whole
+            fields = given.expand(*shape).as_dict()
         except RuntimeError:
             raise ValueError(
                 f"params must have batch shape {shape} (filters, input channels per group) or "
-                f"broadcast to it, got {given}."
+                f"broadcast to it, got {tuple(params.batch_shape)}."
             ) from None
-        if self.geometry == "filter":
-            for name, value in fields.items():
-                if name in ("phase", "amplitude"):
-                    continue
-                if not torch.equal(value, value[:, :1].expand_as(value)):
-                    raise ValueError(
-                        f"This layer shares one geometry over input channels, but {name} differs "
-                        "between them; use geometry='pair', or fit with geometry='filter'."
-                    )
-                fields[name] = value[:, :1]
-        result = type(params)(**fields)
+        for name in fields if self.geometry == "filter" else ():
+            if name in ("phase", "amplitude"):
+                continue
+            value = fields[name]
+            if not torch.equal(value, value[:, :1].expand_as(value)):
+                raise ValueError(
+                    f"This layer shares one geometry over input channels, but {name} differs "
+                    "between them; use geometry='pair', or fit with geometry='filter'."
+                )
+            fields[name] = value[:, :1]
+        result = record(**fields)
         illegal = ~self.raw_coordinates.contains(result)
         if illegal.any():
             shortest = result.expand().wavelength[illegal].min().item()
@@ -336,19 +326,12 @@ class _GaborConv(nn.Module, Generic[Record]):
         """Begin again: the layer's start, and a bias drawn as ``nn.ConvNd`` draws it.
 
         A named start is scaled so that white input of unit variance gives responses with the
-        variance that ``nn.ConvNd``'s own start gives, 1/3; a record is taken as it is. A layer
+        variance that ``nn.ConvNd``'s own start gives, 1/3; a record is taken unchanged. A layer
         without a seed draws from torch's global generator, as ``nn.ConvNd`` does.
         """
-        params = self._starting_params()
-        with torch.no_grad():
-            for name, value in self.raw_coordinates.to_raw(params).items():
-                getattr(self, name).copy_(value)
-            if self.bias is not None:
-                fan_in = self.in_channels // self.groups * math.prod(self.kernel_size)
-                bound = 1 / math.sqrt(fan_in)
-                # Drawn on the CPU, so that a seed gives the same layer on every device.
-                bias = torch.empty_like(self.bias, device="cpu")
-                self.bias.copy_(bias.uniform_(-bound, bound, generator=self._generator()))
+        self._store(self._starting_params())
+        fan_in = self.in_channels // self.groups * math.prod(self.kernel_size)
+        draw_uniform(self.bias, fan_in, self._generator())
 
     def _starting_params(self) -> Gabor:
         if isinstance(self.start, Gabor):
@@ -379,17 +362,8 @@ class _GaborConv(nn.Module, Generic[Record]):
     def _generator(self) -> torch.Generator | None:
         return None if self.seed is None else torch.Generator().manual_seed(self.seed)
 
-    def _automatic_size(self, kernel_size: str, start: str | Gabor) -> tuple[int, ...]:
-        one_of("kernel_size", kernel_size, ("auto",))
-        if isinstance(start, str):
-            raise ValueError(
-                "kernel_size='auto' needs a record as start, to take the size from its sigma; "
-                f"got start={start!r}."
-            )
-        return suggest_kernel_size(start)
-
     def _warn(self, params: Gabor, stacklevel: int) -> None:
-        """Say it once when kernels cut their envelopes or alias their waves."""
+        """Warn once when kernels cut their envelopes or alias their waves."""
         # A kernel of one pixel along an axis is a slice, not a cut.
         room = [size / 2 if size > 1 else math.inf for size in reversed(self.kernel_size)]
         width = envelope_widths(params)
@@ -431,7 +405,7 @@ class _GaborConv(nn.Module, Generic[Record]):
         """
         if self.output == "energy":
             raise ValueError(
-                "An energy output is not a convolution; use gaborium.export.to_plain, which puts "
+                "An energy output is not a convolution; use gaborium.storage.to_plain, which puts "
                 "the norm of each pair behind one."
             )
         return plain_conv(self, self.weight, self.bias)
@@ -439,7 +413,7 @@ class _GaborConv(nn.Module, Generic[Record]):
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
     ) -> None:
-        """Read a checkpoint that was stored in the other coordinates, too."""
+        """Also read a checkpoint that was stored in the other coordinates."""
         stored = Coordinates(
             self.n_dims,
             joint_wave=f"{prefix}angular_wave_vector" in state_dict,
@@ -459,10 +433,9 @@ class _GaborConv(nn.Module, Generic[Record]):
         """The arguments that differ from the defaults, as ``nn.ConvNd`` shows them."""
         text = f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}"
         text += f", stride={self.stride}"
-        none, ones = (0,) * self.n_dims, (1,) * self.n_dims
-        shown = {
-            "padding": (self.padding, none),
-            "dilation": (self.dilation, ones),
+        options = {
+            "padding": (self.padding, (0,) * self.n_dims),
+            "dilation": (self.dilation, (1,) * self.n_dims),
             "groups": (self.groups, 1),
             "bias": (self.bias is not None, True),
             "padding_mode": (self.padding_mode, "zeros"),
@@ -473,7 +446,7 @@ class _GaborConv(nn.Module, Generic[Record]):
             "output": (self.output, "real"),
             "min_wavelength": (self.raw_coordinates.min_wavelength, None),
         }
-        for name, (value, default) in shown.items():
+        for name, (value, default) in options.items():
             if value != default:
                 text += f", {name}={value!r}"
         order = RECORDS[self.n_dims].field_names()
@@ -501,7 +474,7 @@ class GaborConv2d(_GaborConv[Gabor2d]):
         - parameters are stored unconstrained, so any optimiser step leaves them legal
 
     At the edges: values are finite for every finite raw parameter. A sigma far below a pixel
-    leaves the middle pixel only (of an even-sized kernel nothing), and no gradient; a sigma far
+    leaves the middle pixel only (an even-sized kernel becomes 0), and no gradient; a sigma far
     above the kernel's size leaves a plane wave. Below a wavelength of 2 px the wave is aliased.
     Where the amplitude is 0 the geometry has no gradient, but the amplitude has one. Kernels are
     computed in single precision where the layer's dtype has less.
@@ -522,10 +495,10 @@ class GaborConv2d(_GaborConv[Gabor2d]):
             buffers. By default all but ``center``.
         coordinates: how the parameters are stored: ``"wavevector"`` or ``"textbook"``; see
             ``gaborium.coordinates``.
-        geometry: ``"filter"`` or ``"pair"``: a geometry of its own per (output, input) pair.
+        geometry: ``"filter"``, or ``"pair"``: a separate geometry per (output, input) pair.
         start: ``"bank"``, ``"random"``, ``"v1"``, or a record.
         seed: of a random start and of the bias; by default torch's global generator.
-        dc: ``"keep"``, or ``"remove"``: subtract the part of the envelope that answers to a
+        dc: ``"keep"``, or ``"remove"``: subtract the part of the envelope that responds to a
             constant image.
         unit_norm: the amplitude is the kernel's L2 norm and not the height of its envelope.
         output: ``"real"``; ``"quadrature"``: each filter gives two channels, the kernel's and
@@ -555,93 +528,11 @@ class GaborConv3d(_GaborConv[Gabor3d]):
 
 LAYERS: dict[int, Any] = {1: GaborConv1d, 2: GaborConv2d, 3: GaborConv3d}
 GABOR_LAYERS = tuple(LAYERS.values())
-
-
-def suggest_kernel_size(params: Gabor, n_stds: float = 3.0) -> tuple[int, ...]:
-    """Odd sizes, one per axis, that hold every envelope to ``n_stds`` standard deviations.
-
-    Example:
-        >>> from gaborium import Gabor2d
-        >>> suggest_kernel_size(Gabor2d.of(wavelength=6.0, sigma=2.0, aspect_ratio=0.5))
-        (25, 13)
-    """
-    middle = params.center.detach().abs()
-    halves = (n_stds * envelope_widths(params) + middle - 1e-6).reshape(-1, params.n_dims).amax(0)
-    return tuple(2 * half + 1 for half in reversed(halves.ceil().long().tolist()))
-
-
-def n_learned(module: nn.Module, *, frozen: bool = False) -> int:
-    """How many numbers of a module train.
-
-    Args:
-        module: a layer or a network.
-        frozen: count parameters that need no gradient at present too, such as those of a network
-            that is used as it is; buffers never count.
-
-    Example:
-        >>> conv = nn.Conv2d(3, 8, 5).requires_grad_(False)
-        >>> n_learned(conv), n_learned(conv, frozen=True)
-        (0, 608)
-    """
-    return sum(v.numel() for v in module.parameters() if frozen or v.requires_grad)
-
-
-def plain_conv(layer: Any, weight: Tensor, bias: Tensor | None) -> Any:
-    """A new ``nn.ConvNd`` with these kernels and this bias, otherwise as a layer of ours.
-
-    Args:
-        layer: a ``GaborConvNd`` or ``MixedConv``; tells stride, padding, groups, mode and so on.
-        weight: ``(out, in / groups, *kernel_size)``, copied.
-        bias: ``(out,)``, copied; or ``None``.
-
-    Example:
-        >>> layer = GaborConv1d(1, 4, 9, stride=2)
-        >>> plain_conv(layer, layer.weight, None)
-        Conv1d(1, 4, kernel_size=(9,), stride=(2,), bias=False)
-    """
-    conv = _empty_conv(layer, len(weight), bias=bias is not None)
-    conv.weight = nn.Parameter(weight.detach().clone())
-    if bias is not None:
-        conv.bias = nn.Parameter(bias.detach().clone())
-    return conv.train(layer.training)
-
-
-def _empty_conv(layer: Any, out_channels: int, *, bias: bool) -> Any:
-    """An ``nn.ConvNd`` of a layer's arguments without memory: on the meta device."""
-    return PLAIN_LAYERS[layer.n_dims](
-        layer.in_channels,
-        out_channels,
-        layer.kernel_size,
-        layer.stride,
-        layer.padding,
-        layer.dilation,
-        layer.groups,
-        bias,
-        layer.padding_mode,
-        device="meta",
-    )
-
-
-def pair_norms(responses: Tensor, dim: int) -> Tensor:
-    """Norms of the pairs that follow each other along an axis, with gradient 0 where both are 0.
-
-    Example:
-        >>> pair_norms(torch.tensor([3.0, 4.0, 0.0, 0.0]), dim=0).tolist()
-        [5.0, 0.0]
-    """
-    # Not vector_norm, which is many times slower along an axis of 2 than the convolution itself.
-    even, odd = responses.unflatten(dim, (-1, 2)).unbind(dim if dim < 0 else dim + 1)
-    silent = (even == 0) & (odd == 0)
-    return torch.hypot(even.masked_fill(silent, 1), odd).masked_fill(silent, 0)
-
-
-def biased(responses: Tensor, bias: Tensor | None, n_dims: int) -> Tensor:
-    """Responses ``(..., channels, *size)`` with each channel's bias ``(channels,)`` added."""
-    return responses if bias is None else responses + bias.reshape(-1, *[1] * n_dims)
+GaborLayer = GaborConv1d | GaborConv2d | GaborConv3d
 
 
 class PairEnergy(nn.Module):
-    """The norms of pairs of channels, as a Gabor layer's energy output gives them.
+    """The norms of pairs of channels, as in a Gabor layer with an energy output.
 
     Args:
         pairs: a convolution whose channels are pairs, one after another.
@@ -675,6 +566,45 @@ class PairEnergy(nn.Module):
         return biased(pair_norms(self.pairs(input), dim=-n_dims - 1), self.bias, n_dims)
 
 
+# -- shared -----------------------------------------------------------------------------------
+
+
+def n_learned(module: nn.Module) -> int:
+    """How many numbers of a module train."""
+    return sum(value.numel() for value in module.parameters() if value.requires_grad)
+
+
+def plain_conv(layer: Any, weight: Tensor, bias: Tensor | None) -> Any:
+    """A new ``nn.ConvNd`` with copies of these kernels and bias and a layer's other arguments."""
+    conv = _empty_conv(layer, len(weight), bias=bias is not None)
+    conv.weight = nn.Parameter(weight.detach().clone())
+    if bias is not None:
+        conv.bias = nn.Parameter(bias.detach().clone())
+    return conv.train(layer.training)
+
+
+def _empty_conv(layer: Any, out_channels: int, *, bias: bool) -> Any:
+    """An ``nn.ConvNd`` of a layer's arguments without memory: on the meta device."""
+    return PLAIN_LAYERS[layer.n_dims](
+        *(layer.in_channels, out_channels, layer.kernel_size, layer.stride, layer.padding),
+        *(layer.dilation, layer.groups, bias, layer.padding_mode),
+        device="meta",
+    )
+
+
+def pair_norms(responses: Tensor, dim: int) -> Tensor:
+    """Norms of consecutive pairs along an axis, with gradient 0 where both are 0."""
+    # Not vector_norm, which is many times slower along an axis of 2 than the convolution itself.
+    even, odd = responses.unflatten(dim, (-1, 2)).unbind(dim if dim < 0 else dim + 1)
+    silent = (even == 0) & (odd == 0)
+    return torch.hypot(even.masked_fill(silent, 1), odd).masked_fill(silent, 0)
+
+
+def biased(responses: Tensor, bias: Tensor | None, n_dims: int) -> Tensor:
+    """Responses ``(..., channels, *size)`` with each channel's bias ``(channels,)`` added."""
+    return responses if bias is None else responses + bias.reshape(-1, *[1] * n_dims)
+
+
 def _widened(value: Tensor) -> Tensor:
     """A half-precision tensor in single precision; its gradient saturates where half ends."""
     wide = value.float()
@@ -684,24 +614,14 @@ def _widened(value: Tensor) -> Tensor:
     return wide
 
 
-def envelope_widths(params: Gabor) -> Tensor:
-    """Standard deviation of each envelope along each axis: ``(*batch, d)``, px, x first."""
-    params = params.detach().to(torch.float64).expand()
-    along = params.sigma.unsqueeze(-1)
-    across = along / params.as_dict().get("aspect_ratio", torch.ones_like(params.sigma))[..., None]
-    share = params.direction.square()
-    return (share * along.square() + (1 - share) * across.square()).sqrt()
-
-
-def with_unit_amplitude(wave: Waveform) -> Waveform:
-    """The same waves with amplitude 1; a silent one has no phase, and gets 0."""
-    squared = wave.even.square() + wave.odd.square()
-    silent = squared < 1e-24
-    scale = torch.where(silent, torch.ones_like(squared), squared).rsqrt()
-    return wave._replace(
-        even=torch.where(silent, 1.0, wave.even * scale),
-        odd=torch.where(silent, 0.0, wave.odd * scale),
-    )
+@torch.no_grad()
+def draw_uniform(value: Tensor | None, fan_in: int, generator: torch.Generator | None) -> None:
+    """Draw kernels or a bias as ``nn.ConvNd`` does."""
+    if value is not None:
+        bound = 1 / math.sqrt(fan_in)
+        # Drawn on the CPU, so that a seed gives the same layer on every device.
+        drawn = torch.empty_like(value, device="cpu")
+        value.copy_(drawn.uniform_(-bound, bound, generator=generator))
 
 
 def _learned_fields(record: type[Gabor], learn: Collection[str] | str | None) -> frozenset[str]:

@@ -9,16 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gaborium.layers import GABOR_LAYERS, GaborConv1d, GaborConv2d, GaborConv3d, plain_conv
-
-GaborLayer = GaborConv1d | GaborConv2d | GaborConv3d
+from gaborium.layers.gabor import GABOR_LAYERS, GaborLayer, draw_uniform, plain_conv
 
 
 class MixedConv(nn.Module):
-    """A convolution whose kernels are Gabor functions and, some of them, free.
+    """A convolution in which some filters are Gabor functions and the others are free.
 
-    First layers of trained networks are mixed: beside oriented edges they hold colour contrasts
-    and others that no Gabor function is. Both kinds of kernel go through one convolution.
+    First layers of trained networks are mixed: next to oriented edges they have colour contrasts
+    and other kernels that no Gabor function fits. Both kinds go through one convolution.
 
     Convention:
         - output channel ``i`` belongs to filter ``order[i]``; filters are counted from the Gabor
@@ -34,7 +32,7 @@ class MixedConv(nn.Module):
         free_bias: of the free filters ``(filters,)``; by default drawn as ``nn.ConvNd`` does, if
             the Gabor layer has a bias.
         order: the filter of each output channel, a permutation; by default Gabor first.
-        seed: of what is drawn; by default torch's global generator.
+        seed: of the random draws; by default torch's global generator.
 
     Attributes:
         gabor: the Gabor layer.
@@ -77,19 +75,13 @@ class MixedConv(nn.Module):
         if gabor.groups != 1 or gabor.output == "energy":
             raise ValueError(
                 "gabor must have groups=1 and output='real' or 'quadrature', so that its kernels "
-                f"fit beside free ones; got groups={gabor.groups}, output={gabor.output!r}."
+                f"fit with free ones; got groups={gabor.groups}, output={gabor.output!r}."
             )
-        shape = (gabor.in_channels, *gabor.kernel_size)
-        if isinstance(free, bool) or not isinstance(free, (int, Tensor)):
-            raise TypeError(
-                f"free must be a number of filters or their kernels, got {type(free).__name__}."
-            )
-        if isinstance(free, Tensor) and tuple(free.shape[1:]) != shape:
-            raise ValueError(
-                f"free must have shape {('filters', *shape)} as the Gabor layer wants it, got "
-                f"{tuple(free.shape)}."
-            )
-        n_free = free if isinstance(free, int) else len(free)
+        is_number = isinstance(free, int) and not isinstance(free, bool)
+        if not is_number and not (isinstance(free, Tensor) and free.is_floating_point()):
+            kind = free.dtype if isinstance(free, Tensor) else type(free).__name__
+            raise TypeError(f"free must be a number of filters or floating kernels, got {kind}.")
+        n_free = len(free) if isinstance(free, Tensor) else free
         if n_free < 1:
             raise ValueError(f"free must be at least 1 filter, got {n_free}.")
 
@@ -102,34 +94,27 @@ class MixedConv(nn.Module):
         self.padding_mode = gabor.padding_mode
         self.seed = seed
         like = gabor.log_sigma.detach()
-        self.free = nn.Parameter(like.new_empty(n_free, *shape))
-        if gabor.bias is not None:
-            self.free_bias = nn.Parameter(like.new_empty(n_free))
-        else:
-            self.register_parameter("free_bias", None)
-        places = _permutation(order, self.out_channels)
-        self.register_buffer("order", places.to(like.device))
+        self.free = nn.Parameter(like.new_empty(n_free, gabor.in_channels, *gabor.kernel_size))
+        bias = None if gabor.bias is None else nn.Parameter(like.new_empty(n_free))
+        self.register_parameter("free_bias", bias)
+        self.register_buffer("order", _permutation(order, self.out_channels).to(like.device))
         self.reset_free()
-        with torch.no_grad():
-            if isinstance(free, Tensor):
-                if not free.is_floating_point():
-                    raise TypeError(f"free must be of a real floating type, got {free.dtype}.")
-                self.free.copy_(free)
-            if free_bias is not None:
-                if self.free_bias is None:
-                    raise ValueError(
-                        "free_bias needs a Gabor layer with a bias; this one has bias=False."
-                    )
-                if free_bias.shape != self.free_bias.shape:
-                    raise ValueError(
-                        f"free_bias must have shape ({n_free},), one per free filter, got "
-                        f"{tuple(free_bias.shape)}."
-                    )
-                self.free_bias.copy_(free_bias)
+        if free_bias is not None and bias is None:
+            raise ValueError("free_bias needs a Gabor layer with a bias; this one has bias=False.")
+        for name, given in (("free", free), ("free_bias", free_bias)):
+            own = getattr(self, name)
+            if not isinstance(given, Tensor):
+                continue
+            if given.shape != own.shape:
+                raise ValueError(
+                    f"{name} must have shape {tuple(own.shape)}, got {tuple(given.shape)}."
+                )
+            with torch.no_grad():
+                own.copy_(given)
 
     def forward(self, input: Tensor) -> Tensor:
         """Convolve ``(batch, in_channels, *size)``, or the same without batch."""
-        weight, bias = self.gabor.tapped(input)
+        weight, bias = self.gabor.weight_and_bias(input)
         weight = torch.cat([weight, self.free])[self.order]
         if bias is not None:
             free = bias.new_zeros(len(self.free)) if self.free_bias is None else self.free_bias
@@ -150,24 +135,19 @@ class MixedConv(nn.Module):
 
     @property
     def is_gabor(self) -> Tensor:
-        """Which output channels are Gabor filters', boolean ``(out_channels,)``."""
+        """Which output channels are Gabor filters, boolean ``(out_channels,)``."""
         return self.order < self.gabor.out_channels
 
     def reset_parameters(self) -> None:
-        """Begin again: the Gabor layer as it starts, the free filters as ``nn.ConvNd`` does."""
+        """Begin again: the Gabor layer from its start, the free filters as ``nn.ConvNd`` does."""
         self.gabor.reset_parameters()
         self.reset_free()
 
     def reset_free(self) -> None:
         """Draw the free filters and their bias as ``nn.ConvNd`` draws its own."""
         generator = None if self.seed is None else torch.Generator().manual_seed(self.seed)
-        bound = 1 / math.sqrt(math.prod(self.free.shape[1:]))
-        with torch.no_grad():
-            for value in (self.free, self.free_bias):
-                if value is not None:
-                    # Drawn on the CPU, so that a seed gives the same layer on every device.
-                    drawn = torch.empty_like(value, device="cpu")
-                    value.copy_(drawn.uniform_(-bound, bound, generator=generator))
+        for value in (self.free, self.free_bias):
+            draw_uniform(value, math.prod(self.free.shape[1:]), generator)
 
     def to_conv(self) -> nn.Conv1d | nn.Conv2d | nn.Conv3d:
         """A plain ``nn.ConvNd`` with the present kernels, equal outputs and no Gabor inside.
@@ -194,22 +174,15 @@ class MixedConv(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def extra_repr(self) -> str:
-        """What there is beside the Gabor layer."""
+        """Channels, and how many filters are free."""
         return f"{self.in_channels}, {self.out_channels}, free={len(self.free)}"
 
 
 def _permutation(order: Sequence[int] | Tensor | None, n: int) -> Tensor:
-    if order is None:
-        return torch.arange(n)
-    places = torch.as_tensor(order)
-    if places.is_floating_point() or sorted(places.flatten().tolist()) != list(range(n)):
+    places = torch.arange(n) if order is None else torch.as_tensor(order).flatten()
+    if places.is_floating_point() or sorted(places.tolist()) != list(range(n)):
         raise ValueError(
             f"order must hold each of 0 to {n - 1} once, the filter of each output channel; got "
-            f"{_shortened(places)}."
+            f"{places.tolist()!s:.60}."
         )
-    return places.to(torch.int64).flatten()
-
-
-def _shortened(places: Tensor) -> str:
-    values = places.flatten().tolist()
-    return f"{values[:8]}" + (f" and {len(values) - 8} more" if len(values) > 8 else "")
+    return places.to(torch.int64)

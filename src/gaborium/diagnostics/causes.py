@@ -1,0 +1,286 @@
+"""The table of causes: how severe each one is, what a finding says, and the remedy as code."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+
+class Severity(enum.Enum):
+    """How much a finding stands in the way of learning."""
+
+    SEVERE = "Learning fails, or ends in the wrong place."
+    WARNING = "Learning is slower, less certain or biased."
+    NOTE = "Worth knowing."
+
+    @property
+    def rank(self) -> int:
+        """0 for the worst."""
+        return list(Severity).index(self)
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that a check found.
+
+    Args:
+        cause: its name, such as ``"no gradient"``. Names stay the same from one version to the
+            next, so that scripts can compare them.
+        severity: how much it matters.
+        sentence: the finding, for a reader who knows the training loop and not this library.
+        numbers: the measurements behind it, by name with unit, such as ``{"step_size": 1.0}``.
+        remedy: Python code that fixes it, in terms of the names that ``diagnose`` is called with:
+            ``module``, ``loss``, ``inputs``, ``targets`` and ``optimizer``.
+        location: names of the parameters, or indices of the filters, that it concerns.
+        confidence: how sure it is that this prevents learning, in [0, 1]. Among findings of equal
+            severity the more certain one comes first.
+
+    Example:
+        >>> finding = Finding(
+        ...     "no gradient", Severity.SEVERE, "theta gets no gradient.", location=("theta",)
+        ... )
+        >>> finding.cause, finding.severity.name
+        ('no gradient', 'SEVERE')
+    """
+
+    cause: str
+    severity: Severity
+    sentence: str
+    numbers: dict[str, float] = field(default_factory=dict)
+    remedy: str = ""
+    location: tuple[str, ...] = ()
+    confidence: float = 1.0
+
+
+def by_severity(findings: Iterable[Finding | None]) -> list[Finding]:
+    """The findings without gaps: the worst first, and among equals the most certain."""
+    present = [found for found in findings if found is not None]
+    return sorted(present, key=lambda found: (found.severity.rank, -found.confidence))
+
+
+def finding(
+    cause: str,
+    location: Iterable[object] = (),
+    *,
+    severity: Severity | None = None,
+    confidence: float | None = None,
+    remedy: str | None = None,
+    **values: float | str,
+) -> Finding:
+    """Build a finding from the table.
+
+    Args:
+        cause: a row of the table.
+        location: names of the parameters, or indices of the filters, that it concerns; the
+            sentence lists them where it has ``{names}``.
+        severity: in place of the row's.
+        confidence: in place of the row's.
+        remedy: in place of the row's.
+        values: for the fields of the sentence and the remedy. Numbers are also kept as
+            ``Finding.numbers``, texts are not.
+    """
+    row, names = _TABLE[cause], tuple(map(str, location))
+    return Finding(
+        cause,
+        severity or row.severity,
+        row.sentence.format(names=listed(names), **values),
+        {name: float(value) for name, value in values.items() if not isinstance(value, str)},
+        row.remedy.format(**values) if remedy is None else remedy,
+        names,
+        row.confidence if confidence is None else confidence,
+    )
+
+
+def listed(names: Iterable[str]) -> str:
+    """The first names, and how many more there are."""
+    names = list(names)
+    return (
+        ", ".join(names) if len(names) <= 6 else f"{', '.join(names[:5])} and {len(names) - 5} more"
+    )
+
+
+# A replaced layer has parameters that the optimizer must be given.
+RENEW_OPTIMIZER = """\
+if optimizer is not None:
+    rate = optimizer.param_groups[0]["lr"]
+    optimizer.param_groups.clear()
+    optimizer.state.clear()
+    optimizer.add_param_group(dict(params=list(module.parameters()), lr=rate))
+"""
+# The old step size need not suit a Gabor layer that replaces another layer.
+NEW_OPTIMIZER = """\
+import torch
+optimizer = torch.optim.Adam(module.parameters(), lr=0.01)
+"""
+CLEAR_OPTIMIZER = "if optimizer is not None:\n    optimizer.state.clear()\n"
+RECOVER = """\
+from gaborium import recover
+module.params = recover(
+    inputs, targets, module.kernel_size{arguments}
+).params
+"""
+SET_RATE = "for group in optimizer.param_groups:\n    group['lr'] = {rate}\n"
+SCALE_RATE = "for group in optimizer.param_groups:\n    group['lr'] *= {factor}\n"
+
+
+class _Row(NamedTuple):
+    severity: Severity
+    sentence: str
+    remedy: str = ""
+    confidence: float = 1.0
+
+
+_SEVERE, _WARNING, _NOTE = Severity
+_SLOWER, _FASTER = SCALE_RATE.format(factor=0.1), SCALE_RATE.format(factor=10)
+
+# A cause comes before its consequences: a lost gradient before a bad start, images that are too
+# bright before the step that is then too long.
+_TABLE = {
+    "no gradient": _Row(_SEVERE, "{names} gets no gradient: {reason}."),
+    "nan gradient": _Row(_SEVERE, "The gradient of {names} is NaN or infinite: {reason}."),
+    "stale cache": _Row(_SEVERE, "{reason}: a kernel computed earlier is still in use."),
+    "wrong gradient": _Row(
+        _SEVERE,
+        "The gradient of {names} is not the derivative of the loss: for {worst} it is off by "
+        "{error} from finite differences in float64.",
+    ),
+    "frozen": _Row(_NOTE, "{names} does not learn: {reason}.", RENEW_OPTIMIZER, 0.5),
+    "does not move": _Row(_SEVERE, "{names} gets a gradient, but does not move: {reason}."),
+    "wrong unit": _Row(_WARNING, "{names} {reason}."),
+    "off-centre grid": _Row(
+        _SEVERE,
+        "The kernels{of} are sampled around the point ({shift}) px (x first) and not around their "
+        "middle, so responses are displaced and parameters biased.",
+        "from gaborium.diagnostics import replace_by_gabor\n"
+        "module = replace_by_gabor(module, {name!r}, inputs)\n"
+        "layer = module.get_submodule({name!r})\n"
+        "layer.params = layer.params.replace(center=0 * layer.params.center)\n" + NEW_OPTIMIZER,
+    ),
+    "wrong sign of phase": _Row(
+        _SEVERE,
+        "The responses ask for the opposite phase, and the phase does not learn. Some libraries, "
+        "such as OpenCV, define it with the opposite sign.",
+        "module.params = module.params.replace(phase=-module.params.phase)\n",
+    ),
+    "not identifiable": _Row(
+        _SEVERE,
+        "The responses of filter {filter:.0f} do not depend on {names}, or only together with "
+        "another parameter: nothing determines it.",
+    ),
+    "image scale": _Row(
+        _SEVERE,
+        "The inputs are large (root mean square {input_rms:.3g}), like images from 0 to 255. "
+        "Curvature grows with their square, so a usual step is far too long.",
+    ),
+    "loss scale": _Row(_SEVERE, "The loss is too small for the step: {reason}."),
+    "vanishing step": _Row(_SEVERE, "The step is too short: {reason}."),
+    "dead filters": _Row(
+        _WARNING, "Dead filters: {n} of {total}. Their kernels are zero compared with the others."
+    ),
+    "aliased wavelength": _Row(
+        _WARNING,
+        "Wavelengths below 2 px: {n} of {total} filters. Such a wave looks like a longer one.",
+    ),
+    "duplicate filters": _Row(
+        _NOTE, "Filters with the same kernel as another, up to scale: {reason}.", confidence=0.7
+    ),
+    "amplitude absorbed": _Row(
+        _NOTE,
+        "The output does not depend on the amplitude{of}: a normalisation after the layer divides "
+        "it away. With kernels of norm {kernel_norm:.3g} a step has {length}.",
+        confidence=0.8,
+    ),
+    "zero padding": _Row(
+        _WARNING,
+        "Images whose mean is not 0 get an edge where they are padded with zeros. Turned along it, "
+        "filter {filter} gets {border_power:.0%} of its response from the {border_area:.0%} of "
+        "patches at the border. That adds minima to the loss.",
+        confidence=0.8,
+    ),
+    "image mean": _Row(
+        _WARNING,
+        "The mean of the inputs makes {mean_share:.0%} of the power of filter {filter}'s "
+        "responses: brightness hides the pattern.",
+        confidence=0.6,
+    ),
+    "momentum too large": _Row(
+        _SEVERE,
+        "Momentum {momentum:g} carries a step on by {travel:.3g}, {times} times the basin's "
+        "half-width: {reason}.",
+        "for group in optimizer.param_groups:\n    group['momentum'] = {new_momentum}\n",
+        0.7,
+    ),
+    "step too large": _Row(
+        _SEVERE, "A step of {learning_rate:g} is above {limit:.3g}, {reason}.", SET_RATE
+    ),
+    "cone at the minimum": _Row(
+        _WARNING,
+        "The loss is a cone at its minimum: its slope does not shrink near the minimum, it stays "
+        "{slope:.3g}. {consequence}.",
+    ),
+    "antipodal start": _Row(
+        _SEVERE,
+        "The orientation starts {distance} from the best minimum; the largest distance possible is "
+        "{farthest}. There the gradient vanishes on an isotropic input, and on a photograph its "
+        "sign is random.",
+    ),
+    "flat plateau": _Row(_WARNING, "{field} hardly changes the loss: {reason}.", confidence=0.8),
+    "outside the basin": _Row(
+        _SEVERE,
+        "From its present value, {field} descends to a minimum with loss {reached_loss:.3g}, not "
+        "to the best one with {best_loss:.3g}.",
+        confidence=0.9,
+    ),
+    "degenerate filters": _Row(
+        _WARNING, "No Gabor functions any more: {n} of {total} filters ({kinds}).", confidence=0.8
+    ),
+    "truncated envelope": _Row(
+        _WARNING,
+        "Too small a kernel: {n} of {total} filters. The border cuts their envelope above a third "
+        "of its height, which biases the parameters.",
+        confidence=0.7,
+    ),
+    "divergence": _Row(
+        _SEVERE,
+        "The loss grows: {first_loss:.3g} at the first record, {last_loss:.3g} at the last.",
+        _SLOWER,
+    ),
+    "ejection": _Row(
+        _SEVERE,
+        "The loss fell to {least_loss:.3g} and jumped back up {times}: steps are larger than the "
+        "basin of the minimum.",
+        _SLOWER,
+    ),
+    "oscillation": _Row(
+        _WARNING,
+        "{fields} of {n} of {total} filters keep moving back and forth, {widest} by {size}.",
+        _SLOWER,
+        0.9,
+    ),
+    "spurious minima": _Row(
+        _WARNING,
+        "Only {share_to_best:.0%} of the starting values of {field} descend to the best minimum; "
+        "the others end in {n_spurious:.0f} worse ones.",
+        confidence=0.7,
+    ),
+    "ill-conditioned input": _Row(
+        _WARNING,
+        "These inputs determine some parameters of filter {filter} much worse than others: the "
+        "condition number is {condition:.3g}, compared with {white_condition:.3g} on white input.",
+        confidence=0.5,
+    ),
+    "unused parameter": _Row(_NOTE, "The output does not depend on {names}.", confidence=0.5),
+    "DC leak": _Row(_NOTE, "{n} of {total} filters respond to a constant image.", confidence=0.3),
+    "trade-off": _Row(
+        _NOTE,
+        "Errors of {names} of filter {filter} are correlated ({correlation:.2f}): one makes up for "
+        "the other.",
+        confidence=0.3,
+    ),
+    "filters did not move": _Row(
+        _WARNING, "No filter has moved by more than 0.1 % {since}.", _FASTER, 0.8
+    ),
+}
+CAUSES = tuple(_TABLE)  # their names, in the order in which a diagnosis looks for them
