@@ -4,7 +4,7 @@ from gaborium.diagnostics.causes import Finding, Severity
 from gaborium.diagnostics.diagnosis import Diagnosis, diagnose
 from gaborium.diagnostics.filters import Duplicate, Health, health, reseed
 from gaborium.diagnostics.gradients import GradientCheck, ParameterCheck, check_gradients
-from gaborium.diagnostics.information import Identifiability, identifiability
+from gaborium.diagnostics.identifiability import Identifiability, identifiability
 from gaborium.diagnostics.landscape import Landscape, Minimum, landscape
 from gaborium.diagnostics.losses import OutputLoss
 from gaborium.diagnostics.mending import replace_by_gabor
