@@ -2,7 +2,7 @@
 
 from gaborium.diagnostics.causes import Finding, Severity
 from gaborium.diagnostics.diagnosis import Diagnosis, diagnose
-from gaborium.diagnostics.filters import Duplicate, Health, health, reseed
+from gaborium.diagnostics.filters import Duplicate, Health, health, reinitialize_filters
 from gaborium.diagnostics.gradients import GradientCheck, ParameterCheck, check_gradients
 from gaborium.diagnostics.identifiability import Identifiability, identifiability
 from gaborium.diagnostics.landscape import Landscape, Minimum, landscape
@@ -32,8 +32,8 @@ __all__ = [
     "health",
     "identifiability",
     "landscape",
+    "reinitialize_filters",
     "replace_by_gabor",
-    "reseed",
     "step_limit",
     "watch",
 ]
