@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from gaborium.diagnostics.causes import RECOVER, Finding, by_severity, finding
-from gaborium.diagnostics.losses import check_same_place
+from gaborium.diagnostics.sandbox import check_inputs
 from gaborium.layers import GABOR_LAYERS, GaborLayer
 from gaborium.optim.jacobian import kernels_and_slopes
 from gaborium.params import POSITIVE_FIELDS
@@ -157,7 +157,7 @@ def identifiability(
 
 
 def _check(layer: GaborLayer, inputs: Tensor, noise: float | None, targets: Tensor | None) -> None:
-    check_same_place(layer, inputs)
+    check_inputs(layer, inputs)
     if inputs.ndim != layer.n_dims + 2 or inputs.shape[1] != layer.in_channels:
         raise ValueError(
             f"inputs must be (batch, {layer.in_channels} channels, {layer.n_dims} axes), got "
