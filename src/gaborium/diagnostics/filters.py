@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from gaborium.diagnostics.causes import CLEAR_OPTIMIZER, Finding, Severity, by_severity, finding
 from gaborium.diagnostics.mending import rebuilding_code
 from gaborium.fitting import fit
-from gaborium.kernels import ENOUGH_STDS, envelope_widths, suggest_kernel_size
+from gaborium.kernels import ENOUGH_STDS, envelope_widths, inner_products, suggest_kernel_size
 from gaborium.layers import GABOR_LAYERS
 from gaborium.params import Gabor
 
@@ -231,10 +231,8 @@ def _kinds(
 def _duplicates(members: Tensor, dead: Tensor, *, any_phase: bool) -> tuple[Duplicate, ...]:
     flat = torch.where(dead[:, None], 0.0, members.flatten(1))
     unit = flat / flat.norm(dim=1, keepdim=True).clamp_min(1e-30)
-    cosine = unit @ unit.T
-    if any_phase:
-        even, odd = unit.unflatten(1, (2, -1)).unbind(1)
-        cosine = torch.hypot(cosine, even @ odd.T - odd @ even.T)
+    unit = unit.unflatten(1, (2 if any_phase else 1, -1))
+    cosine = inner_products(unit, unit)
     pairs = (cosine.abs().triu(1) > _DUPLICATE).nonzero().tolist()
     return tuple(Duplicate(i, j, cosine[i, j].item()) for i, j in pairs)
 
