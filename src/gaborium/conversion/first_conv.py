@@ -52,10 +52,9 @@ def find_first_conv(
     known = [at for at, part in module.named_modules() if _is_convolution(part)]
     if name is not None:
         if name not in dict(module.named_modules(remove_duplicate=False)):
-            listed = ", ".join(repr(at) for at in known[:8]) or "none"
             raise ValueError(
-                f"{type(module).__name__} has no layer {name!r}; its convolutions are {listed}"
-                + (f" and {len(known) - 8} more." if len(known) > 8 else ".")
+                f"{type(module).__name__} has no layer {name!r}; its first convolutions are "
+                f"{known[:8]}."
             )
     elif inputs is not None:
         known = _executed(module, inputs)
