@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from gaborium.diagnostics.causes import Finding, Severity, by_severity
-from gaborium.diagnostics.mending import rebuilding_code
+from gaborium.diagnostics.remedies import rebuilding_code
 from gaborium.fitting import fit
 from gaborium.kernels import ENOUGH_STDS, envelope_widths, gabor, suggest_kernel_size
 from gaborium.layers import GABOR_LAYERS
@@ -433,12 +433,11 @@ def _remedies(
             "if optimizer is not None:\n    optimizer.state.clear()\n"
         )
 
-    above = "layer.params.replace(wavelength=layer.params.wavelength.clamp_min(2.2))"
     remedies = {
         "dead filters": begin_again(dead),
         "degenerate filters": begin_again(degenerate),
-        "aliased wavelength": rebuilding_code(layer, name, min_wavelength="2.0", start=above),
-        "DC leak": rebuilding_code(layer, name, dc="'remove'"),
+        "aliased wavelength": rebuilding_code(name, min_wavelength=2.0),
+        "DC leak": rebuilding_code(name, dc="remove"),
     }
     if redundant:
         remedies["duplicate filters"] = begin_again(redundant)
@@ -449,11 +448,11 @@ def _remedies(
             min(new + (new - old) % 2, 3 * old) if new > old > 1 else old
             for new, old in zip(suggest_kernel_size(cut, 2.0), layer.kernel_size, strict=True)
         ]
-        changes = {"kernel_size": repr(tuple(sizes))}
+        changes: dict[str, Any] = {"kernel_size": tuple(sizes)}
         if not isinstance(layer.padding, str):
             grown = zip(layer.padding, layer.dilation, sizes, layer.kernel_size, strict=True)
-            changes["padding"] = repr(tuple(p + d * (new - old) // 2 for p, d, new, old in grown))
-        remedies["truncated envelope"] = rebuilding_code(layer, name, **changes)
+            changes["padding"] = tuple(p + d * (new - old) // 2 for p, d, new, old in grown)
+        remedies["truncated envelope"] = rebuilding_code(name, **changes)
     return remedies
 
 

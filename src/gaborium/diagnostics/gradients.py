@@ -475,7 +475,11 @@ class _Check(_Measurement):
         parameters = dict(self.copy.named_parameters())
         stepped = [n for n in self.trained if n in parameters and self.has_gradient(n)]
         # Copies, since an optimizer may change gradients in place.
-        gradients = {name: self.gradients[name].double().clone() for name in stepped}
+        gradients = {
+            name: gradient.double().clone()
+            for name, gradient in self.gradients.items()
+            if name in stepped and gradient is not None
+        }
         old = {name: parameters[name].detach().double().clone() for name in stepped}
         if self.optimizer_copy is not None:
             # Some optimizers, such as L-BFGS, evaluate the loss again.
@@ -587,8 +591,8 @@ class _Check(_Measurement):
                 fields = type(part.params).field_names()
                 left = [f for f in fields if f not in part.learn and f != "center"]
                 if left:
-                    learn = repr(tuple(sorted({*part.learn, *left})))
-                    code = rebuilding_code(part, name, learn=learn)
+                    learn = tuple(sorted({*part.learn, *left}))
+                    code = rebuilding_code(name, learn=learn)
                     self._say_frozen(
                         left, f"left out of learn={' of ' if name else ''}{name}", code
                     )

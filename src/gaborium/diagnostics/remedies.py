@@ -75,7 +75,8 @@ def rebuild_layer(module: nn.Module, name: str, **changes: Any) -> nn.Module:
         raise TypeError(f"rebuild_layer needs a Gabor layer, got {type(layer).__name__}.")
     start = layer.params.detach()
     if "min_wavelength" in changes:
-        start = start.replace(wavelength=start.wavelength.clamp_min(1.1 * changes["min_wavelength"]))
+        least = 1.1 * changes["min_wavelength"]
+        start = start.replace(wavelength=start.wavelength.clamp_min(least))
     special = {
         "bias": layer.bias is not None,
         "device": layer.log_sigma.device,
