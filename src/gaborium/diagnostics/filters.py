@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from gaborium.diagnostics.causes import CLEAR_OPTIMIZER, Finding, Severity, by_severity, finding
-from gaborium.diagnostics.mending import rebuilding_code
+from gaborium.diagnostics.remedies import rebuilding_code
 from gaborium.fitting import fit
 from gaborium.kernels import ENOUGH_STDS, envelope_widths, inner_products, suggest_kernel_size
 from gaborium.layers import GABOR_LAYERS
@@ -284,12 +284,11 @@ def _remedies(layer: Any, name: str, found: Health) -> dict[str, str]:
             + CLEAR_OPTIMIZER
         )
 
-    above = "layer.params.replace(wavelength=layer.params.wavelength.clamp_min(2.2))"
     remedies = {
         "dead filters": replace_filters(_indices(found.dead)),
         "degenerate filters": replace_filters([i for i, k in enumerate(found.degenerate) if k]),
-        "aliased wavelength": rebuilding_code(layer, name, min_wavelength="2.0", start=above),
-        "DC leak": rebuilding_code(layer, name, dc="'remove'"),
+        "aliased wavelength": rebuilding_code(name, min_wavelength=2.0),
+        "DC leak": rebuilding_code(name, dc="remove"),
     }
     if found.redundant:
         remedies["duplicate filters"] = replace_filters(found.redundant)
@@ -300,11 +299,11 @@ def _remedies(layer: Any, name: str, found: Health) -> dict[str, str]:
             min(new + (new - old) % 2, 3 * old) if new > old > 1 else old
             for new, old in zip(wanted, layer.kernel_size, strict=True)
         ]
-        changes = {"kernel_size": repr(tuple(sizes))}
+        changes: dict[str, Any] = {"kernel_size": tuple(sizes)}
         if not isinstance(layer.padding, str):
             grown = zip(layer.padding, layer.dilation, sizes, layer.kernel_size, strict=True)
-            changes["padding"] = repr(tuple(p + d * (new - old) // 2 for p, d, new, old in grown))
-        remedies["truncated envelope"] = rebuilding_code(layer, name, **changes)
+            changes["padding"] = tuple(p + d * (new - old) // 2 for p, d, new, old in grown)
+        remedies["truncated envelope"] = rebuilding_code(name, **changes)
     return remedies
 
 
