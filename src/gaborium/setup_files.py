@@ -274,7 +274,7 @@ def look_at_filters(layer: nn.Module, name: str = "") -> Diagnosis:
     """
     found = health(layer, name=name)
     skipped = dict.fromkeys(("gradients", "landscapes", "step limit", "trials"), _NO_DATA)
-    if any("stride=" in one.remedy for one in found.findings):
+    if any("rebuild_layer" in one.remedy for one in found.findings):
         skipped["stride, padding, learn and the like"] = _NO_OPTIONS
     nothing = (float("nan"), float("nan"))
     setup = TrainingSetup(_network(layer, name), _no_loss, None, None)
