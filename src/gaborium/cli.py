@@ -12,7 +12,7 @@ import textwrap
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn, get_type_hints
@@ -425,6 +425,7 @@ def diagnose(
 
     def work(_: Path, on_progress: Progress) -> tuple[Any, None, Facts]:
         from gaborium import diagnostics
+        from gaborium.experiments import planted_setup
         from gaborium.readers import run_setup, script_errors
 
         if file is not None and not is_script:
@@ -432,22 +433,27 @@ def diagnose(
             return diagnostics.diagnose_filters(layer), None, _source(found)
         facts = {"steps": f"{steps} in each trial"}
         if file is not None:
+            setup = run_setup(file)
             facts["script"] = str(file)
-            with script_errors(file):
-                setup = run_setup(file)
-                result = _diagnose_setup(setup, steps, on_progress)
-            return result, None, facts
-        from gaborium.experiments import planted_setup
-
-        arguments, more = experiment.arguments()
-        descent: Any = {"loss": loss, "learning_rate": learning_rate, "momentum": momentum}
-        setup = planted_setup(**arguments, **descent, padding=padding)
-        facts["set-up"] = (
-            f"{loss.upper()}, gradient descent on θ from "
-            f"{math.degrees(experiment.start_orientation):g}° with step size {learning_rate:g} and "
-            f"momentum {momentum:g}; planted at {math.degrees(experiment.orientation):g}°"
-        )
-        return _diagnose_setup(setup, steps, on_progress), None, facts | more
+        else:
+            arguments, more = experiment.arguments()
+            descent: Any = {"loss": loss, "learning_rate": learning_rate, "momentum": momentum}
+            setup = planted_setup(**arguments, **descent, padding=padding)
+            facts |= more | {
+                "planted orientation": f"{math.degrees(experiment.orientation):g}°",
+                "start": f"{math.degrees(experiment.start_orientation):g}°",
+                **{name.replace("_", " "): str(value) for name, value in descent.items()},
+            }
+        with nullcontext() if file is None else script_errors(file):
+            result = diagnostics.diagnose(
+                setup.module,
+                setup.loss,
+                (setup.inputs, setup.targets),
+                optimizer=setup.optimizer,
+                n_steps=steps,
+                on_progress=on_progress,
+            )
+        return result, None, facts
 
     _run("diagnose", output, work)
 
@@ -603,19 +609,6 @@ def _progress(console: Any) -> Iterator[Progress]:
             bars.update(stages[stage], completed=done)
 
         yield update
-
-
-def _diagnose_setup(setup: Any, steps: int, on_progress: Progress) -> Any:
-    from gaborium.diagnostics import diagnose as diagnose_module
-
-    return diagnose_module(
-        setup.module,
-        setup.loss,
-        (setup.inputs, setup.targets),
-        optimizer=setup.optimizer,
-        n_steps=steps,
-        on_progress=on_progress,
-    )
 
 
 def _read_photographs(path: Path, max_images: int) -> list[tuple[str, Tensor]]:
