@@ -9,7 +9,7 @@ import torch
 
 from gaborium import Gabor2d, experiments
 from gaborium.experiments import Descent, _descend, _mixed, recover_planted
-from gaborium.images import camera, center_crop
+from gaborium.readers import center_crop, sample_image
 
 SMALL = {"kernel_size": 9, "n_steps": 3, "learning_rates": (0.1,), "momenta": (0.0,)}
 
@@ -46,7 +46,7 @@ def test_verdicts(fields, verdict):
 
 
 def test_a_descent_that_is_too_bold_is_thrown_out_of_the_basin():
-    image = center_crop(camera(), 48)[None].float()
+    image = center_crop(sample_image(), 48)[None].float()
     target, start = planted(0.8)[None, None], planted(0.7)[None, None]
     kernel = torch.nn.functional.conv2d
     from gaborium import gabor
@@ -140,7 +140,7 @@ def test_training_arrives_from_the_worst_start(aspect_ratio):
     target = planted(math.pi / 4, aspect_ratio=aspect_ratio, wavelength=5.0)
     start = planted(-math.pi / 4, aspect_ratio=aspect_ratio, wavelength=5.0)
     result = recover_planted(
-        [center_crop(camera(), 64)],
+        [center_crop(sample_image(), 64)],
         target,
         start=start,
         kernel_size=13,
@@ -154,7 +154,7 @@ def test_training_arrives_from_the_worst_start(aspect_ratio):
 def test_training_does_not_mind_brightness():
     # A patch's mean differs from place to place, so the images' mean cannot just be subtracted: a
     # faint picture on a bright ground shows what is left of it.
-    faint = 0.7 + 0.02 * center_crop(camera(), 48)
+    faint = 0.7 + 0.02 * center_crop(sample_image(), 48)
     result = recover_planted(
         [faint], planted(0.8), start=planted(0.7), kernel_size=9, n_steps=150, learning_rates=()
     )

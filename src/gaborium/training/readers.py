@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from gaborium.errors import require
-from gaborium.images import cannot_read, image_files, read_image
+from gaborium.readers import image_files, read_image
 
 MAX_BYTES = 2**31  # of one array; what a file promises beyond it is not even begun
 
@@ -338,7 +338,7 @@ def decode_jpegs(blob: Any, offsets: Any, shown: str) -> Tensor:
 
 
 def read_image_folder(
-    folder: str | os.PathLike[str], *, max_pixels: int = 2**20
+    folder: str | os.PathLike[str],
 ) -> tuple[list[list[Path]], list[Tensor], tuple[str, ...]]:
     """Read a folder that holds a folder of images for each class.
 
@@ -350,7 +350,6 @@ def read_image_folder(
 
     Args:
         folder: ``folder/<class>/<image>``.
-        max_pixels: of each image, told from its header.
 
     Returns:
         Of each class its files, and its images, uint8 ``(images, channels, height, width)``; and
@@ -364,10 +363,7 @@ def read_image_folder(
         ImportError: Pillow is not installed.
     """
     place, shown = Path(folder), repr(os.fspath(folder))
-    try:
-        found = sorted(entry for entry in place.iterdir() if entry.is_dir())
-    except OSError as error:
-        raise cannot_read(shown, error, what="folder of images") from None
+    found = sorted(entry for entry in place.iterdir() if entry.is_dir())
     classes = [entry for entry in found if entry.name[0] != "."]
     if not classes:
         raise FileNotFoundError(
@@ -380,7 +376,7 @@ def read_image_folder(
     for group in files:
         own = []
         for file in group:
-            image = (read_image(file, max_pixels=max_pixels) * 255).round().to(torch.uint8)
+            image = (read_image(file) * 255).round().to(torch.uint8)
             first = first or (file, image)
             if image.shape[1:] != first[1].shape[1:]:
                 raise _BadFileError(
@@ -464,7 +460,7 @@ def _reading(path: str | os.PathLike[str], shown: str) -> Iterator[None]:
     except OSError as error:
         if error.errno is None:  # a decoder's own
             raise _damaged(shown, error) from None
-        raise cannot_read(shown, error, what="data") from None
+        raise
     except Exception as error:  # damaged files make decoders fail in every way there is
         raise _damaged(shown, error) from None
 
