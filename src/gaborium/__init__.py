@@ -28,10 +28,10 @@ if TYPE_CHECKING:
     from gaborium import optim as optim
     from gaborium import storage as storage
     from gaborium import training as training
-    from gaborium.conversion import Census as Census
-    from gaborium.conversion import Conversion as Conversion
-    from gaborium.conversion import census as census
-    from gaborium.conversion import convert as convert
+    from gaborium.conversion.census import Census as Census
+    from gaborium.conversion.census import census as census
+    from gaborium.conversion.convert import Conversion as Conversion
+    from gaborium.conversion.convert import convert as convert
     from gaborium.fitting import FitResult as FitResult
     from gaborium.fitting import FitShards as FitShards
     from gaborium.fitting import Outcome as Outcome

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from gaborium.conversion import find_first_conv
-from gaborium.diagnostics import SetUp
+from gaborium.diagnostics import TrainingSetup
 from gaborium.errors import as_sizes, require
 from gaborium.layers import PLAIN_LAYERS
 from gaborium.storage import load_layer
@@ -505,7 +505,7 @@ class ScriptError(ValueError):
     """A script failed; the message is one line that says where and why."""
 
 
-def run_setup(path: str | os.PathLike[str]) -> SetUp:
+def run_setup(path: str | os.PathLike[str]) -> TrainingSetup:
     """Run a script and call its ``setup()``.
 
     The script runs as when it is imported, with its own folder on the path. It may do anything, as
@@ -539,7 +539,7 @@ def run_setup(path: str | os.PathLike[str]) -> SetUp:
     match returned:
         case (nn.Module(), loss, (inputs, targets), *rest) if callable(loss) and len(rest) < 2:
             if not rest or rest[0] is None or isinstance(rest[0], torch.optim.Optimizer):
-                return SetUp(returned[0], loss, inputs, targets, *rest)
+                return TrainingSetup(returned[0], loss, inputs, targets, *rest)
     parts = returned if isinstance(returned, tuple) else (returned,)
     raise ScriptError(
         f"setup() in {os.fspath(path)!r} must return (module, loss, (inputs, targets)) or (module, "
