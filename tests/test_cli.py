@@ -84,7 +84,7 @@ def test_a_folder_of_photographs_of_different_sizes(empty_folder, capsys):
         (["--sgima", "3"], ["--sgima", "--sigma"]),
         (["--phase", "0", "1"], ["phase", "channel"]),
         (["--name", "../elsewhere"], ["--name", "elsewhere"]),
-        (["--out", "file/inside"], ["file", "not a folder"]),
+        (["--out", "file/inside"], ["file", "Not a directory"]),
     ],
 )
 def test_bad_input_is_one_line_and_writes_nothing(empty_folder, capsys, tokens, words):
@@ -271,7 +271,7 @@ def test_a_folder_of_images_and_its_note(empty_folder, capsys):
         (["bank.pt", "--n-starts", "0"], ["--n-starts", "at least 1"]),
         (["bank.pt", "--limit", "2"], ["--limit", "at least 3"]),
         (["bank.pt", "--name", "../elsewhere"], ["--name", "elsewhere"]),
-        (["bank.pt", "--out", "notes.txt/inside"], ["notes.txt", "not a folder"]),
+        (["bank.pt", "--out", "notes.txt/inside"], ["notes.txt", "Not a directory"]),
         (["model.pt"], ["model.pt", "unpickling", "state dict"]),
         (["bank.pt", "--centre"], ["--centre"]),
     ],
