@@ -15,7 +15,7 @@ _NAMES = {
     "bandwidth_from_sigma sigma_from_bandwidth suggest_kernel_size",
     "starts": "mel_bank",
     "layers": "GaborConv1d GaborConv2d GaborConv3d MixedConv",
-    "fitting": "FitResult FitShards Outcome fit fit_shards recover",
+    "fitting": "FitResult Outcome fit fit_shards recover",
     "conversion": "Census Conversion census convert",
     "training": "Recipe TrainResult train",
 }
@@ -33,7 +33,6 @@ if TYPE_CHECKING:
     from gaborium.conversion.convert import Conversion as Conversion
     from gaborium.conversion.convert import convert as convert
     from gaborium.fitting import FitResult as FitResult
-    from gaborium.fitting import FitShards as FitShards
     from gaborium.fitting import Outcome as Outcome
     from gaborium.fitting import fit as fit
     from gaborium.fitting import fit_shards as fit_shards
