@@ -2,12 +2,12 @@
 
 from gaborium.diagnostics.causes import Finding, Severity
 from gaborium.diagnostics.diagnosis import Diagnosis, diagnose
-from gaborium.diagnostics.filters import Duplicate, Health, health, reseed
+from gaborium.diagnostics.filters import Duplicate, Health, health, reinitialize_filters
 from gaborium.diagnostics.gradients import GradientCheck, ParameterCheck, check_gradients
-from gaborium.diagnostics.information import Identifiability, identifiability
+from gaborium.diagnostics.identifiability import Identifiability, identifiability
 from gaborium.diagnostics.landscape import Landscape, Minimum, landscape
-from gaborium.diagnostics.mending import replace_by_gabor
 from gaborium.diagnostics.recorder import Recorder, watch
+from gaborium.diagnostics.remedies import rebuild_layer, replace_by_gabor
 from gaborium.diagnostics.sandbox import OutputLoss, TrainingSetup
 from gaborium.diagnostics.step_size import StepLimit, step_limit
 
@@ -31,8 +31,9 @@ __all__ = [
     "health",
     "identifiability",
     "landscape",
+    "rebuild_layer",
+    "reinitialize_filters",
     "replace_by_gabor",
-    "reseed",
     "step_limit",
     "watch",
 ]
