@@ -35,11 +35,7 @@ BLOCK = re.compile(
 )
 NUMBER = re.compile(r"-?\d+(?:\.\d+)?(?:e[+-]?\d+)?")
 
-CONVERSIONS = [
-    name
-    for name in vars(gaborium.interop)
-    if name.startswith(("to_", "from_")) or name.endswith("_scale")
-]
+CONVERSIONS = [name for name in vars(gaborium.interop) if name.startswith(("to_", "from_"))]
 
 
 def blocks(text: str) -> list[tuple[int, str, str | None]]:

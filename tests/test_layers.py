@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gaborium import Gabor1d, Gabor2d, Gabor3d, GaborConv1d, GaborConv2d, GaborConv3d
-from gaborium.kernels import gabor
-from gaborium.layers import pair_norms, suggest_kernel_size
+from gaborium.kernels import gabor, suggest_kernel_size
+from gaborium.layers import pair_norms
 from gaborium.params import RECORDS, Gabor
 from gaborium.starts import STARTS
 

@@ -47,9 +47,9 @@ def test_channels_are_the_gabor_layers_and_a_plain_ones(n_dims, bias):
 @pytest.mark.parametrize("n_dims", [1, 2, 3])
 def test_it_is_one_convolution(n_dims, monkeypatch):
     layer, calls = mixed_of(n_dims), []
-    convolve = gaborium.layers._CONVOLUTIONS[n_dims]
+    convolve = gaborium.layers.gabor._CONVOLUTIONS[n_dims]
     monkeypatch.setitem(
-        gaborium.layers._CONVOLUTIONS,
+        gaborium.layers.gabor._CONVOLUTIONS,
         n_dims,
         lambda image, weight, *rest: (calls.append(weight), convolve(image, weight, *rest))[1],
     )

@@ -12,9 +12,9 @@ __version__ = "0.1.0"
 _NAMES = {
     "params": "Gabor1d Gabor2d Gabor3d",
     "kernels": "gabor gabor_jacobian gabor_spectrum quadrature_pair dc_response "
-    "bandwidth_from_sigma sigma_from_bandwidth",
+    "bandwidth_from_sigma sigma_from_bandwidth suggest_kernel_size",
     "starts": "mel_bank",
-    "layers": "GaborConv1d GaborConv2d GaborConv3d MixedConv suggest_kernel_size",
+    "layers": "GaborConv1d GaborConv2d GaborConv3d MixedConv",
     "fitting": "FitResult FitShards Outcome fit fit_shards recover",
     "conversion": "Census Conversion census convert",
     "training": "Recipe TrainResult train",
@@ -45,11 +45,11 @@ if TYPE_CHECKING:
     from gaborium.kernels import gabor_spectrum as gabor_spectrum
     from gaborium.kernels import quadrature_pair as quadrature_pair
     from gaborium.kernels import sigma_from_bandwidth as sigma_from_bandwidth
+    from gaborium.kernels import suggest_kernel_size as suggest_kernel_size
     from gaborium.layers import GaborConv1d as GaborConv1d
     from gaborium.layers import GaborConv2d as GaborConv2d
     from gaborium.layers import GaborConv3d as GaborConv3d
     from gaborium.layers import MixedConv as MixedConv
-    from gaborium.layers import suggest_kernel_size as suggest_kernel_size
     from gaborium.params import Gabor1d as Gabor1d
     from gaborium.params import Gabor2d as Gabor2d
     from gaborium.params import Gabor3d as Gabor3d

@@ -10,6 +10,10 @@ from torch import Tensor
 from gaborium.errors import as_sizes
 from gaborium.params import Gabor, Gabor2d, Waveform, unit_vector
 
+# Standard deviations of the envelope that a kernel should hold to each side; below that its
+# border cuts the envelope at more than a third of its height, and it is no Gabor any more.
+ENOUGH_STDS = 1.5
+
 
 def gabor(params: Gabor, kernel_size: int | tuple[int, ...]) -> Tensor:
     """Sample Gabor functions on a pixel grid.
@@ -135,6 +139,28 @@ def orientation_basin(params: Gabor2d) -> Tensor:
     """
     along = params.sigma / params.aspect_ratio
     return (params.wavelength / (math.sqrt(2) * math.pi * along)).clamp_max(math.pi / 2)
+
+
+def suggest_kernel_size(params: Gabor, n_stds: float = 3.0) -> tuple[int, ...]:
+    """Odd sizes, one per axis, that hold every envelope to ``n_stds`` standard deviations.
+
+    Example:
+        >>> from gaborium import Gabor2d
+        >>> suggest_kernel_size(Gabor2d.of(wavelength=6.0, sigma=2.0, aspect_ratio=0.5))
+        (25, 13)
+    """
+    middle = params.center.detach().abs()
+    halves = (n_stds * envelope_widths(params) + middle - 1e-6).reshape(-1, params.n_dims).amax(0)
+    return tuple(2 * half + 1 for half in reversed(halves.ceil().long().tolist()))
+
+
+def envelope_widths(params: Gabor) -> Tensor:
+    """Standard deviation of each envelope along each axis: ``(*batch, d)``, px, x first."""
+    wave = params.detach().to(torch.float64).expand().waveform()
+    along = wave.sigma.unsqueeze(-1)
+    across = along / wave.aspect_ratio.unsqueeze(-1)
+    share = wave.direction.square()
+    return (share * along.square() + (1 - share) * across.square()).sqrt()
 
 
 # -- frequency domain -------------------------------------------------------------------------
@@ -298,6 +324,17 @@ def combine(even: Tensor, odd: Tensor, wave: Waveform) -> Tensor:
 def quadrature_partner(wave: Waveform) -> Waveform:
     """The same waves with ``ψ - π/2`` for ψ: cosines become sines."""
     return wave._replace(even=wave.odd, odd=-wave.even)
+
+
+def with_unit_amplitude(wave: Waveform) -> Waveform:
+    """The same waves with amplitude 1; a silent one has no phase, and gets 0."""
+    squared = wave.even.square() + wave.odd.square()
+    silent = squared < 1e-24
+    scale = torch.where(silent, torch.ones_like(squared), squared).rsqrt()
+    return wave._replace(
+        even=torch.where(silent, 1.0, wave.even * scale),
+        odd=torch.where(silent, 0.0, wave.odd * scale),
+    )
 
 
 def offsets(sizes: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
@@ -36,8 +36,8 @@ class Waveform(NamedTuple):
 
     The function is ``exp(-u·P u / 2) (even·cos φ - odd·sin φ)`` with ``φ = 2π k·u``, ``u`` the
     offset from the centre and the precision ``P = (n nᵀ + γ² (1 - n nᵀ)) / σ²``. The envelope's
-    axis n is kept beside the wave vector k, which at zero frequency does not tell it any more.
-    Components run x, y, z.
+    axis n is a separate field, because a wave vector k of zero has no direction. Components run
+    x, y, z.
     """
 
     direction: Tensor  # n, (*batch, d), of length 1
@@ -60,11 +60,11 @@ def unit_vector(angles: Sequence[Tensor]) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class Gabor:
-    """Fields shared by ``Gabor1d``, ``Gabor2d`` and ``Gabor3d``; make one of those instead.
+    """Base of ``Gabor1d``, ``Gabor2d`` and ``Gabor3d``; make one of those instead.
 
     A record is a batch of Gabor functions. Its fields broadcast against each other, so that 64
-    filters over 3 channels can share one geometry: ``orientation`` of shape ``(64, 1)`` beside
-    ``amplitude`` of shape ``(64, 3)``. Building one checks shapes; ``of`` also checks values.
+    filters over 3 channels can share one geometry: ``orientation`` of shape ``(64, 1)`` and
+    ``amplitude`` of shape ``(64, 3)``. Building a record checks shapes; ``of`` also checks values.
     """
 
     n_dims: ClassVar[int]
@@ -110,7 +110,7 @@ class Gabor:
         """Make a record from numbers, nested sequences or tensors, and check the values.
 
         Args:
-            dtype: floating type; by default that of the first floating tensor given, or torch's
+            dtype: floating type; by default as the first floating tensor given, or torch's
                 default.
             device: where the tensors live; by default where the first tensor given lives.
             **fields: the record's fields. ``wavelength`` and ``sigma`` are required; angles,
@@ -137,47 +137,24 @@ class Gabor:
         for name in ("wavelength", "sigma"):
             if name not in fields:
                 raise TypeError(f"{cls.__name__}.of needs {name} in px.")
-        given = [value for value in fields.values() if isinstance(value, Tensor)]
-        floating = [value for value in given if value.is_floating_point()]
-        dtype = dtype or (floating[0].dtype if floating else torch.get_default_dtype())
-        device = device or (given[0].device if given else None)
-        defaults: dict[str, Number] = dict.fromkeys((*cls.angle_names, "phase"), 0.0)
-        defaults |= {
-            "aspect_ratio": 1.0,
-            "amplitude": 1.0,
-            "center": [0.0] * cls.n_dims,
-        }
-        values = {}
-        for name in names:
-            value = fields[name] if name in fields else defaults[name]
-            try:
-                values[name] = torch.as_tensor(value, dtype=dtype, device=device)
-            except (TypeError, ValueError, RuntimeError):
-                raise TypeError(
-                    f"{name} must be numbers or a tensor ({UNITS[name]}), got {value!r:.60}."
-                ) from None
-        record = cls(**values)
+        defaults: dict[str, Number] = {
+            "aspect_ratio": 1.0, "amplitude": 1.0, "center": [0.0] * cls.n_dims
+        }  # fmt: skip
+        rest = {name: defaults.get(name, 0.0) for name in names if name not in fields}
+        record = cls(**as_tensors(fields | rest, dtype, device))
         record.check()
         return record.expand()
 
     def check(self) -> None:
-        """Raise ``ValueError`` for a value that no Gabor function has."""
+        """Raise ``ValueError`` for a value outside its field's range."""
         for name, value in self.as_dict().items():
-            bad = value.isnan() if name == "wavelength" else ~value.isfinite()
-            if name in POSITIVE_FIELDS:
-                bad = bad | (value <= 0)
+            positive, finite = name in POSITIVE_FIELDS, name != "wavelength"
+            bad = (~value.isfinite() if finite else value.isnan()) | (positive & (value <= 0))
             if bad.any():
-                wanted = "positive and finite" if name in POSITIVE_FIELDS else "finite"
-                wanted = "positive" if name == "wavelength" else wanted
+                wanted = " and ".join(["positive"] * positive + ["finite"] * finite)
                 raise ValueError(
                     f"{name} must be {wanted} ({UNITS[name]}), got {value[bad][0].item():g}."
                 )
-
-    @classmethod
-    def cat(cls, records: Sequence[Self], dim: int = 0) -> Self:
-        """Concatenate records along a batch axis ``dim >= 0``."""
-        rows = [record.expand().as_dict() for record in records]
-        return cls(**{name: torch.cat([row[name] for row in rows], dim) for name in rows[0]})
 
     # -- looking at one ---------------------------------------------------------------------
 
@@ -247,7 +224,7 @@ class Gabor:
         center = torch.stack([part[index] for part in whole.center.unbind(-1)], -1)
         return type(self)(**fields, center=center)
 
-    def _map(self, function: Any) -> Self:
+    def _map(self, function: Callable[[Tensor], Tensor]) -> Self:
         return type(self)(**{name: function(value) for name, value in self.as_dict().items()})
 
     # -- changing one -----------------------------------------------------------------------
@@ -261,22 +238,19 @@ class Gabor:
             0.5
         """
         values = {
-            name: value
-            if isinstance(value, Tensor)
-            else torch.as_tensor(value, dtype=self.dtype, device=self.device)
+            name: value if isinstance(value, Tensor) else self.sigma.new_tensor(value)
             for name, value in fields.items()
         }
         return dataclasses.replace(self, **values)
 
-    def expand(self) -> Self:
-        """A view in which every field has the full batch shape."""
-        shape = self.batch_shape
-        return type(self)(
-            **{
-                name: value.expand(*shape, self.n_dims) if name == "center" else value.expand(shape)
-                for name, value in self.as_dict().items()
-            }
-        )
+    def expand(self, *shape: int) -> Self:
+        """A view in which every field has the full batch shape, or the shape given."""
+        shape = shape or self.batch_shape
+        fields = {
+            name: value.expand(*shape, self.n_dims) if name == "center" else value.expand(shape)
+            for name, value in self.as_dict().items()
+        }
+        return type(self)(**fields)
 
     def to(self, *args: Any, **kwargs: Any) -> Self:
         """Move or cast every field, with the arguments of ``Tensor.to``."""
@@ -291,9 +265,9 @@ class Gabor:
 
         Convention:
             - ``(A, ψ) ~ (-A, ψ + π)``: the amplitude becomes non-negative
-            - ``(θ, ψ) ~ (θ + π, -ψ)``: the orientation comes to lie in [0, π); in 3-D it is the
+            - ``(θ, ψ) ~ (θ + π, -ψ)``: the orientation comes into [0, π); in 3-D it is the
               elevation that becomes non-negative, and the orientation only where that is 0
-            - the phase lies in (-π, π]; a 1-D record needs only the first rule
+            - the phase is in (-π, π]; a 1-D record needs only the first rule
             - at zero frequency only ``A cos ψ`` matters: the phase becomes 0 or π
 
         Example:
@@ -407,37 +381,31 @@ class Gabor:
         """
         try:
             document = json.loads(text)
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"Expected the JSON of a {cls.__name__}: {error}.") from None
-        kind = document.get("type") if isinstance(document, dict) else None
-        if kind != cls.__name__:
-            raise ValueError(f"Expected the JSON of a {cls.__name__}, got type {kind!r}.")
-        if document.get("version") != _JSON_VERSION:
-            raise ValueError(
-                f"{cls.__name__} JSON has version {document.get('version')!r}; this release reads "
-                f"version {_JSON_VERSION}."
-            )
-        dtype = getattr(torch, str(document.get("dtype")), None)
-        fields = document.get("fields")
-        if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-            raise ValueError(
-                f"{cls.__name__} JSON has no floating dtype: {document.get('dtype')!r}."
-            )
-        if not isinstance(fields, dict) or set(fields) != set(cls.field_names()):
-            raise ValueError(
-                f"{cls.__name__} JSON needs the fields {', '.join(cls.field_names())}."
-            )
-        try:
-            values = {
+            kind, version = document["type"], document["version"]
+            if (kind, version) != (cls.__name__, _JSON_VERSION):
+                raise ValueError(f"it is a {kind!r:.40} of version {version!r:.40}")
+            dtype = getattr(torch, document["dtype"])
+            if not dtype.is_floating_point:
+                raise ValueError(f"its dtype is {dtype}")
+            fields = {
                 name: torch.tensor(_parsed(value), dtype=torch.float64).to(dtype)
-                for name, value in fields.items()
+                for name, value in document["fields"].items()
             }
-        except (TypeError, ValueError, OverflowError, RecursionError) as error:
-            raise ValueError(f"{cls.__name__} JSON holds something not a number: {error}") from None
-        if values["center"].shape == (0,):  # an empty list does not show its second axis
-            values["center"] = values["center"].reshape(0, cls.n_dims)
-        record = cls(**values)
-        record.check()
+            if fields["center"].shape == (0,):  # an empty list does not show its second axis
+                fields["center"] = fields["center"].reshape(0, cls.n_dims)
+            record = cls(**fields)
+            record.check()
+        except (
+            LookupError,
+            ArithmeticError,
+            AttributeError,
+            RecursionError,
+            TypeError,
+            ValueError,
+        ) as error:
+            raise ValueError(
+                f"Expected the JSON of a {cls.__name__} (version {_JSON_VERSION}): {error}."
+            ) from None
         return record
 
 
@@ -470,7 +438,7 @@ class Gabor2d(Gabor):
     Convention:
         - x runs along the last axis, y along the one before it (rows, downwards)
         - ``x' = x cos θ + y sin θ`` and ``y' = -x sin θ + y cos θ``
-        - nothing is normalised: A is the height of the envelope
+        - the kernel is not normalised: A is the height of the envelope
 
     Args:
         orientation: θ, rad from +x towards +y, direction of the wave vector, period π.
@@ -500,15 +468,14 @@ class Gabor3d(Gabor):
 
     The wave vector is ``(cos ε cos θ, cos ε sin θ, sin ε) / λ`` in (x, y, z) order, for kernels of
     axes (z, y, x). The envelope is round across the wave: σ along it, σ/γ in both other directions.
-    In a film, tan ε is the speed of the stripes in px per frame, with the sign turned: they move
-    towards -θ for positive ε.
+    In a film the stripes move at tan ε px per frame, towards -θ for positive ε.
 
     Args:
         orientation: θ, rad from +x towards +y of the wave vector's shadow on the image plane.
         elevation: ε, rad from the image plane towards +z, in [-π/2, π/2].
-        wavelength: λ, px along the wave vector, > 0; infinite for a blob.
-        phase: ψ, rad at the envelope's centre, period 2π.
-        sigma: σ, px, > 0: standard deviation along the wave vector.
+        wavelength: λ, px along the wave vector, as of ``Gabor2d``.
+        phase: ψ, as of ``Gabor2d``.
+        sigma: σ, as of ``Gabor2d``.
         aspect_ratio: γ, > 0: the standard deviation across the wave vector is σ/γ.
         amplitude: A, the kernel's unit.
         center: ``(*batch, 3)``, (x₀, y₀, z₀) in px from the kernel's middle.
@@ -531,7 +498,7 @@ RECORDS: dict[int, type[Gabor]] = {1: Gabor1d, 2: Gabor2d, 3: Gabor3d}
 
 
 def wrap(angle: Tensor) -> Tensor:
-    """The same angle in [-π, π); one that lies there already comes back bit for bit."""
+    """The same angle in [-π, π); one already there comes back bit for bit."""
     turned = torch.remainder(angle + math.pi, 2 * math.pi) - math.pi
     turned = torch.where(turned < math.pi, turned, -math.pi)  # the remainder may round up
     return torch.where((angle >= -math.pi) & (angle < math.pi), angle, turned)
@@ -546,8 +513,31 @@ def _half_turn(angle: Tensor) -> tuple[Tensor, Tensor]:
     return torch.where(over, 0.0, rest).clamp_min(0.0), (turns + over) % 2 != 0
 
 
+def as_tensors(
+    values: Mapping[str, Number],
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+) -> dict[str, Tensor]:
+    """Numbers, nested sequences and tensors as tensors of one dtype on one device.
+
+    By default of the dtype of the first floating tensor, or torch's default, and on the device of
+    the first tensor.
+    """
+    given = [value for value in values.values() if isinstance(value, Tensor)]
+    floating = [value for value in given if value.is_floating_point()]
+    dtype = dtype or (floating[0].dtype if floating else torch.get_default_dtype())
+    device = device or (given[0].device if given else None)
+    result = {}
+    for name, value in values.items():
+        try:
+            result[name] = torch.as_tensor(value, dtype=dtype, device=device)
+        except (TypeError, ValueError, RuntimeError):
+            raise TypeError(f"{name} must be numbers or a tensor, got {value!r:.60}.") from None
+    return result
+
+
 def plain(value: Any) -> Any:
-    """The same with numbers that JSON has no word for as the texts "inf", "-inf" and "nan"."""
+    """The same with infinities and NaN, which JSON cannot write, as "inf", "-inf" and "nan"."""
     if isinstance(value, dict):
         return {key: plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
@@ -560,5 +550,5 @@ def _parsed(value: Any) -> Any:
     if isinstance(value, list):
         return [_parsed(item) for item in value]
     if value != "inf" and (isinstance(value, bool) or not isinstance(value, int | float)):
-        raise TypeError(f"{value!r:.60}")
+        raise TypeError(f"{value!r:.60} is not a number")
     return float(value)

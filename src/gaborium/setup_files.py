@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from gaborium.coordinates import Coordinates
 from gaborium.diagnostics import Diagnosis, SetUp, health
 from gaborium.kernel_files import read_arrays, read_kernels
-from gaborium.layers import LAYERS, PLAIN_LAYERS, suggest_kernel_size
+from gaborium.kernels import suggest_kernel_size
+from gaborium.layers import LAYERS, PLAIN_LAYERS
 
 _EXPECTED = "(module, loss, (inputs, targets)) or (module, loss, (inputs, targets), optimizer)"
 _LARGEST = 101  # px; an envelope that needs more is a plane wave to whoever looks

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from gaborium.conversion.first_conv import find_first_conv, replace_first_conv
 from gaborium.conversion.measures import geometry
 from gaborium.fitting import FitResult, Outcome, fit
-from gaborium.layers import GABOR_LAYERS, LAYERS, MixedConv, n_learned
+from gaborium.layers import GABOR_LAYERS, LAYERS, MixedConv
 from gaborium.optim.quadratic import Metric
 from gaborium.params import Gabor, plain
 from gaborium.patches import patch_moments, sample_patches
@@ -220,9 +220,13 @@ def convert(
         responses=None if seen is None else responses,
         response_error=error,
         output_error=output_error,
-        n_first_parameters=(n_learned(found, frozen=True), n_learned(converted, frozen=True)),
+        n_first_parameters=(_n_parameters(found), _n_parameters(converted)),
         threshold=threshold if filters is None else None,
     )
+
+
+def _n_parameters(module: nn.Module) -> int:
+    return sum(value.numel() for value in module.parameters())
 
 
 class _Seen:

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from gaborium.diagnostics.causes import Finding, Severity, by_severity
 from gaborium.diagnostics.mending import rebuilding_code
 from gaborium.fitting import fit
-from gaborium.kernels import gabor
-from gaborium.layers import ENOUGH_STDS, GABOR_LAYERS, envelope_widths, suggest_kernel_size
+from gaborium.kernels import ENOUGH_STDS, envelope_widths, gabor, suggest_kernel_size
+from gaborium.layers import GABOR_LAYERS
 from gaborium.params import UNITS, Gabor
 
 _DEAD = 1e-3  # of the median norm

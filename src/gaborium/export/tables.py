@@ -18,8 +18,6 @@ from gaborium.files import csv_text, write_text
 from gaborium.interop import (
     from_opencv,
     from_skimage,
-    opencv_scale,
-    skimage_scale,
     to_opencv,
     to_skimage,
 )
@@ -39,9 +37,9 @@ _LIBRARY_UNITS = {
     },
     "opencv": {"sigma": "px", "theta": "rad", "lambd": "px", "gamma": "1", "psi": "rad"},
 }
-_TO: dict[str, tuple[Callable[[Gabor2d], dict[str, float]], Callable[[Gabor2d], float]]] = {
-    "skimage": (to_skimage, skimage_scale),
-    "opencv": (to_opencv, opencv_scale),
+_TO: dict[str, Callable[[Gabor2d], tuple[dict[str, float], float]]] = {
+    "skimage": to_skimage,
+    "opencv": to_opencv,
 }
 _FROM: dict[str, Callable[..., Gabor2d]] = {"skimage": from_skimage, "opencv": from_opencv}
 _SUFFIXES = (".json", ".csv")
@@ -162,11 +160,10 @@ def _fields(one: Gabor) -> dict[str, float]:
 
 
 def _in_words(one: Gabor, words: str) -> dict[str, float]:
-    to, scale = _TO[words]
-    numbers = to(one)  # type: ignore[arg-type]  # it says so when it is no Gabor2d
+    numbers, scale = _TO[words](one)  # type: ignore[arg-type]  # it says so when it is no Gabor2d
     units = _LIBRARY_UNITS[words]
     named = {_headed(name, units[name]): value for name, value in numbers.items()}
-    return named | {_SCALE: scale(one)}  # type: ignore[arg-type]
+    return named | {_SCALE: scale}
 
 
 # -- reading ----------------------------------------------------------------------------------

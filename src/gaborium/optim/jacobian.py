@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gaborium.kernels import even_odd, log_slopes
-from gaborium.layers import FAINTEST, with_unit_amplitude
+from gaborium.kernels import even_odd, log_slopes, with_unit_amplitude
+from gaborium.layers import FAINTEST
 from gaborium.params import Waveform
 
 Pair = tuple[Tensor, Tensor]  # something of an even part, and the same of an odd part
