@@ -45,6 +45,7 @@ _STYLE = {
     "axes.titlesize": 8.5,
     "axes.titlelocation": "left",
     "axes.edgecolor": MUTED,
+    "axes.labelcolor": INK,
     "axes.linewidth": 0.6,
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -121,10 +122,10 @@ def plot_fit(result: FitResult, kernels: Tensor, *, width: float = _WIDTH) -> Fi
     """Draw each kernel, its fit and the residual side by side, best first.
 
     Convention:
-        - kernel, fit and residual of a filter share one colour scale, symmetric about 0
-        - channels as in ``plot_kernels``; with other numbers of channels than 1 or 3, only the
-          one with the most power is drawn; volumes are drawn by their middle slice, 1-D kernels
-          as strips
+        - kernel, fit and residual of a filter share one colour scale; colours as in
+          ``plot_kernels``
+        - with other numbers of channels than 1 or 3, only the one with the most power is drawn;
+          volumes are drawn by their middle slice, 1-D kernels as strips
         - with more than 24 filters, 24 of them are drawn, evenly from the best to the worst
 
     Args:
@@ -190,7 +191,7 @@ def plot_parameters(result: FitResult) -> Figure:
             points = [(fields["orientation"] + turn, 1 / wavelength) for turn in (0.0, math.pi)]
             highest = 1.06 * max((1 / wavelength[fitted]).tolist(), default=0.0) or 0.5
             first = 2 ** math.ceil(math.log2(1 / highest))
-            ticks = [ratio * first for ratio in (1, 1.5, 2, 3, 6)]
+            ticks = [ratio * first for ratio in (1, 1.5, 2, 4)]
             _compass(place, highest, {1 / tick: f"{tick:g} px" for tick in ticks})
         for marker, some in (("x", fitted[~converged[fitted]]), ("o", fitted[converged[fitted]])):
             for x, y in points:
@@ -206,8 +207,7 @@ def plot_census(result: Census, kernels: Tensor, *, width: float = _WIDTH) -> Fi
     """Draw all filters by class, and the Gabor functions next to cells of macaque V1.
 
     Convention:
-        - every filter has its own colour scale, symmetric about 0; three channels are drawn as
-          red, green and blue, one channel from blue through white to red
+        - every filter has its own colour scale; colours as in ``plot_kernels``
         - within a class the filters with the highest confidence come first; with more than 384
           filters, the first of each class are drawn, in its share
         - n_x and n_y are cycles in a standard deviation of the envelope, along the wave and along
@@ -271,8 +271,7 @@ def plot_conversion(conversion: Conversion, kernels: Tensor, *, width: float = _
     """Draw filters above the Gabor functions that replace them, and the explained variance.
 
     Convention:
-        - every pair has its own colour scale, symmetric about 0; three channels are drawn as
-          red, green and blue, one channel from blue through white to red
+        - every pair has its own colour scale; colours as in ``plot_kernels``
         - the pairs are sorted by explained variance, best first; with more than 96 pairs, 96 of
           them are drawn, evenly from the best to the worst
 
@@ -577,24 +576,17 @@ def plot_step_limit(found: StepLimit) -> Figure:
     return figure
 
 
-def plot_identifiability(
-    found: Identifiability,
-    *,
-    filter: int = 0,  # noqa: A002
-    width: float = _WIDTH,
-) -> Figure:
-    """Draw how well the inputs determine each parameter of a filter, and correlated errors.
+def plot_identifiability(found: Identifiability, *, filter: int = 0) -> Figure:  # noqa: A002
+    """Draw how well the inputs determine each parameter of a filter.
 
     Convention:
-        - bars: the bound on these inputs as a multiple of the bound on white input of equal power;
-          a parameter that is not identifiable has a hatched bar to the end
-        - matrix: correlation of the estimates, blue negative and red positive; empty where there
-          is no estimate
+        - a bar is the bound on the standard error with these inputs, as a multiple of the bound
+          with white input of equal power
+        - a parameter that is not identifiable has a hatched bar to the end
 
     Args:
         found: from ``gaborium.diagnostics.identifiability``.
         filter: which of its filters.
-        width: of the figure, inches.
 
     Raises:
         ValueError: there is no such filter.
@@ -608,29 +600,20 @@ def plot_identifiability(
     """
     if not 0 <= filter < len(found.bounds):
         raise ValueError(f"filter must be from 0 to {len(found.bounds) - 1}, got {filter}.")
-    names = [name.replace("_", " ") for name in found.names]
     ratio = found.bounds[filter] / found.white_bounds[filter]
     end = max([2.0, *(1.15 * ratio[ratio.isfinite()]).tolist()])
-    columns = _columns(width, 3.0)
-    with _figure(width, (max(1.5, 0.22 * len(names)) + 0.9) * math.ceil(2 / columns)) as figure:
-        left, right = _grid(figure, 2, columns)
-        bars = left.barh(names, ratio.nan_to_num(end, end), color=BLUE, height=0.6)
+    names = [name.replace("_", " ") for name in found.names]
+    with _figure(_WIDTH / 2, 0.25 * len(names) + 1.0) as figure:
+        place = figure.add_subplot()
+        bars = place.barh(names, ratio.nan_to_num(end, end), color=BLUE, height=0.6)
         for bar, known in zip(bars, ratio.isfinite(), strict=True):
             if not known:
                 bar.set(facecolor=PAPER, edgecolor=VERMILION, hatch="////", linewidth=0.5)
-        left.axvline(1, **_DASHED)
-        left.invert_yaxis()
-        left.set(xlim=(0, end), xlabel="bound, as a multiple of that on white input")
-        conditions = found.condition[filter].item(), found.white_condition[filter].item()
-        left.set_title(
-            "Filter {}: condition {:,.3g}, on white input {:,.3g}".format(filter, *conditions)
-        )
-        table = found.correlation[filter].nan_to_num(math.nan, math.nan, math.nan)
-        image = right.imshow(table, cmap=DIVERGING, vmin=-1, vmax=1)
-        right.set_xticks(range(len(names)), names, rotation=45, ha="right", rotation_mode="anchor")
-        right.set_yticks(range(len(names)), names)
-        right.set_title("Correlation of the errors")
-        _kernel_bar(figure, image, right, 1.0)
+        place.axvline(1, **_DASHED)
+        place.invert_yaxis()
+        place.set(xlim=(0, end), xlabel="bound / bound with white input")
+        condition, white = found.condition[filter].item(), found.white_condition[filter].item()
+        place.set_title(f"Filter {filter}: condition {condition:.3g}, white input {white:.3g}")
     return figure
 
 

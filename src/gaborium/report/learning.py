@@ -1,15 +1,14 @@
-"""Reports about learning: the planted kernel, why a loop does not learn, trained networks."""
+"""Reports about learning: the planted kernel, a loop that does not learn, trained networks."""
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 import re
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from gaborium.params import UNITS
@@ -22,113 +21,234 @@ from gaborium.plots import (
     plot_step_limit,
     plot_trained_filters,
     plot_training,
+    truths,
 )
 from gaborium.report.formatting import counted, degrees, listing, number, percent
-from gaborium.report.page import Card, Drawing, Report, Section, Table
-
-_SHARES = ("share", "border_power", "border_area", "mean_share", "largest_share", "share_to_best")
-_TRIAL = ("explained_without_remedy", "explained_with_remedy",
-          "loss_without_remedy", "loss_with_remedy")  # fmt: skip
+from gaborium.report.page import Drawing, Report, Section, Table
 
 
 def recovery_report(result: Any) -> Report:
-    """The planted kernel, and the three ways to find it."""
-    errors, found = result.kernel_errors(), result.found
-    settled = sum(run.settled for run in result.descents)
-    ways = [f"{settled or 'none'} of {counted(len(result.descents), 'descent')} settled"]
-    outcome = found.outcome[0].name.lower().replace("_", " ")
-    exact = outcome == "converged" and (
-        errors["found"] < 0.01
-        or all(abs(row["error"]) <= 4 * row["standard_error"] < math.inf for row in result.table())
+    """A planted kernel, and the three ways to find it."""
+    errors = {name: number(error, 2) for name, error in result.kernel_errors().items()}
+    outcome = result.found.outcome[0].name.lower().replace("_", " ")
+    n_settled = sum(run.settled for run in result.descents)
+    headline = (
+        f"{n_settled} of {counted(len(result.descents), 'descent')} settled; recover: {outcome}, "
+        f"kernel error {errors['found']}; trained layer: kernel error {errors['trained']}."
     )
-    ways.append(
-        f"recover {'found all parameters' if exact else 'did not find the kernel'} ({outcome}, "
-        f"kernel error {number(errors['found'], 2)})"
-    )
-    arrived = errors["trained"] < max(0.01, 2 * errors["found"] if exact else 0.0)
-    ways.append(
-        f"the trained layer {'arrived' if arrived else 'did not arrive'} (kernel error "
-        f"{number(errors['trained'], 2)})"
-    )
-    headline = "; ".join(ways if result.descents else ways[1:]) + "."
 
     def sections() -> list[Section]:
-        head = ["parameter", "unit", "planted", "start", "found", "error", "standard error", "trained", "error"]
         keys = ("truth", "start", "found", "error", "standard_error", "trained", "trained_error")
-        rows = [
-            [row["parameter"].replace("_", " "), row["unit"].replace("rad", "degrees"), *(
-                number(math.degrees(row[key]) if row["unit"] == "rad" else row[key], 2 if "error" in key else 4)
-                for key in keys
-            )]
-            for row in result.table()
-        ]
+        rows = []
+        for row in result.table():
+            unit = row["unit"].replace("rad", "degrees")
+            turn = math.degrees(1) if row["unit"] == "rad" else 1.0
+            cells = (number(turn * row[key], 2 if "error" in key else 4) for key in keys)
+            rows.append([row["parameter"].replace("_", " "), unit, *cells])
+        head = ["parameter", "unit", *(key.replace("_", " ") for key in keys)]
         descents = [
-            [f"{run.learning_rate:g}", f"{run.momentum:g}",
-             "never" if run.first_arrival is None else f"step {run.first_arrival}",
-             str(run.n_ejections), degrees(run.final_error, 3), run.verdict]
+            [
+                f"{run.learning_rate:g}", f"{run.momentum:g}", run.verdict,
+                "never" if run.first_arrival is None else str(run.first_arrival),
+                str(run.n_ejections), degrees(run.final_error, 3),
+            ]
             for run in result.descents
-        ]
+        ]  # fmt: skip
+        titles = ["step size", "momentum", "verdict", "first arrival", "ejections", "final error"]
         return [
-            Section(figures=[Drawing("recovery", partial(plot_recovery, result))]),
-            Section("The parameters", table=Table(head, rows, 2), note="The standard error is what "
-                    "noise as strong as the residual gives each parameter."),
-            Section("The loss over the orientation", _why(result),
-                    figures=[Drawing("landscape", partial(plot_landscape, result))]),
-            Section("The orientation, step by step",
-                    figures=[Drawing("orientation", partial(plot_orientation, result))],
-                    table=Table(["step size", "momentum", "first arrival", "ejections", "error at the end", "verdict"], descents, 0) if descents else None,
-                    note="An arrival is a distance below 0.05 rad (2.9°), an ejection a step out of the "
-                    "basin. A run has settled when its error stays below 0.01 rad (0.57°)."),
+            Section(figures={"recovery": partial(plot_recovery, result)}),
+            Section(
+                "The parameters",
+                ["A standard error is what noise as strong as the residual gives a parameter."],
+                table=Table(head, rows, 2),
+            ),
+            Section("The loss over the orientation", _explain(result),
+                    {"landscape": partial(plot_landscape, result)}),
+            Section(
+                "The descents, step by step",
+                ["An arrival is a step within 0.05 rad (2.9°) of the truth, an ejection a step out "
+                 "of the basin. A descent that stays within 0.01 rad (0.57°) has settled."],
+                {"orientation": partial(plot_orientation, result)},
+                Table(titles, descents, 0),
+            ),
+        ]  # fmt: skip
+
+    return Report(
+        "recovery", "Recovering a planted Gabor kernel", headline, [], sections,
+        lambda: {"kernel_errors": result.kernel_errors(), "table": result.table(),
+                 **{name: _plain(value) for name, value in vars(result).items()
+                    if name not in ("images", "responses")}},
+        facts={"images": " × ".join(map(str, result.images.shape)), "noise": percent(result.noise),
+               "kernel size": " × ".join(map(str, result.kernel_size))},
+    )  # fmt: skip
+
+
+def _explain(result: Any) -> list[str]:
+    """Why descents on the orientation end as they do, from the measured losses."""
+    mse, around = result.landscape["mse"], result.landscape["orientation"]
+    truth, step = truths(result)[0], 4 * (around[1] - around[0])
+    near = [loss for theta, loss in zip(around, mse, strict=True)
+            if abs(math.remainder(theta - truth, 2 * math.pi)) <= step]  # fmt: skip
+    slope = math.sqrt(near[0] + near[-1] - 2 * min(near)) / (math.sqrt(2) * step)
+    distance = math.remainder(result.start.orientation[0, 0].item() - truth, math.pi)
+    rates = sorted({run.learning_rate for run in result.descents})
+    updates = [f"{degrees(rate * slope, 2)} for step size {rate:g}" for rate in rates]
+    return [
+        f"The start is {degrees(abs(distance), 3)} from the truth; 90° is the farthest, as "
+        "orientations repeat after 180°.",
+        f"The RMSE is a cone at its minimum, of slope c = {number(slope, 3)} per rad. An update, step "
+        f"size times slope, does not shrink on arrival: {listing(updates)}. So the orientation "
+        "steps over the minimum and back. Momentum β makes updates up to 1/(1 − β) times longer.",
+        "The basin is narrow: for white input the squared error is convex within λ / (√2 π σ/γ) = "
+        f"{degrees(result.basin, 3)} of the truth. An update longer than this leaves it again.",
+        "The squared error is a bowl: within the basin, every step size below 1/c² = "
+        f"{number(slope**-2 if slope else math.inf, 2)} settles.",
+    ]
+
+
+def diagnosis_report(result: Any) -> Report:
+    """What is wrong with a training loop, and the remedies."""
+    findings, parts = result.findings, result.parts
+    headline = "Nothing was found that prevents learning."
+    if findings and findings[0].severity.name != "NOTE":
+        # Up to the first full stop that ends a sentence: numbers have others.
+        headline = re.split(r"(?<=\w\.)\s+(?=[A-ZΑ-Ω])", findings[0].sentence, maxsplit=1)[0]
+    sentences = []
+    if result.losses:
+        first, last = number(result.losses[0], 3), number(result.losses[-1], 3)
+        steps = counted(len(result.losses) - 1, "step")
+        sentences.append(f"The loss went from {first} to {last} in {steps}.")
+    if result.together:
+        numbers = [str(findings.index(found) + 1) for found in result.together]
+        sentences.append(f"One remedy is not enough; those of {listing(numbers)} together are.")
+
+    def sections() -> list[Section]:
+        page = [Section()]
+        left = dict(parts)
+        for index, found in enumerate(findings, 1):
+            basis = [
+                name
+                for name, part in left.items()
+                if found.cause in [one.cause for one in getattr(part, "findings", [])]
+            ]
+            numbers = [f"{name.replace('_', ' ')} {_value(value)}"
+                       for name, value in found.numbers.items()]  # fmt: skip
+            text = [found.sentence, ", ".join(found.location[:40]), ", ".join(numbers)]
+            page.append(Section(
+                f"{index}. {found.cause}", [one for one in text if one],
+                _figures(result, {name: left.pop(name) for name in basis}),
+                code=found.remedy, tone=found.severity.name.lower(),
+            ))  # fmt: skip
+        text = [f"Not examined: {name}. {why}" for name, why in result.skipped.items()]
+        text.append(
+            "Remedies use the names with which `diagnose` was called: `module`, `loss`, `inputs`, "
+            "`targets` and `optimizer`. All trials ran on copies."
+        )
+        examined = f"Examined: {', '.join(parts)}."
+        return [*page, Section("What was examined", [examined, *text], _figures(result, left))]
+
+    title = "Why does it not learn?"
+    return Report("diagnosis", title, headline, sentences, sections, result.to_json)
+
+
+def _figures(result: Any, parts: Mapping[str, Any]) -> dict[str, Drawing]:
+    """The figures of some parts of a diagnosis, by file name."""
+    plots = {
+        "Landscape": plot_landscape,
+        "StepLimit": plot_step_limit,
+        "Identifiability": plot_identifiability,
+    }
+    figures: dict[str, Drawing] = {}
+    for name, part in parts.items():
+        file = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")[:60]
+        kind = type(part).__name__
+        if kind in plots:
+            figures[file] = partial(plots[kind], part)
+        elif kind == "Health":
+            layer = name.removeprefix("health").removeprefix(" of ")
+            weight = getattr(result.setup.module.get_submodule(layer), "weight", None)
+            if isinstance(weight, Tensor) and weight.ndim == 4 and weight.shape[1] in (1, 3):
+                figures[file] = partial(plot_kernels, weight[:32], shared_scale=False)
+    return figures
+
+
+def training_report(result: Any) -> Report:
+    """How well a network does with each first layer, and what its filters learned."""
+    first, *others = result.variants
+    headline = f"Test accuracy with the first layer {first}: {_mean(result.accuracy(first))} %"
+    for other in others:
+        difference = _mean(result.difference(first, other), "+")
+        headline += f"; compared with {other} {difference} points"
+    sentences = [run.stopped for run in result.runs if run.stopped]
+    for variant in result.variants:
+        if result.accuracy_reset(variant).n:
+            moved = [
+                f"{name.replace('_', ' ')} {_distance(name, mean.mean)}"
+                for name, mean in result.displacement(variant).items()
+                if name in ("orientation", "wavelength", "sigma")
+            ]
+            sentences.append(
+                f"{variant}: the median filter moved: {listing(moved)}. Resetting the trained filters "
+                f"to their start costs {_mean(result.learning_gain(variant), '+')} points of accuracy."
+            )
+
+    def sections() -> list[Section]:
+        rows = [
+            [
+                variant, _mean(result.accuracy(variant)),
+                _mean(result.difference(variant, first), "+"), _mean(result.accuracy_reset(variant)),
+                *(str(getattr(result.runs_of(variant)[0], name))
+                  for name in ("n_first_parameters", "n_parameters")),
+            ]
+            for variant in result.variants
+        ]  # fmt: skip
+        head = ["first layer", "test accuracy, %", f"compared with {first}, points",
+                "filters reset, %", "parameters of the first layer", "of the network"]  # fmt: skip
+        seeds = counted(len(result.recipe.seeds), "seed")
+        text = (
+            f"Means over {seeds} with their standard errors. The networks of a seed see the same "
+        )
+        text += "images in the same order, so differences are more certain than accuracies."
+        return [
+            Section(figures={"training": partial(plot_training, result)}),
+            Section("Accuracy", [text], table=Table(head, rows)),
+            Section(
+                "The filters, before and after",
+                figures={"filters": partial(plot_trained_filters, result)},
+            ),
         ]
 
-    def record() -> dict[str, Any]:
-        return {
-            "setup": {"image_shape": list(result.images.shape), "noise": result.noise, "basin": result.basin,
-                      "kernel_size": list(result.kernel_size)},
-            "target": json.loads(result.target.to_json()),
-            "start": json.loads(result.start.to_json()),
-            "table": result.table(),
-            "kernel_errors": errors,
-            "found": json.loads(found.to_json()),
-            "descents": [{**dataclasses.asdict(run), "verdict": run.verdict} for run in result.descents],
-            "training": {**vars(result.training), "params": json.loads(result.training.params.to_json())},
-            "landscape": result.landscape,
-        }  # fmt: skip
-
+    data = {name: value for name, value in result.data.items() if name != "sha256"}
     facts = {
-        "images": " × ".join(map(str, result.images.shape)),
-        "kernel size": " × ".join(map(str, result.kernel_size)) + " px",
-        "noise": f"{percent(result.noise)} of the responses' standard deviation" if result.noise else "none",
+        "data": ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in data.items()),
+        "recipe": ", ".join(result.recipe.to_toml().splitlines()),
     }
-    return Report("recovery", "Recovering a planted Gabor kernel", headline[0].upper() + headline[1:],
-                  [], sections, record, facts=facts)
+    return Report("train", "Training a Gabor layer", headline + ".", sentences, sections,
+                  result.to_record, facts=facts)  # fmt: skip
 
 
-def _why(result: Any) -> list[str]:
-    """Why descents on θ end as they do, from the measured landscape."""
-    losses, n = result.landscape, len(result.landscape["mse"]) - 1
-    truth = result.target.orientation[0, 0].item()
-    start = result.start.orientation[0, 0].item()
-    place = round((truth + math.pi) / (2 * math.pi) * n)
-    reach, step = 4, 2 * math.pi / n
-    rise = sum(losses["mse"][(place + side * reach) % n] for side in (-1, 1)) / 2 - losses["mse"][place % n]
-    slope = math.sqrt(max(rise, 0.0)) / (reach * step)
-    said = [
-        f"The start is {degrees(abs(math.remainder(start - truth, math.pi)), 3)} from the truth; as "
-        "orientations repeat after 180°, 90° is the farthest."
-    ]
-    if not slope:
-        return [*said, "The planted kernel is the same in every orientation."]
-    updates = sorted({run.learning_rate: degrees(run.learning_rate * slope, 2) for run in result.descents}.items())
-    said.append(
-        f"The RMSE is a cone at its minimum, of slope {number(slope, 3)} per rad: the update, step size "
-        "times slope, does not shrink on arrival, so θ steps over the minimum and back. "
-        + (f"Here one update is {listing([f'{angle} for step size {rate:g}' for rate, angle in updates])}; " if updates else "")
-        + "momentum β multiplies it by up to 1/(1 − β)."
-    )
-    said.append(
-        f"The basin is narrow: for white input the squared error is convex within λ / (√2 π σ/γ) = "
-        f"{degrees(result.basin, 3)} of the truth. A longer update throws θ out of it. The squared error "
-        f"is a bowl: near the minimum, every step size below 1/c² = {number(1 / slope**2, 2)} settles."
-    )
-    return said
+def _mean(mean: Any, sign: str = "") -> str:
+    """A mean share in percent with its standard error."""
+    if not mean.n:
+        return "–"
+    error = f" ± {100 * mean.standard_error:.1f}" if math.isfinite(mean.standard_error) else ""
+    return f"{100 * mean.mean:{sign}.1f}{error}".replace("-", "−")
+
+
+def _distance(name: str, value: float) -> str:
+    return degrees(value, 2) if UNITS[name] == "rad" else number(value, 2)
+
+
+def _value(value: Any) -> str:
+    return number(value, 3) if isinstance(value, (int, float)) else str(value)
+
+
+def _plain(value: Any) -> Any:
+    """A record within a recovery as plain values."""
+    if hasattr(value, "to_json"):
+        return json.loads(value.to_json())
+    if isinstance(value, tuple):
+        return [_plain(one) for one in value]
+    if hasattr(value, "__dict__"):
+        return {name: _plain(one) for name, one in vars(value).items()}
+    return value

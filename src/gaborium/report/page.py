@@ -1,4 +1,4 @@
-"""One page for every kind of result: sections as HTML, and the same numbers as JSON and CSV."""
+"""One page for every kind of result: its sections as HTML, and the same numbers as JSON."""
 
 from __future__ import annotations
 
@@ -15,58 +15,40 @@ from typing import Any, NamedTuple
 import torch.nn.functional as F
 from torch import Tensor
 
-from gaborium import __version__
 from gaborium.errors import require
 from gaborium.params import plain
 from gaborium.plots import INK, MUTED, PAPER, SHADE
 
-_NARROW = 3.5  # inches: how figures are drawn for a phone
-_LARGEST = 96  # px, width of a picture within a table
-# The colours of figures that follow the page, which may be light or dark.
+Drawing = Callable[..., Any]  # draws a matplotlib figure of a width in inches, if it has one
+
+_NARROW = 3.5  # inches: the width of figures on a phone
+_MOST_PIXELS = 72  # in a row of a picture within a table
+# Colours of figures that follow the page, which may be light or dark.
 _VARIABLES = {INK: "ink", MUTED: "muted", SHADE: "line", PAPER: "paper", "#000000": "ink"}
 
 
-class Card(NamedTuple):
-    """A number that stands out, or a verdict with its reason."""
-
-    label: str
-    value: str
-    note: str = ""
-    tone: str = ""
-
-
 class Table(NamedTuple):
-    """A table; cells are texts, or pictures ``(height, width, 4)``; the first columns are words."""
+    """A table of texts and of pictures ``(height, width, 4)``; the first columns are words."""
 
     head: Sequence[str]
     rows: Sequence[Sequence[str | Tensor]]
-    n_text: int = 1
-
-
-class Drawing(NamedTuple):
-    """A figure with its name and what draws it; all but half-width ones are given a width."""
-
-    name: str
-    draw: Callable[..., Any]
-    half: bool = False
+    n_words: int = 1
 
 
 class Section(NamedTuple):
-    """A part of a page; words in backticks are set as code, and ``tone`` is a severity."""
+    """A part of a page; what is in backticks is set as code, and ``tone`` is a severity."""
 
     title: str = ""
     text: Sequence[str] = ()
-    cards: Sequence[Card] = ()
-    figures: Sequence[Drawing] = ()
+    figures: Mapping[str, Drawing] = {}
     table: Table | None = None
     code: str = ""
-    note: str = ""
     tone: str = ""
     link: str = ""
 
 
 class Report(NamedTuple):
-    """What is said about a result, on the terminal, as a page, and as JSON and CSV.
+    """What is said about a result.
 
     Args:
         kind: of the result.
@@ -83,29 +65,22 @@ class Report(NamedTuple):
     title: str
     headline: str
     sentences: Sequence[str]
-    sections: Callable[[], list[Section]]
-    record: Callable[[], dict[str, Any]]
-    rows: Callable[[], list[dict[str, Any]]] | None = None
+    sections: Callable[[], Sequence[Section]]
+    record: Callable[[], Mapping[str, Any]]
+    rows: Callable[[], Sequence[Mapping[str, object]]] | None = None
     facts: Mapping[str, str] = {}
 
     def json(self, facts: Mapping[str, str]) -> str:
         """The result with headline, facts and versions."""
-        record = {
-            "format": f"gaborium.{self.kind}",
-            "version": 1,
-            "facts": dict(facts),
-            "versions": versions(),
-            "headline": self.headline,
-            "result": self.record(),
-        }
+        record = {"format": f"gaborium.{self.kind}", "version": 1, "facts": dict(facts)}
+        record |= {"versions": _versions(), "headline": self.headline, "result": self.record()}
         return json.dumps(plain(record), indent=1, allow_nan=False, ensure_ascii=False) + "\n"
 
     def html(self, title: str | None, facts: Mapping[str, str], figures: dict[str, Any]) -> str:
-        """The page: one file that refers to nothing else; see ``page`` for ``figures``."""
+        """The page; ``figures`` receives its matplotlib figures by name."""
         first, *rest = self.sections()
         sections = [first._replace(text=[*self.sentences, *first.text]), *rest]
-        said = ", ".join(map(" ".join, versions().items()))
-        facts = {**facts, **self.facts, "versions": said}
+        facts = {**facts, **self.facts, "versions": ", ".join(map(" ".join, _versions().items()))}
         return page(title or self.title, self.headline, sections, facts, figures)
 
 
@@ -116,64 +91,49 @@ def page(
     facts: Mapping[str, str],
     figures: dict[str, Any],
 ) -> str:
-    """Fill the template; ``figures`` receives the matplotlib figures, by name."""
+    """Fill the template."""
     jinja2 = require("jinja2", extra="report", purpose="Reports")
-    markup = require("markupsafe", extra="report", purpose="Reports").Markup
+    markupsafe = require("markupsafe", extra="report", purpose="Reports")
 
     def prose(text: str) -> Any:
-        text = text.replace(" × 10", "\u00a0×\u00a010").replace(" %", "\u00a0%")
-        parts = text.split("`") if text.count("`") % 2 == 0 else [text]
-        codes = [markup("<code>{}</code>").format(part) for part in parts[1::2]]
-        return markup("").join(sum(zip(parts, [*codes, markup("")], strict=True), ()))
+        text = str(markupsafe.escape(text)).replace(" × ", "\u00a0×\u00a0").replace(" %", "\u00a0%")
+        return markupsafe.Markup(re.sub("`([^`]+)`", r"<code>\1</code>", text))
 
-    def drawn(drawing: Drawing) -> Any:
-        figure = figures[drawing.name] = drawing.draw()
-        alone = [(figure, "half")] if drawing.half else []
-        both = alone or [(figure, "wide"), (drawing.draw(width=_NARROW), "narrow")]
-        return markup("").join(
-            markup('<figure class="{}">{}</figure>').format(
-                shape, markup(_svg(one, f"{drawing.name} {shape}"))
-            )
-            for one, shape in both
+    def draw(name: str, drawing: Drawing) -> Any:
+        figures[name] = drawing()
+        shapes = {"half": figures[name]}
+        if figures[name].get_figwidth() > 2 * _NARROW:
+            shapes = {"wide": figures[name], "narrow": drawing(width=_NARROW)}
+        figure = markupsafe.Markup('<figure class="{}">{}</figure>')
+        drawn = ((shape, _svg(one, f"{name}, {shape}")) for shape, one in shapes.items())
+        return markupsafe.Markup("").join(
+            figure.format(shape, markupsafe.Markup(svg)) for shape, svg in drawn
         )
 
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters |= {"prose": prose, "drawn": drawn, "picture": _picture}
+    environment.filters["prose"] = prose
     template = files("gaborium.report").joinpath("page.html.j2").read_text(encoding="utf-8")
     text: str = environment.from_string(template).render(
-        title=title, headline=headline, sections=sections, facts=facts, picture=_picture
+        title=title, headline=headline, sections=sections, facts=facts, draw=draw, png=_png
     )
     return text
 
 
-def versions() -> dict[str, str]:
-    """The versions that the numbers were computed with."""
-    return {
-        "gaborium": __version__,
-        "torch": version("torch"),
-        "python": platform.python_version(),
-    }
-
-
-def png(figure: Any) -> bytes:
-    """A matplotlib figure as the content of a file."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
-    return buffer.getvalue()
+def _versions() -> dict[str, str]:
+    names = ("gaborium", "torch", "matplotlib")
+    return {name: version(name) for name in names} | {"python": platform.python_version()}
 
 
 def _svg(figure: Any, name: str) -> str:
     """A figure for within a page: its text is text, and its colours are the page's."""
     matplotlib = require("matplotlib", extra="report", purpose="Reports")
     buffer = io.StringIO()
-    # The names of its parts come from the salt, and must differ between the figures of a page.
+    metadata = dict.fromkeys(["Creator", "Date", "Format", "Type"])
+    # The salt makes the names of clip paths and markers differ between the figures of a page.
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
-        figure.savefig(
-            buffer, format="svg", transparent=True, dpi=144,
-            metadata=dict.fromkeys(["Creator", "Date", "Format", "Type"]),
-        )  # fmt: skip
+        figure.savefig(buffer, format="svg", transparent=True, dpi=144, metadata=metadata)
     text = buffer.getvalue()
     text = re.sub(r' (?:id="\w+_\d+"|xmlns(?::\w+)?="[^"]*")', "", text[text.index("<svg") :])
     for color, variable in _VARIABLES.items():
@@ -181,15 +141,13 @@ def _svg(figure: Any, name: str) -> str:
     return text.replace("<svg", f'<svg role="img" aria-label="{name}"', 1)
 
 
-def _picture(pixels: Tensor) -> Any:
-    """A picture ``(height, width, 4)`` with values in [0, 1] as an HTML element."""
-    markup = require("markupsafe", extra="report", purpose="Reports").Markup
+def _png(pixels: Tensor) -> str:
+    """A picture ``(height, width, 4)`` with values in [0, 1], for within a page."""
     image = require("matplotlib.image", extra="report", purpose="Reports")
-    size = [max(1, side * _LARGEST // pixels.shape[1]) for side in pixels.shape[:2]]
-    if pixels.shape[1] > _LARGEST:
+    if pixels.shape[1] > _MOST_PIXELS:
+        size = [max(1, side * _MOST_PIXELS // pixels.shape[1]) for side in pixels.shape[:2]]
         pixels = F.interpolate(pixels.movedim(-1, 0)[None], size, mode="area")[0].movedim(0, -1)
     buffer = io.BytesIO()
-    image.imsave(buffer, (255 * pixels).round().byte().numpy(), format="png",
-                 metadata={"Software": None})  # fmt: skip
-    code = base64.b64encode(buffer.getvalue()).decode()
-    return markup(f'<img src="data:image/png;base64,{code}" alt="kernel, fit and residual">')
+    values = (255 * pixels).round().byte().numpy()
+    image.imsave(buffer, values, format="png", metadata={"Software": None})
+    return base64.b64encode(buffer.getvalue()).decode()
