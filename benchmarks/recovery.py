@@ -1,4 +1,4 @@
-"""How often does each way find a planted kernel? Descent on θ, `recover`, and the training recipe.
+"""How often does each way find a planted kernel? Descent on θ, `recover`, and `NaturalGradient`.
 
     python benchmarks/recovery.py             # about six minutes on one core
 
@@ -120,7 +120,7 @@ def main() -> None:
                 )
                 for row in descents
             ),
-            ("training recipe", f"{summary['trained']:.3f}", ""),
+            ("NaturalGradient", f"{summary['trained']:.3f}", ""),
             ("recover", f"{summary['recover']:.3f}", ""),
         ],
     )

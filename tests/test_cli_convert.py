@@ -14,7 +14,7 @@ import commands
 
 pytest.importorskip("cyclopts", reason="the command line needs the cli extra")
 from gaborium import Gabor2d, GaborConv2d, MixedConv, gabor
-from gaborium.export import load_layer
+from gaborium.storage import load_layer
 
 pytest.importorskip("safetensors")
 

@@ -14,10 +14,9 @@ from pathlib import Path
 import pytest
 
 import gaborium
-from gaborium import diagnostics, export
+from gaborium import diagnostics
 from gaborium.cli import census as census_command
 from gaborium.cli import diagnose as diagnose_command
-from gaborium.cli import export as export_command
 from gaborium.cli import recover as recover_command
 from gaborium.cli import train as train_command
 from gaborium.diagnostics.causes import CAUSES
@@ -120,11 +119,10 @@ def test_the_pages_build_without_a_warning(tmp_path):
     names = {f"gaborium.{name}" for name in gaborium.__all__ if not name.startswith("_")}
     names |= {f"gaborium.interop.{name}" for name in CONVERSIONS}
     names |= {f"gaborium.diagnostics.{name}" for name in diagnostics.__all__}
-    names |= {f"gaborium.export.{name}" for name in export.__all__}
     anchors = set(re.findall(r'id="([\w.-]+)"', html["reference"]))
     # Modules, whose functions are there.
     assert names - anchors == {
-        f"gaborium.{name}" for name in ("diagnostics", "export", "interop", "optim", "training")
+        f"gaborium.{name}" for name in ("diagnostics", "interop", "optim", "storage", "training")
     }
 
 
@@ -134,7 +132,6 @@ def test_the_pages_build_without_a_warning(tmp_path):
         ("experiment", recover_command),
         ("diagnostics", diagnose_command),
         ("training", train_command),
-        ("export", export_command),
         ("census", census_command),
     ],
 )

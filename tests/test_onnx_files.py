@@ -87,7 +87,7 @@ def test_kernels_behind_constants_and_identities_are_found(tmp_path):
 
 def test_an_exported_network_tells_the_kernels_that_it_had(tmp_path):
     pytest.importorskip("onnxscript")
-    from gaborium.export import to_onnx
+    from gaborium.storage import to_onnx
 
     network = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 5), torch.nn.ReLU())
     to_onnx(network.eval(), tmp_path / "net.onnx", torch.zeros(1, 3, 9, 9))

@@ -89,12 +89,12 @@ def test_a_surface_has_the_first_field_upwards():
     layer = layer_at()
     loss = loss_of(layer)
     turned(layer, 0.4)
-    found = landscape(loss, layer, ("orientation", "wavelength"), n_points=(20, 12))
+    found = landscape(loss, layer, ("orientation", "wavelength"), n_points=20)
     figure = plot_landscape(found)
     draw(figure)
     place = figure.axes[0]
     assert (place.get_xlabel(), place.get_ylabel()) == ("wavelength, px", "orientation, degrees")
-    mesh = place.collections[0].get_array().reshape(20, 12)
+    mesh = place.collections[0].get_array().reshape(20, 20)
     assert torch.as_tensor(mesh).allclose(found.values)
     (start,) = lines_of(place, "start")
     assert start.get_xdata()[0] == pytest.approx(4.0)
@@ -105,7 +105,11 @@ def test_a_surface_has_the_first_field_upwards():
 def test_foreign_parameters_are_drawn_without_a_unit():
     layer = nn.Linear(1, 1, bias=False)
     found = landscape(
-        lambda one: (one.weight - 1).square().sum(), layer, "weight", span=(-2, 2), n_points=20
+        lambda one: (one.weight - 1).square().sum(),
+        layer,
+        "weight",
+        span={"weight": (-2, 2)},
+        n_points=20,
     )
     figure = plot_landscape(found)
     draw(figure)

@@ -42,13 +42,6 @@ RECORDS: dict[str, dict[str, Any]] = {
             "explained_variance": [0.5, 0.924, 1.0],
         },
     },
-    "export": {
-        "format": "gaborium.export",
-        "facts": {"command": "gaborium export runs/mine"},
-        "filters": {"gabor": 4, "free": 0, "size": [5, 5]},
-        "input": {},
-        "files": {"plain.safetensors": "", "network.onnx": ""},
-    },
     "diagnose": {
         "format": "gaborium.diagnosis",
         "facts": {},
@@ -89,7 +82,7 @@ def rows(folder: Path) -> dict[str, list[str]]:
 
 def test_every_run_has_its_kind_number_sentence_and_link(runs):
     found = rows(runs)
-    assert list(found) == ["diagnose", "export", "fit", "train", "recover"]  # the newest first
+    assert list(found) == ["diagnose", "fit", "train", "recover"]  # the newest first
     told = {name: (texts[0].rstrip(" ·"), texts[3:]) for name, texts in found.items()}
     assert told == {
         "recover": (
@@ -106,11 +99,6 @@ def test_every_run_has_its_kind_number_sentence_and_link(runs):
             "Fit of kernels",
             ["3 of 4 filters converged; from kernels.npy.", "92.4 %",
              "explained variance, median"],
-        ),
-        "export": (
-            "Export of a trained network",
-            ["A trained network that begins with 4 Gabor filters of 5 × 5 px, in 2 files.",
-             "gaborium export runs/mine", "2", "files"],
         ),
         "diagnose": ("Diagnosis", ["The step is too large.", "1", "finding"]),
     }  # fmt: skip

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from gaborium import Gabor2d, GaborConv2d, MixedConv
-from gaborium.export import save_layer
+from gaborium.storage import save_layer
 from gaborium.training import Dataset, Recipe, load_state, load_trained, train
 from gaborium.training.trained import NETWORK_FILE, is_trained
 from gaborium.training.trainer import Trainer

@@ -20,13 +20,13 @@ _NAMES = {
     "training": "Recipe TrainResult train",
 }
 _HOMES = {name: module for module, names in _NAMES.items() for name in names.split()}
-_MODULES = ("diagnostics", "export", "interop", "optim", "training")
+_MODULES = ("diagnostics", "interop", "optim", "storage", "training")
 
 if TYPE_CHECKING:
     from gaborium import diagnostics as diagnostics
-    from gaborium import export as export
     from gaborium import interop as interop
     from gaborium import optim as optim
+    from gaborium import storage as storage
     from gaborium import training as training
     from gaborium.conversion import Census as Census
     from gaborium.conversion import Conversion as Conversion

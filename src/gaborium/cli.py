@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import json
 import math
 import os
 import shlex
@@ -359,7 +358,7 @@ def convert(
 ) -> None:
     """Replace the filters of a trained layer by Gabor functions, where they are good enough.
 
-    Writes layer.safetensors, the new layer for gaborium.export.load_layer; weights.safetensors,
+    Writes layer.safetensors, the new layer for gaborium.storage.load_layer; weights.safetensors,
     all that the file or network holds with the new kernels in it, for the network as it was;
     result.json, result.csv, report.html, and a figure as PDF, SVG and PNG.
 
@@ -395,10 +394,10 @@ def convert(
 
         from gaborium.conversion import convert as convert_layer
         from gaborium.conversion import load_network, names_network
-        from gaborium.export import save_layer
         from gaborium.files import new_folder, write_tensors
         from gaborium.kernel_files import LayerFile, read_layer
         from gaborium.reporting import write_conversion
+        from gaborium.storage import save_layer
 
     torch.set_num_threads(1)  # as in recover
     if names_network(source):
@@ -689,83 +688,6 @@ def train(
     with console.status("Writing the report"):
         write_training(result, folder, facts={"command": _command()})
     _print_training(console, result)
-    _print_end(console, folder, begun)
-
-
-def export(
-    file: Path,
-    /,
-    *,
-    variant: str | None = None,
-    seed: int | None = None,
-    formats: tuple[Literal["layer", "json", "csv", "skimage", "opencv", "plain", "onnx"], ...]
-    | None = None,
-    size: int | None = None,
-    name: str = "export",
-    out: Path = Path("runs"),
-    overwrite: bool = False,
-) -> None:
-    """Write a saved Gabor layer, or a network that gaborium train has trained, in other forms.
-
-    Writes the chosen files, report.html, and result.json with the checksums of all.
-
-    Args:
-        file: A layer that gaborium.export.save_layer has written; or the folder of a gaborium
-            train, or a network.safetensors in it. Nothing in them is executed.
-        variant: Network: kind of its first layer, as "free"; by default that of the recipe.
-        seed: Network: of its run; by default the first of the recipe.
-        formats: Of the Gabor layer, a network's first one: "layer", as save_layer writes it,
-            layer.safetensors; "json" and "csv", the parameters, params.json and params.csv;
-            "skimage" and "opencv", tables in the words of these libraries. Of the whole: "plain",
-            the tensors of ordinary convolutions, plain.safetensors; "onnx", the graph, layer.onnx
-            or network.onnx. By default json, csv and plain; of a network layer and onnx, too.
-        size: Layer: height and width of the images that the graph takes, px; 64 by default.
-        name: Name of the run.
-        out: Folder of all runs.
-        overwrite: Replace an earlier run of this name.
-    """
-    begun = time.monotonic()
-    console = require("rich.console", extra="cli", purpose="Commands").Console()
-    _check_least(1, size=size)
-    _check_name(name)
-
-    with console.status("Loading PyTorch"):
-        import hashlib
-
-        import torch
-
-        from gaborium.export import load_layer
-        from gaborium.files import new_folder
-        from gaborium.reporting import export_headline, write_export
-        from gaborium.training import load_trained
-        from gaborium.training.trained import find_network, is_trained
-
-    torch.set_num_threads(1)  # as in recover
-    facts = {"file": str(file)}
-    source: Any
-    if is_trained(file):
-        if size is not None:
-            raise ValueError("--size is no option of a network, which has that of its training.")
-        file = find_network(file, variant, seed)
-        source = load_trained(file, variant=variant, seed=seed)
-        facts |= {"first layer": source.variant, "seed": str(source.seed)}
-    else:
-        for option, value in (("--variant", variant), ("--seed", seed)):
-            if value is not None:
-                raise ValueError(f"{option} is an option of a training's folder, not of a layer.")
-        source = load_layer(file)
-    facts |= {
-        "SHA-256": hashlib.sha256(file.read_bytes()).hexdigest(),
-        "command": _command(),
-    }
-    folder = out / name
-    with new_folder(folder, overwrite=overwrite) as place, console.status("Writing the files"):
-        written = write_export(source, place, formats, size=size, facts=facts)
-    record = json.loads((folder / "result.json").read_text(encoding="utf-8"))
-    console.print(_plain(export_headline(record)))
-    for path in written:
-        if path != "report.html":
-            console.print(f"Wrote {folder / path}", soft_wrap=True, highlight=False)
     _print_end(console, folder, begun)
 
 
@@ -1216,7 +1138,6 @@ def _app(cyclopts: Any) -> Any:
             negative=None, negative_bool=(), negative_iterable=("no-",)
         ),
     )
-    app.command(export)
     app.command(census)
     app.command(convert)
     app.command(fit, default_parameter=cyclopts.Parameter(negative=None, negative_bool=("no-",)))

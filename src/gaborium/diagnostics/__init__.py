@@ -10,7 +10,7 @@ from gaborium.diagnostics.losses import OutputLoss
 from gaborium.diagnostics.mending import replace_by_gabor
 from gaborium.diagnostics.recorder import Recorder, watch
 from gaborium.diagnostics.setups import SetUp
-from gaborium.diagnostics.stability import StepLimit, step_limit
+from gaborium.diagnostics.step_size import StepLimit, step_limit
 
 __all__ = [
     "Diagnosis",

@@ -22,7 +22,7 @@ from gaborium.diagnostics.landscape import landscape
 from gaborium.diagnostics.losses import OutputLoss
 from gaborium.diagnostics.mending import convolution_of
 from gaborium.diagnostics.setups import Loss, SetUp
-from gaborium.diagnostics.stability import step_limit
+from gaborium.diagnostics.step_size import step_limit
 from gaborium.diagnostics.trials import copied, seeded, tensors_of
 from gaborium.diagnostics.views import GaborLayer, recover_arguments, recover_options
 from gaborium.fitting import FitResult, fit, recover

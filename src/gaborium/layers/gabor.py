@@ -405,7 +405,7 @@ class _GaborConv(nn.Module, Generic[Record]):
         """
         if self.output == "energy":
             raise ValueError(
-                "An energy output is not a convolution; use gaborium.export.to_plain, which puts "
+                "An energy output is not a convolution; use gaborium.storage.to_plain, which puts "
                 "the norm of each pair behind one."
             )
         return plain_conv(self, self.weight, self.bias)

@@ -129,6 +129,11 @@ class NaturalGradient(Optimizer):
         _check(self.defaults | group)
         super().add_param_group(group)
 
+    @property
+    def n_global_steps(self) -> int:
+        """Global steps taken so far, over all filters and layers."""
+        return sum(int(state["leaps"].sum()) for state in self.state.values() if "leaps" in state)
+
     def __getstate__(self) -> dict[str, Any]:
         # Copies and pickles know their layers too.
         return super().__getstate__() | {"_families": self._families, "_known": {}}

@@ -3,9 +3,8 @@
 ``recovery`` is the page of an experiment with a planted kernel, with its words in ``wording`` and
 its charts in ``charts``; ``fits`` is the page of kernels and the Gabor functions nearest to them,
 ``census`` that of what the kernels are, and ``conversion`` of what became of them; ``diagnosis`` is
-that of a training loop that does not learn; ``training`` is that of networks which do; ``exports``
-is that of layers in other forms. ``index`` lists the runs of a folder, and ``page`` is what all of
-them need.
+that of a training loop that does not learn; ``training`` is that of networks which do. ``index``
+lists the runs of a folder, and ``page`` is what all of them need.
 """
 
 from gaborium.reporting.census import (
@@ -30,7 +29,6 @@ from gaborium.reporting.diagnosis import (
     worded_numbers,
     write_diagnosis,
 )
-from gaborium.reporting.exports import export_headline, report_export, write_export
 from gaborium.reporting.fits import fit_headline, fit_record, fit_summary, report_fit, write_fit
 from gaborium.reporting.index import write_index
 from gaborium.reporting.recovery import recovery_record, report_recovery, write_recovery
@@ -52,7 +50,6 @@ __all__ = [
     "conversion_sentences",
     "diagnosis_headline",
     "diagnosis_record",
-    "export_headline",
     "fit_headline",
     "fit_record",
     "fit_summary",
@@ -65,7 +62,6 @@ __all__ = [
     "report_census",
     "report_conversion",
     "report_diagnosis",
-    "report_export",
     "report_fit",
     "report_recovery",
     "report_training",
@@ -77,7 +73,6 @@ __all__ = [
     "write_census",
     "write_conversion",
     "write_diagnosis",
-    "write_export",
     "write_fit",
     "write_index",
     "write_recovery",

@@ -220,14 +220,14 @@ def orientation_chart(recovery: Recovery) -> Chart:
             hovertemplate="step %{x}<br>θ = %{y:.3f}°",
         )
     )  # fmt: skip
-    if recovery.training.jumps:
+    if recovery.training.global_steps:
         places = [
             truth + math.remainder(recovery.training.orientation[step] - truth, math.pi)
-            for step in recovery.training.jumps
+            for step in recovery.training.global_steps
         ]
         figure.add_trace(
             objects.Scatter(
-                x=recovery.training.jumps, y=[math.degrees(theta) for theta in places],
+                x=recovery.training.global_steps, y=[math.degrees(theta) for theta in places],
                 mode="markers", name="its global steps",
                 marker={"symbol": "diamond", "size": 10, "color": TRAINED},
                 hovertemplate="global step %{x}<br>θ = %{y:.3f}°",

@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 
 from gaborium.files import write_text
 from gaborium.reporting.charts import DARK
-from gaborium.reporting.exports import export_headline
 from gaborium.reporting.page import render
 from gaborium.reporting.wording import counted, number, percent
 
@@ -168,22 +167,11 @@ def _conversion(record: Mapping[str, Any]) -> _Told:
     )
 
 
-def _export(record: Mapping[str, Any]) -> _Told:
-    whole = "input" in record
-    return (
-        "Export of a trained network" if whole else "Export of a layer",
-        str(len(record["files"])),
-        ["file" if len(record["files"]) == 1 else "files"],
-        export_headline(record),
-    )
-
-
 _TOLD = {
     "gaborium.recovery": _recovery,
     "gaborium.train": _training,
     "gaborium.fit": _fit,
     "gaborium.census": _census,
     "gaborium.conversion": _conversion,
-    "gaborium.export": _export,
     "gaborium.diagnosis": _diagnosis,
 }

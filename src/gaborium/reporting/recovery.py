@@ -115,7 +115,7 @@ def recovery_record(recovery: Recovery, *, facts: Mapping[str, str]) -> dict[str
         "training": {
             "params": json.loads(recovery.training.params.to_json()),
             "kernel_error": recovery.training.kernel_error,
-            "jumps": recovery.training.jumps,
+            "global_steps": recovery.training.global_steps,
             "orientation": recovery.training.orientation,
             "loss": recovery.training.loss,
         },

@@ -1,4 +1,4 @@
-"""Curvature equals the closed form, a cone is told from a bowl, and predicted cycles occur."""
+"""Curvature equals the closed form, a cone is no bowl, and predicted cycles occur."""
 
 import math
 
@@ -7,9 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gaborium import Gabor2d, GaborConv2d
+from gaborium import Gabor2d, GaborConv2d, gabor_jacobian
 from gaborium.diagnostics import OutputLoss, Severity, landscape, step_limit
-from gaborium.diagnostics.stability import _extremes
 
 PLANTED = Gabor2d.of(orientation=0.8, wavelength=6.0, sigma=3.0)
 
@@ -32,6 +31,12 @@ def near(layer: GaborConv2d, measure="mse", *, noise: float = 0.0, away: float =
     return OutputLoss(inputs, targets, measure)
 
 
+def response_slope(layer: GaborConv2d) -> float:
+    """c = rms(image * dg/dθ) at the planted kernel."""
+    kernel = gabor_jacobian(PLANTED, layer.kernel_size)["orientation"].float()
+    return F.conv2d(white(), kernel[None, None]).square().mean().sqrt().item()
+
+
 def causes(found) -> dict[str, Severity]:
     return {finding.cause: finding.severity for finding in found.findings}
 
@@ -39,49 +44,33 @@ def causes(found) -> dict[str, Severity]:
 # -- curvature ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("n_iterations", [3, 30])
-def test_extreme_eigenvalues_of_a_known_quadratic(n_iterations):
-    generator = torch.Generator().manual_seed(0)
-    n = 12
-    Q = torch.linalg.qr(torch.randn(n, n, generator=generator, dtype=torch.float64))[0]
-    values = torch.linspace(-3.0, 50.0, n, dtype=torch.float64)
-    A = Q @ torch.diag(values) @ Q.T
-    low, high = _extremes(lambda x: 0.5 * x @ A @ x, torch.ones(n).double(), n_iterations)
-    if n_iterations >= n:
-        assert (low, high) == (pytest.approx(-3.0), pytest.approx(50.0))
-    else:  # bounds from within
-        assert -3.0 < low < high < 50.0
+class Quadratic(nn.Module):
+    """A loss ``x·A x / 2`` of known eigenvalues, with a minimum at 0."""
+
+    def __init__(self, eigenvalues: Tensor) -> None:
+        super().__init__()
+        n = len(eigenvalues)
+        Q = torch.linalg.qr(torch.randn(n, n, generator=torch.Generator().manual_seed(0)))[0]
+        self.A = (Q @ torch.diag(eigenvalues.float()) @ Q.T).double()
+        self.x = nn.Parameter(torch.ones(n, dtype=torch.float64))
+
+    def loss(self, other) -> Tensor:
+        return 0.5 * other.x @ self.A @ other.x
 
 
-def test_curvature_of_a_linear_loss_is_none():
-    assert _extremes(lambda x: x.sum(), torch.ones(4), 5) == (0.0, 0.0)
-
-
-def test_the_hessian_is_that_of_torch():
-    layer = GaborConv2d(1, 1, 15, bias=False, start=PLANTED, dtype=torch.float64)
-    inputs = white(40).double()
-    loss = OutputLoss(inputs, layer(inputs).detach())
-    found = step_limit(loss, layer, n_iterations=50)
-    names = [name for name, p in layer.named_parameters() if p.requires_grad]
-    sizes = [layer.get_parameter(name).numel() for name in names]
-
-    def of(point: Tensor) -> Tensor:
-        parts = zip(names, point.split(sizes), strict=True)
-        raw = {name: part.view_as(layer.get_parameter(name)) for name, part in parts}
-        return F.mse_loss(torch.func.functional_call(layer, raw, (inputs,)), loss.targets)
-
-    here = torch.cat([layer.get_parameter(name).detach().flatten() for name in names])
-    eigenvalues = torch.linalg.eigvalsh(torch.autograd.functional.hessian(of, here))
-    assert found.present_sharpness == pytest.approx(eigenvalues[-1].item(), rel=1e-6)
-    assert found.present_flatness == pytest.approx(eigenvalues[0].item(), rel=1e-4)
-    # The layer stands at its minimum already.
-    assert found.sharpness == pytest.approx(found.present_sharpness, rel=1e-4)
+# Above 1000 parameters the sharpness is an estimate.
+@pytest.mark.parametrize(("n", "tolerance"), [(12, 1e-6), (1001, 1e-3)])
+def test_the_sharpness_is_the_largest_eigenvalue(n, tolerance):
+    layer = Quadratic(torch.cat([torch.linspace(0.5, 30.0, n - 1), torch.tensor([50.0])]))
+    found = step_limit(layer.loss, layer)
+    assert found.sharpness == pytest.approx(50.0, rel=tolerance)
+    assert found.squared_sharpness == found.sharpness
 
 
 def test_the_window_of_the_squared_error_is_one_over_the_squared_slope():
     layer = layer_of_orientation()
     found = step_limit(near(layer), layer)
-    (c,) = found.response_slopes["orientation"].flatten().tolist()
+    c = response_slope(layer)
     assert found.sharpness == pytest.approx(2 * c**2, rel=1e-3)
     assert found.step_limit == pytest.approx(1 / c**2, rel=1e-3)
     assert found.momentum_limit(0.9) == pytest.approx(1.9 / c**2, rel=1e-3)
@@ -114,7 +103,7 @@ def test_the_slope_of_a_cone_stays(measure):
     assert found.is_cone
     assert found.exponent == pytest.approx(0.0, abs=0.01)
     assert (found.step_limit, found.sharpness) == (0.0, math.inf)
-    (c,) = found.response_slopes["orientation"].flatten().tolist()
+    c = response_slope(layer)
     if measure == "rmse":
         assert found.slopes[-1] == pytest.approx(c, rel=1e-3)
     else:  # of a mean absolute value of about normal responses
@@ -147,7 +136,7 @@ def test_noise_blunts_the_cone():
     layer = layer_of_orientation()
     found = step_limit(near(layer, "rmse", noise=5.0), layer)
     assert not found.is_cone
-    (c,) = found.response_slopes["orientation"].flatten().tolist()
+    c = response_slope(layer)
     # sqrt(s² + c²δ²) has the curvature c² / s, but for what the noise and g'' have in common.
     assert found.sharpness == pytest.approx(c**2 / 5.0, rel=0.1)
 
@@ -168,24 +157,6 @@ def test_descent_at_a_cone_cycles_as_predicted(rate):
     assert last.abs().mean().item() == pytest.approx(predicted, rel=0.05)
     # From one side to the other, but for the steps at which the cycle drifts over its end.
     assert (last[1:] * last[:-1] < 0).double().mean() > 0.9
-
-
-def test_slopes_of_fields_are_those_of_finite_differences():
-    layer = GaborConv2d(2, 3, 9, stride=2, padding=3, start="random", seed=0, dtype=torch.float64)
-    inputs = white(40, 2).double()
-    loss = OutputLoss(inputs, layer(inputs).detach())
-    found = step_limit(loss, layer).response_slopes
-    params = layer.params.detach()
-    for field, slopes in found.items():
-        values = getattr(params, field)
-        assert slopes.shape == values.shape
-        index, step = (1, values.shape[1] - 1), 1e-5
-        moved = values.clone()
-        moved[index] += step
-        layer.params = params.replace(**{field: moved})
-        rms = (layer(inputs) - loss.targets).square().mean().sqrt().item() / step
-        layer.params = params
-        assert slopes[index].item() == pytest.approx(rms, rel=1e-3)
 
 
 # -- what it says about an optimiser ------------------------------------------------------------
@@ -282,7 +253,7 @@ def test_nothing_of_the_callers_changes():
     state = {name: value.clone() for name, value in module.state_dict().items()}
     gradients = [p.grad.clone() for p in module.parameters()]
     random = torch.get_rng_state()
-    step_limit(OutputLoss(inputs, targets), module, n_iterations=3, optimizer=optimizer)
+    step_limit(OutputLoss(inputs, targets), module, optimizer=optimizer)
     assert torch.equal(torch.get_rng_state(), random)
     assert all(part.training for part in module.modules())
     for name, value in module.state_dict().items():
@@ -296,8 +267,9 @@ def test_only_what_the_optimiser_holds_is_looked_at():
     layer = GaborConv2d(1, 1, 15, bias=False, start=PLANTED, coordinates="textbook")
     loss = OutputLoss(white(40), layer(white(40)).detach())
     alone = step_limit(loss, layer, optimizer=torch.optim.SGD([layer.orientation], lr=1e-9))
-    (c,) = alone.response_slopes["orientation"].flatten().tolist()
-    assert alone.sharpness == alone.flatness == pytest.approx(2 * c**2, rel=1e-3)
+    slope = gabor_jacobian(PLANTED, 15)["orientation"].float()[None, None]
+    c = F.conv2d(white(40), slope).square().mean().sqrt().item()
+    assert alone.sharpness == pytest.approx(2 * c**2, rel=1e-3)
 
 
 def test_a_foreign_module_is_measured_too():
@@ -318,9 +290,8 @@ def test_bad_input_gets_one_clear_line():
     frozen = layer_of_orientation().requires_grad_(False)
     other = torch.optim.SGD(layer_of_orientation().parameters(), lr=0.1)
     for message, call in {
-        "learns nothing": lambda: step_limit(loss, frozen),
-        "holds none of the layer's": lambda: step_limit(loss, layer, optimizer=other),
-        "at least 1": lambda: step_limit(loss, layer, n_iterations=0),
+        "learns no parameter": lambda: step_limit(loss, frozen),
+        "has no learned parameter of the layer": lambda: step_limit(loss, layer, optimizer=other),
         "has no gradient": lambda: step_limit(lambda one: loss(one).detach(), layer),
         "one floating number": lambda: step_limit(lambda one: one(loss.inputs), layer),
         "The loss is nan": lambda: step_limit(lambda one: loss(one) * math.nan, layer),

@@ -1,0 +1,383 @@
+"""How large a step may be: the curvature at the minimum, and whether the minimum is a cone."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gaborium.diagnostics.causes import SET_RATE, Finding, Severity, by_severity, finding
+from gaborium.diagnostics.losses import LayerLoss, OutputLoss, Probe, duplicate
+
+_DESCENT_STEPS = 200
+_CONE = 0.3  # slope ∝ distance^exponent: a cone below this exponent, a bowl above it
+_NEAR = 1e-3  # distances of the cone test, in units of the stored parameters
+_FAR = 10.0
+_MOST_EXACT = 1000  # parameters up to which the Hessian is computed
+_MANY_STEPS = 1e5
+
+
+@dataclass(frozen=True, eq=False)
+class StepLimit:
+    """Curvature, slopes and step sizes around the minimum that a descent from here reaches.
+
+    All lengths are in the units of the stored parameters, which the optimiser changes: rad for an
+    ``orientation``, rad/px for an ``angular_wave_vector``, log px for ``log_sigma``.
+
+    Args:
+        sharpness: largest eigenvalue of the loss' Hessian at the minimum; infinite at a cone.
+        squared_sharpness: the sharpness of the squared error, or of the square of a loss whose
+            outputs are not known; finite at a cone, too.
+        exponent: the slope grows as this power of the distance from the minimum: 1 for a squared
+            error, 0 at a cone.
+        distances: at which the slope was measured, along the steepest direction.
+        slopes: the length of the gradient there.
+        basin: distance at which the squared error stops being convex along that direction;
+            infinite if it never does.
+        steepest: the largest slope up to there.
+        learning_rate: of the optimiser; ``None`` without one.
+        momentum: of the optimiser, 0 without one.
+        adaptive: whether the optimiser divides by the gradient's size, as Adam does.
+        epsilon: what an adaptive optimiser adds to that size.
+        has_targets: whether the loss compares outputs with targets of their shape.
+    """
+
+    sharpness: float
+    squared_sharpness: float
+    exponent: float
+    distances: tuple[float, ...]
+    slopes: tuple[float, ...]
+    basin: float
+    steepest: float
+    learning_rate: float | None = None
+    momentum: float = 0.0
+    adaptive: bool = False
+    epsilon: float = 0.0
+    has_targets: bool = False
+
+    @property
+    def is_cone(self) -> bool:
+        """Whether the slope does not shrink near the minimum."""
+        return self.exponent < _CONE
+
+    @property
+    def step_limit(self) -> float:
+        """Largest step with which gradient descent settles, 2 / sharpness: 0 at a cone."""
+        return self.momentum_limit(0.0)
+
+    def momentum_limit(self, momentum: float) -> float:
+        """Largest step with heavy-ball momentum β, ``2 (1 + β) / sharpness``."""
+        return 2 * (1 + momentum) / self.sharpness if self.sharpness > 0 else math.inf
+
+    def cycling(self, learning_rate: float) -> float:
+        """Mean distance from the minimum at which descent with this step cycles for ever.
+
+        At a cone of slope c the update is ``-η c`` on one side and ``+η c`` on the other. Once
+        nearer than that, the parameter alternates between two points ηc apart, one on either
+        side, so that its mean distance is ``η c / 2``. At a bowl it is 0.
+        """
+        return learning_rate * self.slopes[-1] / 2 if self.is_cone else 0.0
+
+    @property
+    def n_steps(self) -> float | None:
+        """Steps to cross the basin at its steepest slope; ``None`` without an optimiser."""
+        if self.learning_rate is None:
+            return None
+        step = self.learning_rate if self.adaptive else self.travel(self.steepest)
+        return min(self.basin, 1.0) / step if step > 0 else math.inf
+
+    @property
+    def findings(self) -> list[Finding]:
+        """Faults of the loss' shape and of the optimiser's step."""
+        return by_severity(_findings(self))
+
+    def travel(self, slope: float) -> float:
+        """How far one step moves at a slope, what momentum adds to it included."""
+        return (self.learning_rate or 0.0) * slope / (1 - min(self.momentum, 1 - 1e-9))
+
+
+def step_limit(
+    loss: LayerLoss, layer: nn.Module, *, optimizer: torch.optim.Optimizer | None = None
+) -> StepLimit:
+    """Measure how large a step may be, and whether descent can settle at all.
+
+    A copy of the layer descends to the nearest minimum (by L-BFGS, and on the square of the loss
+    as well, which is smooth where the loss is a cone). There the Hessian's largest eigenvalue is
+    computed, and the slope at ever smaller distances along the steepest direction. Above 1000
+    learned parameters the eigenvalue is estimated from that slope.
+
+    Args:
+        loss: ``loss(layer) -> scalar``, such as an ``OutputLoss``, which is evaluated in double
+            precision; any other is evaluated in the layer's own.
+        layer: any module with learned parameters.
+        optimizer: its step and momentum are judged, and only its parameters vary.
+
+    Raises:
+        ValueError: the loss is not a finite scalar, not the same twice or has no gradient, or
+            no parameter is learned.
+
+    Example:
+        >>> layer, inputs = nn.Linear(2, 1), torch.randn(50, 2)
+        >>> targets = inputs.sum(1, keepdim=True)
+        >>> found = [step_limit(OutputLoss(inputs, targets, m), layer) for m in ("mse", "rmse")]
+        >>> [(one.is_cone, one.step_limit > 0) for one in found]
+        [(False, True), (True, False)]
+    """
+    chosen, settings = _stepped(layer, optimizer)
+    Probe(loss, layer)  # reports faults in their own precision
+    if isinstance(loss, OutputLoss):
+        loss, layer = loss.double(), duplicate(layer).double()
+    probe = Probe(loss, layer)
+    probe.learned = {name: value for name, value in probe.learned.items() if name in chosen}
+    squared, is_smooth = None, False
+    if isinstance(loss, OutputLoss) and loss.has_outputs_like_targets(layer):
+        squared = Probe(loss.squared(), layer)
+        squared.learned = probe.learned
+        is_smooth = loss.is_squared_kind()
+    there = _descend(squared or probe, probe.flat())
+    if not is_smooth:  # other measures may have other minima
+        there = min(
+            (_descend(probe, there), _descend(probe, there, square=True), there),
+            key=lambda point: probe.at(point).item(),
+        )
+
+    direction = _steepest_direction(probe, there)
+    # Near enough to see a cone, and far enough that rounding does not hide it.
+    smallest = _NEAR / 10 if probe.is_double else _NEAR
+    distances = [smallest * 10 ** (k / 3) for k in range(6, -1, -1)]
+    slopes = [_mean_slope(probe, there, r * direction) for r in distances]
+    exponent = 1.0
+    if all(0 < slope < math.inf for slope in slopes):
+        exponent = math.log(slopes[-4] / slopes[-1]) / math.log(distances[-4] / distances[-1])
+    is_cone = exponent < _CONE
+    basin, steepest = _basin(probe, there, direction, is_cone=is_cone)
+    sharpness = math.inf if is_cone else _sharpness(probe, there) or slopes[-1] / distances[-1]
+    squared_sharpness = _sharpness(squared, there) if squared is not None else None
+    if squared_sharpness is None:
+        squared_sharpness = 2 * slopes[-1] ** 2 if is_cone else sharpness
+    return StepLimit(
+        sharpness=sharpness,
+        squared_sharpness=squared_sharpness,
+        exponent=exponent,
+        distances=tuple(distances),
+        slopes=tuple(slopes),
+        basin=basin,
+        steepest=steepest,
+        has_targets=squared is not None,
+        **settings,
+    )
+
+
+# -- the optimiser ------------------------------------------------------------------------------
+
+
+def _stepped(
+    layer: nn.Module, optimizer: torch.optim.Optimizer | None
+) -> tuple[set[str], dict[str, Any]]:
+    """Names of the parameters that are learned, and the optimiser's settings for them.
+
+    Of several groups the one with the largest step counts.
+    """
+    if not isinstance(layer, nn.Module):
+        raise TypeError(f"layer must be an nn.Module, got {type(layer).__name__}.")
+    learned = {name: p for name, p in layer.named_parameters() if p.requires_grad}
+    if not learned:
+        raise ValueError("The layer learns no parameter: not one of them requires a gradient.")
+    if optimizer is None:
+        return set(learned), {}
+    mine = {id(p): name for name, p in learned.items()}
+    held = [(group, [mine.get(id(p)) for p in group["params"]]) for group in optimizer.param_groups]
+    groups = [group for group, names in held if any(names)]
+    if not groups:
+        raise ValueError(
+            "The optimizer has no learned parameter of the layer; make it from "
+            "layer.parameters() of this very layer."
+        )
+    group = max(groups, key=lambda group: float(group["lr"]))
+    adaptive = "eps" in group or "etas" in group
+    return {name for _, names in held for name in names if name}, {
+        "learning_rate": float(group["lr"]),
+        "momentum": 0.0 if adaptive else float(group.get("momentum", 0.0)),
+        "adaptive": adaptive,
+        "epsilon": float(group.get("eps", 0.0)),
+    }
+
+
+# -- the minimum and its surroundings -----------------------------------------------------------
+
+
+def _sharpness(probe: Probe, point: Tensor) -> float | None:
+    """Largest eigenvalue of the Hessian; ``None`` for too many parameters."""
+    if len(point) > _MOST_EXACT:
+        return None
+    hessian = torch.autograd.functional.hessian(probe.at, point)
+    if not hessian.isfinite().all():
+        return math.nan
+    return torch.linalg.eigvalsh(hessian.double()).max().item()
+
+
+def _descend(probe: Probe, start: Tensor, *, square: bool = False) -> Tensor:
+    """The lowest point that L-BFGS comes to, on the loss or on its square."""
+    point = start.clone().requires_grad_()
+    optimizer = torch.optim.LBFGS(
+        [point], max_iter=_DESCENT_STEPS, history_size=20, tolerance_grad=1e-14,
+        tolerance_change=1e-16, line_search_fn="strong_wolfe",
+    )  # fmt: skip
+    lowest, best = math.inf, start
+
+    def closure() -> float:
+        nonlocal lowest, best
+        value, gradient = probe.slope(point)
+        if value < lowest:
+            lowest, best = value, point.detach().clone()
+        # At an exact hit the slope of a root is 0/0.
+        point.grad = gradient.nan_to_num(0.0) * (2 * value if square else 1.0)
+        return value**2 if square else value
+
+    optimizer.step(closure)
+    return best
+
+
+def _steepest_direction(probe: Probe, minimum: Tensor) -> Tensor:
+    """The direction of the greatest slope around a minimum, be it smooth or a cone.
+
+    The gradient at a small displacement u is Hu where the loss is smooth and Fu / |u| at a cone of
+    a root: repeated, it turns to the first eigenvector of either.
+    """
+    generator = torch.Generator().manual_seed(0)
+    direction = torch.randn(minimum.shape, generator=generator, dtype=torch.float64).to(minimum)
+    for _ in range(1 if minimum.numel() == 1 else 12):
+        direction = direction / direction.norm()
+        _, gradient = probe.slope(minimum + _NEAR * direction)
+        gradient = gradient.nan_to_num(0.0)
+        if not gradient.norm() > 0:
+            break
+        direction = gradient
+    return direction / direction.norm()
+
+
+def _mean_slope(probe: Probe, minimum: Tensor, step: Tensor) -> float:
+    """Length of the gradient at equal distances to both sides."""
+    both = [probe.slope(minimum + sign * step)[1].norm().item() for sign in (-1, 1)]
+    return sum(both) / 2
+
+
+def _basin(
+    probe: Probe, minimum: Tensor, direction: Tensor, *, is_cone: bool
+) -> tuple[float, float]:
+    """Where the squared error's slope stops growing, and the loss' steepest slope up to there."""
+    floor = probe.at(minimum).item()
+    distance, steepest, before = _NEAR, 0.0, -math.inf
+    while distance < _FAR:
+        rises, tallest = [], 0.0
+        for sign in (-1, 1):
+            value, gradient = probe.slope(minimum + sign * distance * direction)
+            rise = sign * torch.dot(gradient, direction).item()
+            tallest = max(tallest, abs(rise))
+            rises.append(rise * (value - floor) if is_cone else rise)
+        growth = sum(rises) / 2
+        if not growth > before or not math.isfinite(growth):
+            return distance / 1.1, max(steepest, 0.0)
+        before, steepest = growth, max(steepest, tallest)
+        distance *= 1.1
+    return math.inf, steepest
+
+
+# -- findings -----------------------------------------------------------------------------------
+
+
+def _findings(found: StepLimit) -> Iterator[Finding]:
+    rate, momentum, basin = found.learning_rate, found.momentum, found.basin
+    measured: dict[str, Any] = {
+        "exponent": found.exponent,
+        "basin": basin,
+        "sharpness": found.sharpness,
+    }
+    if rate is None:
+        if found.is_cone:
+            consequence = "Descent with a fixed step cycles around it and never settles"
+            yield _cone(found, Severity.WARNING, consequence, measured)
+        return
+    measured |= {"learning_rate": rate, "momentum": momentum}
+    limit = found.momentum_limit(momentum)
+    safe = 1 / found.sharpness if 0 < found.sharpness < math.inf else None
+
+    if found.is_cone:
+        thrown = rate if found.adaptive else found.travel(found.slopes[-1])
+        severity = Severity.SEVERE if thrown > basin else Severity.WARNING
+        end = "out of" if thrown > basin else "and cycles within"
+        yield _cone(
+            found,
+            Severity.NOTE if thrown < 1e-3 * basin else severity,
+            f"A step of {rate:g} passes it by {thrown:.3g}, {end} the basin of half-width "
+            f"{basin:.3g}",
+            measured | {"thrown": thrown},
+        )
+        if momentum > 0 and thrown > basin >= thrown * (1 - momentum):
+            yield _momentum(found, thrown, "one step alone would not leave it", 0.0, measured)
+    elif not found.adaptive and rate > limit:
+        reason = f"the largest with which descent settles at a curvature of {found.sharpness:.3g}"
+        yield finding("step too large", limit=limit, reason=reason, rate=repr(safe), **measured)
+    elif not found.adaptive and momentum > 0 and found.travel(found.steepest) > 8 * basin:
+        travel = found.travel(found.steepest)
+        yield _momentum(found, travel, "it passes the minimum many times", 0.5, measured)
+    if found.adaptive and rate > basin:
+        reason = "the basin's half-width, and this optimiser's steps all have about that length"
+        rate_then = repr(basin / 20)
+        yield finding("step too large", limit=basin, reason=reason, rate=rate_then, **measured)
+
+    n_steps, steepest = found.n_steps or 0.0, found.steepest
+    is_faint = found.adaptive and steepest < 10 * found.epsilon
+    if steepest > 0 and (n_steps > _MANY_STEPS or is_faint):
+        reason = f"its gradient is {steepest:.3g} at most, and "
+        if is_faint:
+            reason += f"the optimiser adds an eps of {found.epsilon:g} to its size"
+        else:
+            reason += f"a step of {rate:g} needs {n_steps:.2g} steps to the minimum"
+        scaled = (
+            "unscaled = loss\n"
+            f"loss = lambda output, target: {1 / steepest!r} * unscaled(output, target)"
+        )
+        remedy = scaled if is_faint or safe is None else SET_RATE.format(rate=safe)
+        yield finding(
+            "loss scale", reason=reason, remedy=remedy, n_steps=n_steps, steepest=steepest,
+            **measured,
+        )  # fmt: skip
+
+
+def _cone(
+    found: StepLimit, severity: Severity, consequence: str, measured: dict[str, Any]
+) -> Finding:
+    """With the squared error for a remedy, and a step that settles there."""
+    if found.has_targets:
+        remedy = "import torch\nloss = torch.nn.functional.mse_loss\n"
+    else:
+        remedy = (
+            "distance = loss\nloss = lambda output, target: distance(output, target).square()\n"
+        )
+    if found.learning_rate is not None and not found.adaptive and found.squared_sharpness > 0:
+        remedy += SET_RATE.format(rate=1 / found.squared_sharpness)
+    return finding(
+        "cone at the minimum", severity=severity, consequence=consequence, remedy=remedy,
+        slope=found.slopes[-1], **measured,
+    )  # fmt: skip
+
+
+def _momentum(
+    found: StepLimit, travel: float, reason: str, momentum: float, measured: dict[str, Any]
+) -> Finding:
+    at_cone = found.is_cone
+    return finding(
+        "momentum too large",
+        severity=Severity.SEVERE if at_cone else Severity.WARNING,
+        confidence=0.7 if at_cone else 0.6,
+        travel=travel,
+        times=f"{travel / found.basin:.1f}",
+        reason=reason,
+        new_momentum=str(momentum),
+        **measured,
+    )
