@@ -142,10 +142,10 @@ class Kernels:
 
     def read(self, file: Path, **options: Any) -> tuple[Any, Any]:
         """Return a convolution, and the file's kernels with their names."""
-        from gaborium.readers import read_conv
+        from gaborium.readers import read_layer
 
         with _rename("key (--key)", "--layer"):
-            return read_conv(file, key=self.layer, n_dims=self.n_dims, **options)
+            return read_layer(file, key=self.layer, n_dims=self.n_dims, **options)
 
 
 # Defaults of the commands; frozen records can be shared.
@@ -451,7 +451,7 @@ def diagnose(
                 (setup.inputs, setup.targets),
                 optimizer=setup.optimizer,
                 n_steps=steps,
-                on_progress=on_progress,
+                on_progress=lambda part, *_: on_progress(f"Checking: {part}", 0, 0),
             )
         return result, None, facts
 
@@ -527,23 +527,18 @@ def _run(command: str, output: Output, work: Work, folder: Path | None = None) -
     # Small tensors: a second thread costs more than it gains, especially on a busy machine.
     torch.set_num_threads(1)
 
-    def write(inside: Path) -> tuple[Any, Any]:
+    is_first = not int(os.environ.get("RANK", "0"))  # of the processes of torchrun
+    own = new_folder(place, overwrite=output.overwrite) if folder is None else nullcontext(folder)
+    with own as inside:
         with _progress(console) as on_progress:
             result, kernels, facts = work(inside, on_progress)
-        if not int(os.environ.get("RANK", "0")):  # the first of the processes of torchrun
+        if is_first:
             facts["command"] = shlex.join(["gaborium", *sys.argv[1:]])
             with console.status("Writing the report"):
                 write_report(result, inside, kernels=kernels, facts=facts)
-        return result, kernels
-
-    if folder is None:
-        with new_folder(place, overwrite=output.overwrite) as inside:
-            result, kernels = write(inside)
-    else:
-        result, kernels = write(folder)
-    if int(os.environ.get("RANK", "0")):
+    if not is_first:
         return
-    _print_result(console, result, kernels)
+    _print_result(console, result)
     console.print(f"Report: {place / 'report.html'}", soft_wrap=True, highlight=False)
     index = write_index(output.out)
     if index is not None:
@@ -551,7 +546,7 @@ def _run(command: str, output: Output, work: Work, folder: Path | None = None) -
     console.print(f"Took {time.monotonic() - begun:.0f} s.", highlight=False)
 
 
-def _print_result(console: Any, result: Any, kernels: Any) -> None:
+def _print_result(console: Any, result: Any) -> None:
     """Print the sections of the report that are text: the same words and tables as on the page."""
     from gaborium.report import headline, sections, sentences
 
@@ -559,17 +554,18 @@ def _print_result(console: Any, result: Any, kernels: Any) -> None:
     console.print(text(headline(result), "bold"), highlight=False)
     for sentence in sentences(result):
         console.print(text(sentence), highlight=False)
-    for section in sections(result, kernels):
-        rows = [] if section.table is None else section.table.rows
-        is_text = all(isinstance(cell, str) for row in rows for cell in row)
-        if not (section.tone or (rows and is_text)):
+    for section in sections(result):
+        table: Any = section.table
+        if table and not all(isinstance(cell, str) for row in table.rows for cell in row):
+            table = None  # of pictures
+        if not (section.tone or table):
             continue
         console.print()
         console.print(text(section.title, _SEVERITY_STYLES.get(section.tone, "bold")))
         for paragraph in section.text:
             _print_indented(console, text, paragraph)
-        if rows and is_text:
-            console.print(_table(section.table.head, rows, section.table.n_text))
+        if table:
+            console.print(_table(table.head, table.rows, table.n_words))
         if section.code:
             console.print()
             for line in section.code.rstrip().splitlines():
@@ -584,11 +580,13 @@ def _print_indented(console: Any, text: Any, paragraph: str) -> None:
         console.print(text(f"   {line}"), soft_wrap=True, highlight=False)
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[Any]], n_text: int) -> Any:
+def _table(head: Sequence[str], rows: Sequence[Sequence[Any]], n_words: int) -> Any:
     box = require("rich.box", extra="cli", purpose="Commands")
-    table = require("rich.table", extra="cli", purpose="Commands").Table(box=box.SIMPLE_HEAD)
+    table = require("rich.table", extra="cli", purpose="Commands").Table(
+        box=box.SIMPLE_HEAD, padding=(0, 0)
+    )
     for index, name in enumerate(head):
-        table.add_column(name, justify="left" if index < n_text else "right")
+        table.add_column(name, justify="left" if index < n_words else "right")
     for row in rows:
         table.add_row(*row)
     return table
@@ -596,14 +594,17 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[Any]], n_text: int) -> A
 
 @contextmanager
 def _progress(console: Any) -> Iterator[Progress]:
-    """A progress bar per stage on a terminal; elsewhere one line per stage."""
+    """Show a bar per stage; a stage without a total replaces the one before it."""
     progress = require("rich.progress", extra="cli", purpose="Commands")
     columns = [progress.TextColumn("{task.description}"), progress.BarColumn()]
     columns += [progress.MofNCompleteColumn(), progress.TimeElapsedColumn()]
     stages: dict[str, Any] = {}
-    with progress.Progress(*columns, console=console) as bars:
+    with progress.Progress(*columns, console=console) as bars, console.status("Working") as status:
 
         def update(stage: str, done: int, total: int) -> None:
+            if not total:
+                status.update(stage)
+                return
             if stage not in stages:
                 stages[stage] = bars.add_task(stage, total=total)
             bars.update(stages[stage], completed=done)
@@ -674,7 +675,8 @@ def _app(cyclopts: Any, tokens: Sequence[str]) -> Any:
         app.command(command)
     if tokens[:1] == ["train"]:  # reading the recipe's fields takes a while
         kind = _recipe_options(cyclopts)
-        train.__annotations__["options"], train.__kwdefaults__["options"] = kind, kind()
+        train.__annotations__["options"] = kind
+        train.__kwdefaults__ = {**(train.__kwdefaults__ or {}), "options": kind()}
     # An empty list needs an option of its own, such as --no-compare-with.
     negative = {"negative": None, "negative_bool": (), "negative_iterable": ("no-",)}
     app.command(train, default_parameter=cyclopts.Parameter(**negative))
