@@ -74,11 +74,8 @@ class Dataset:
                     f"{part}images {of} must be uint8 (n, channels, height, width) or float32 (n, "
                     f"1, samples), and not empty, got {images.dtype} of shape {shape}."
                 )
-            if images.shape[1:] != self.images.shape[1:]:
-                raise ValueError(
-                    f"{part}images {of} must have the size of images, {self.image_size}, and as "
-                    f"many channels, got shape {shape}."
-                )
+            if shape[1:] != tuple(self.images.shape[1:]):
+                raise ValueError(f"{part}images {of} must have the size of images, got {shape}.")
             if images.is_floating_point() and not bool((images.abs() <= 1).all()):
                 raise ValueError(f"{part}images {of} must lie within [-1, 1]; scale the sounds.")
             if labels.dtype != torch.int64 or tuple(labels.shape) != shape[:1]:
@@ -86,11 +83,10 @@ class Dataset:
                     f"{part}labels {of} must be int64 ({len(images)},), one for each image, got "
                     f"{labels.dtype} of shape {tuple(labels.shape)}."
                 )
-            wrong = labels[(labels < 0) | (labels >= self.n_classes)]
-            if len(wrong):
+            if not 0 <= labels.min() <= labels.max() < self.n_classes:
                 raise ValueError(
                     f"{part}labels {of} must be 0 to {self.n_classes - 1}, one of its "
-                    f"{self.n_classes} classes, got {int(wrong[0])}."
+                    f"{self.n_classes} classes, got {int(labels.min())} to {int(labels.max())}."
                 )
 
     @property
