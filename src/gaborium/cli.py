@@ -37,7 +37,7 @@ Work = Callable[[Path, Progress], "tuple[Any, Tensor | None, Facts]"]
 def _at_least(least: int, **options: float) -> None:
     for name, value in options.items():
         if not least <= value < math.inf:
-            raise ValueError(f"--{name.replace('_', '-')} must be at least {least}, got {value}.")
+            raise ValueError(f"--{name.replace('_', '-')} must be at least {least}, got {value:g}.")
 
 
 @dataclass(frozen=True)
@@ -132,20 +132,19 @@ class Kernels:
     """The kernels to use from a file.
 
     Args:
-        layer: Name of the layer, as "conv1", or of the array, as "conv1.weight"; by default the
+        key: Name of the layer, as "conv1", or of the array, as "conv1.weight"; by default the
             first convolution, or the only array of kernels.
         n_dims: Spatial dimensions of a kernel.
     """
 
-    layer: str | None = None
+    key: str | None = None
     n_dims: Literal[1, 2, 3] = 2
 
     def read(self, file: Path, **options: Any) -> tuple[Any, Any]:
         """Return a convolution, and the file's kernels with their names."""
         from gaborium.readers import read_layer
 
-        with _rename("key (--key)", "--layer"):
-            return read_layer(file, key=self.layer, n_dims=self.n_dims, **options)
+        return read_layer(file, key=self.key, n_dims=self.n_dims, **options)
 
 
 # Defaults of the commands; frozen records can be shared.
@@ -421,7 +420,7 @@ def diagnose(
         raise ValueError(f"Options of the built-in experiment have no effect on {str(file)!r}.")
     is_script = file is not None and file.suffix == ".py"
     if (file is None or is_script) and kernels != _KERNELS:
-        raise ValueError("--layer and --n-dims are options of a file of kernels.")
+        raise ValueError("--key and --n-dims are options of a file of kernels.")
 
     def work(_: Path, on_progress: Progress) -> tuple[Any, None, Facts]:
         from gaborium import diagnostics
@@ -617,7 +616,7 @@ def _read_photographs(path: Path, max_images: int) -> list[tuple[str, Tensor]]:
 
     named = read_images(path)
     if len(named) > max_images:
-        _say(f"Note: using {max_images} of {len(named)} photographs; --max-images takes more.")
+        _say(f"Note: using the first {max_images} of {len(named)} photographs; --max-images takes more.")
     return named[:max_images]
 
 
