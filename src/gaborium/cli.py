@@ -421,6 +421,8 @@ def diagnose(
     is_script = file is not None and file.suffix == ".py"
     if (file is None or is_script) and kernels != _KERNELS:
         raise ValueError("--key and --n-dims are options of a file of kernels.")
+    if file is not None and not is_script and steps != 100:
+        raise ValueError(f"--steps is the length of trials, and {str(file)!r} has none.")
 
     def work(_: Path, on_progress: Progress) -> tuple[Any, None, Facts]:
         from gaborium import diagnostics
@@ -616,7 +618,9 @@ def _read_photographs(path: Path, max_images: int) -> list[tuple[str, Tensor]]:
 
     named = read_images(path)
     if len(named) > max_images:
-        _say(f"Note: using the first {max_images} of {len(named)} photographs; --max-images takes more.")
+        _say(
+            f"Note: using the first {max_images} of {len(named)} photographs; --max-images takes more."
+        )
     return named[:max_images]
 
 
