@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from gaborium import Gabor2d, GaborConv1d, GaborConv2d, GaborConv3d, MixedConv
 from gaborium.optim import NaturalGradient
-from gaborium.optim.family import KernelFamily
+from gaborium.optim.kernel_family import KernelFamily
 from gaborium.params import RECORDS
 
 LAYERS = {1: GaborConv1d, 2: GaborConv2d, 3: GaborConv3d}

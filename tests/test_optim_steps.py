@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from gaborium import GaborConv1d, GaborConv2d, GaborConv3d
-from gaborium.optim.family import KernelFamily
+from gaborium.optim.kernel_family import KernelFamily
 from gaborium.optim.quadratic import Metric, Quadratic
 from gaborium.optim.steps import descend, leap, reseed
 from gaborium.params import RECORDS
@@ -183,7 +183,7 @@ def test_leaps_find_what_is_learned_and_leave_the_rest(learn, coordinates, sign)
             amplitude=sign * family.layer.params.amplitude.detach().abs()
         )
     planted = family.layer.params.detach().replace(**fields)
-    target = family.kernels(family.rows_of(planted))
+    target = family.kernels(family.rows(planted))
     loss = loss_towards(family, target)
     end, _ = leap(family, loss, family.read(), n_iterations=25)
     assert misfit(family, loss, end, target).max() < 0.01, misfit(family, loss, end, target)

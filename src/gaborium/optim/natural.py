@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from gaborium.layers import GABOR_LAYERS, KernelGradientHook
-from gaborium.optim.family import KernelFamily
+from gaborium.optim.kernel_family import KernelFamily
 from gaborium.optim.quadratic import Evidence, Metric, inner, pull_of_brightness
 from gaborium.optim.steps import Slopes, descend, leap, reseed
 from gaborium.patches import mean_patch, patch_moments, sample_patches

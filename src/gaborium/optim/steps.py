@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from gaborium.optim.family import KernelFamily
+from gaborium.optim.kernel_family import KernelFamily
 from gaborium.optim.quadratic import Metric, Place, Quadratic, inner
 from gaborium.params import Gabor
 
@@ -31,7 +31,7 @@ class Slopes(NamedTuple):
     @classmethod
     def at(cls, family: KernelFamily, metric: Metric, z: Tensor) -> Slopes:
         """Those at z."""
-        _, J = family.jacobian(z)
+        J = family.jacobian(z)
         return cls(J, (metric.times(J) @ J.mT).sum(1))
 
     def anew(self, family: KernelFamily, metric: Metric, z: Tensor, moved: Tensor) -> Slopes:
@@ -41,7 +41,7 @@ class Slopes(NamedTuple):
             return self
         if len(index) == len(z) or len(metric.covariance) > 1:
             return Slopes.at(family, metric, z)
-        fresh = Slopes.at(family.only(index), metric, z[index])
+        fresh = Slopes.at(family.select(index), metric, z[index])
         return Slopes(*(a.index_copy(0, index, b) for a, b in zip(self, fresh, strict=True)))
 
 
@@ -125,10 +125,10 @@ def leap(
     parts = [slice(c, c + 1) for c in range(n_channels)]
     for part in parts if family.layer.geometry == "pair" else [slice(None)]:
         # Candidates of a filter side by side: so the groups stay together.
-        rows = [family.rows_of(p) for p in _promising(family, loss, best, part, n_best)]
+        rows = [family.rows(p) for p in _promising(family, loss, best, part, n_best)]
         start = torch.stack(rows, 1).flatten(0, 1)
         whose = torch.arange(len(z), device=z.device).repeat_interleave(n_best)
-        there = loss.pick(whose).at(family.only(whose).kernels(start))
+        there = loss.pick(whose).at(family.select(whose).kernels(start))
         # What is far below the best need not be polished.
         index = (there.value < _HOPEFUL * place.value[whose]).nonzero().flatten()
         if len(loss.metric.covariance) > 1:
@@ -138,7 +138,12 @@ def leap(
         some = loss.pick(whose[index])
         free, damping = torch.full_like(some.scale, torch.inf), torch.full_like(some.scale, 1e-2)
         polished, reached, _ = descend(
-            family.only(whose[index]), some, start[index], free, damping, n_iterations=n_iterations
+            family.select(whose[index]),
+            some,
+            start[index],
+            free,
+            damping,
+            n_iterations=n_iterations,
         )
         end, there = start.index_copy(0, index, polished), there.put(index, reached)
         value = torch.full_like(there.value, torch.inf)
@@ -189,7 +194,7 @@ def reseed(
     step = here.downhill - torch.where(alive, itself, 0.0)[:, None, None] * here.seen
     # Where every group has a metric of its own, no filter may be left out.
     index = torch.tensor(spare if groups == 1 else range(len(z)), device=z.device)
-    part, now = family.only(index), loss.pick(index)
+    part, now = family.select(index), loss.pick(index)
     asked = Quadratic(loss.metric, step[index], now.scale, now.error)
     rows, there = leap(part, asked, z[index])
 
@@ -197,7 +202,7 @@ def reseed(
     sure = (-2 * there.value).clamp_min(0).sqrt() > certain[index] * now.error
     sure &= there.length > _WANTED * strength
     params, ratio = part.record(rows), strength / there.length.clamp_min(1e-30)
-    rows = part.rows_of(params.replace(amplitude=params.amplitude * ratio.unsqueeze(-1)))
+    rows = part.rows(params.replace(amplitude=params.amplitude * ratio.unsqueeze(-1)))
     sure &= rows.isfinite().all(1)
     there = now.at(part.kernels(rows))
     like_kept = (_alike(there, here, groups) > same)[:, kept].any(1)
@@ -337,7 +342,7 @@ def _search(
     n_channels = C.shape[0]
     if n_channels < linear.shape[2]:
         # The other channels stay: their share of the responses is taken off.
-        others = family.kernels(family.rows_of(now))[filters].unflatten(-1, (-1, pixels)).clone()
+        others = family.kernels(family.rows(now))[filters].unflatten(-1, (-1, pixels)).clone()
         others[:, :, part] = 0.0
         seen = others.flatten(2) @ loss.metric.covariance[group]
         wanted = wanted - seen.unflatten(-1, (-1, pixels))[:, :, part]
@@ -390,6 +395,6 @@ def _of_unit_norm(family: KernelFamily, params: Gabor) -> Gabor:
     wave = params.waveform()
     even, odd = (part.flatten(2) for part in family.layer.even_odd(wave))
     kernel = wave.even.unsqueeze(-1) * even - wave.odd.unsqueeze(-1) * odd
-    ours = family.kernels(family.rows_of(params))[:, 0]
+    ours = family.kernels(family.rows(params))[:, 0]
     ratio = kernel.flatten(1).norm(dim=1) / ours.norm(dim=1).clamp_min(1e-30)
     return params.replace(amplitude=params.amplitude * ratio.unsqueeze(-1))
