@@ -17,8 +17,8 @@ from gaborium.diagnostics import (
     Diagnosis,
     Finding,
     OutputLoss,
-    SetUp,
     Severity,
+    TrainingSetup,
     diagnose,
     landscape,
 )
@@ -45,12 +45,12 @@ def noise(*shape: int) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(0))
 
 
-def examined(setup: SetUp, n_steps: int = 20) -> Diagnosis:
+def examined(setup: TrainingSetup, n_steps: int = 20) -> Diagnosis:
     data = setup.inputs, setup.targets
     return diagnose(setup.module, setup.loss, data, optimizer=setup.optimizer, n_steps=n_steps)
 
 
-def cone() -> SetUp:
+def cone() -> TrainingSetup:
     """A step over the tip of the RMSE that is as wide as its basin."""
     planted = Gabor2d.of(orientation=0.8, wavelength=5.0, sigma=2.0)
     start = planted.replace(orientation=torch.tensor(0.6))
@@ -100,7 +100,9 @@ def strict_json(text: str) -> Any:
 
 def bare(*findings: Finding, module: nn.Module | None = None, **parts: Any) -> Diagnosis:
     """A diagnosis without a trial."""
-    setup = SetUp(module or nn.Linear(1, 1), nn.functional.mse_loss, noise(2, 1), noise(2, 1))
+    setup = TrainingSetup(
+        module or nn.Linear(1, 1), nn.functional.mse_loss, noise(2, 1), noise(2, 1)
+    )
     return Diagnosis(list(findings), parts, {}, [], (math.nan, math.nan), setup)
 
 
@@ -280,7 +282,7 @@ def test_parameters_of_a_finding_stand_out_in_the_table():
             return x * self.gain * self.theta.detach().cos()
 
     x = noise(8, 1)
-    diagnosis = examined(SetUp(Detached(), nn.functional.mse_loss, x, 0.3 * x), n_steps=3)
+    diagnosis = examined(TrainingSetup(Detached(), nn.functional.mse_loss, x, 0.3 * x), n_steps=3)
     assert diagnosis.findings[0].cause == "no gradient"
     page = report_diagnosis(diagnosis, facts={})
     rows = re.findall(r'<tr class="concerned"><th>(.*?)</th>', page)
@@ -297,7 +299,7 @@ def test_nothing_found_and_nothing_trained_make_a_page_too():
 
 
 def test_a_training_that_breaks_down_is_drawn_as_far_as_it_goes():
-    setup = SetUp(nn.Linear(1, 1), nn.functional.mse_loss, noise(4, 1), noise(4, 1))
+    setup = TrainingSetup(nn.Linear(1, 1), nn.functional.mse_loss, noise(4, 1), noise(4, 1))
     setup = replace(setup, optimizer=torch.optim.SGD(setup.module.parameters(), lr=1e30))
     remedy = "for group in optimizer.param_groups:\n    group['lr'] = 0.1\n"
     numbers = {"explained_without_remedy": math.nan, "explained_with_remedy": 0.5}
@@ -315,7 +317,7 @@ def test_a_training_that_breaks_down_is_drawn_as_far_as_it_goes():
 def test_the_report_changes_nothing_of_what_is_examined():
     module = nn.Sequential(nn.Linear(1, 4), nn.Dropout(), nn.Linear(4, 1), nn.BatchNorm1d(1))
     optimizer = torch.optim.SGD(module.parameters(), lr=0.1, momentum=0.9)
-    setup = SetUp(module, nn.functional.mse_loss, noise(4, 1), noise(4, 1), optimizer)
+    setup = TrainingSetup(module, nn.functional.mse_loss, noise(4, 1), noise(4, 1), optimizer)
     numbers = {"explained_without_remedy": 0.0, "explained_with_remedy": 0.5}
     remedy = "for group in optimizer.param_groups:\n    group['lr'] = 0.01\n"
     finding = Finding("step too large", Severity.SEVERE, "It is.", numbers, remedy)

@@ -23,7 +23,7 @@ from gaborium.errors import require
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from gaborium.diagnostics import SetUp
+    from gaborium.diagnostics import TrainingSetup
 
 _BAD_INPUT = 2
 _INTERRUPTED = 130
@@ -721,7 +721,7 @@ def _experiment(
     orientation: float,
     start_orientation: float,
     fields: dict[str, Any],
-) -> tuple[SetUp, dict[str, str]]:
+) -> tuple[TrainingSetup, dict[str, str]]:
     """The set-up of the built-in experiment, and how it was made."""
     from gaborium.experiments import planted_setup
     from gaborium.params import Gabor2d

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from gaborium.coordinates import Coordinates
-from gaborium.diagnostics import Diagnosis, SetUp, health
+from gaborium.diagnostics import Diagnosis, TrainingSetup, health
 from gaborium.kernel_files import read_arrays, read_kernels
 from gaborium.kernels import suggest_kernel_size
 from gaborium.layers import LAYERS, PLAIN_LAYERS
@@ -39,7 +39,7 @@ class ScriptError(ValueError):
 # -- scripts ----------------------------------------------------------------------------------
 
 
-def run_setup(path: str | os.PathLike[str]) -> SetUp:
+def run_setup(path: str | os.PathLike[str]) -> TrainingSetup:
     """Run a script and call its ``setup()``.
 
     The script runs as a module would when it is imported, with its own folder on the path. What it
@@ -144,7 +144,7 @@ def _own_place(name: str, script: Any, file: Path) -> Iterator[None]:
         sys.path.remove(folder)
 
 
-def _checked(returned: Any, shown: str) -> SetUp:
+def _checked(returned: Any, shown: str) -> TrainingSetup:
     """The set-up, or one line that says which part of it is not what it should be."""
     if not isinstance(returned, tuple) or len(returned) not in (3, 4):
         what = type(returned).__name__
@@ -172,7 +172,7 @@ def _checked(returned: Any, shown: str) -> SetUp:
                 f"return {_EXPECTED}."
             )
     inputs, targets = data
-    return SetUp(module, loss, inputs, targets, optimizer)
+    return TrainingSetup(module, loss, inputs, targets, optimizer)
 
 
 # -- saved layers -----------------------------------------------------------------------------
@@ -277,7 +277,7 @@ def look_at_filters(layer: nn.Module, name: str = "") -> Diagnosis:
     if any("stride=" in one.remedy for one in found.findings):
         skipped["stride, padding, learn and the like"] = _NO_OPTIONS
     nothing = (float("nan"), float("nan"))
-    setup = SetUp(_network(layer, name), _no_loss, None, None)
+    setup = TrainingSetup(_network(layer, name), _no_loss, None, None)
     part = f"health of {name}" if name else "health"
     return Diagnosis(found.findings, {part: found}, skipped, [], nothing, setup)
 

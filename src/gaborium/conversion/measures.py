@@ -13,7 +13,11 @@ import torch
 from torch import Tensor
 
 from gaborium.fitting import FitResult
-from gaborium.fitting.rivals import main_pattern, rivals
+from gaborium.fitting.alternatives import CenterSurround, Gaussian, crossing
+from gaborium.fitting.model import GaborModel
+from gaborium.fitting.search import Search
+from gaborium.fitting.solver import Target, kernels_of
+from gaborium.fitting.start import StartGrid
 from gaborium.kernels import gabor, offsets
 from gaborium.params import Gabor
 
@@ -44,6 +48,10 @@ NUMBERS = {
 _SHUFFLES = 40
 _VISIBLE = 0.2  # of the strongest bar
 _ABOVE_NOISE = 2.0  # of a bar's norm, in standard deviations of a pixel's noise
+_TOLERANCE = 1e-4  # of other models: explained variances need no more
+_STEPS = 60
+_N_WAVES = 6  # of which any two may be a plaid
+_N_PAIRS = 6  # of waves that are followed together
 _HIGHEST = 1e4  # signal-to-noise ratio; beyond, rounding is measured
 
 
@@ -91,13 +99,12 @@ def measure(kernels: Tensor, result: FitResult, *, n_dims: int) -> dict[str, Ten
         strengths > _ABOVE_NOISE * noise.sqrt().unsqueeze(1)
     )
 
-    pattern, luminance = main_pattern(w), w.mean(1)
+    pattern, luminance = _main_pattern(w), w.mean(1)
     in_luminance = channels * luminance.square().sum(1)
     floor = _floor_beside_shuffled(w, sizes)
     params = result.params
     cycles = torch.nan_to_num(params.sigma.flatten() / params.wavelength.flatten())
     across = params.as_dict().get("aspect_ratio", torch.ones_like(params.sigma)).flatten()
-    others = rivals(kernels, result, n_dims=n_dims)
     numbers = {
         "gabor": torch.nan_to_num(result.explained_variance.double()),
         "explained": 1 - noise * n_data,
@@ -112,16 +119,79 @@ def measure(kernels: Tensor, result: FitResult, *, n_dims: int) -> dict[str, Ten
         "one_colour": torch.linalg.svdvals(w)[:, 0].square(),
         "constant": w.mean(2).square().sum(1) * pixels,
         "even": _even(pattern, sizes),
-        "blob": others.blob,
-        "surround": others.surround,
-        "ring": others.ring,
-        "two_waves": others.two_waves,
-        "crossing": others.crossing,
+        **_other_models(kernels, result, sizes),
     }
     numbers = {name: torch.where(power > 0, value, 0.0) for name, value in numbers.items()}
     numbers["noise"] = torch.where(power > 0, floor, 1.0)
     numbers["snr"] = (1 / numbers["noise"].clamp_min(1 / _HIGHEST) - 1).clamp_min(0.0)
     return numbers
+
+
+def _other_models(kernels: Tensor, result: FitResult, sizes: tuple[int, ...]) -> dict[str, Tensor]:
+    """How much of kernels other models than one Gabor function explain; 0 for bad input.
+
+    Each is searched for like a Gabor function, with one geometry for all channels. In one dimension
+    a Gabor function has a surround of its own, and no two waves cross.
+    """
+    names = ("blob", "surround", "ring", "two_waves", "crossing")
+    y = kernels.detach().double().flatten(2)
+    zero = y.new_zeros(len(y))
+    good = (y.isfinite().all(-1).all(-1) & (y != 0).any(-1).any(-1)).nonzero().flatten()
+    if len(good) == 0:
+        return dict.fromkeys(names, zero)
+    y = y[good] / y[good].abs().amax((-2, -1), keepdim=True)
+    y = y / y.square().sum((-2, -1), keepdim=True).sqrt()  # misfits are shares then
+    target, channels, n_dims = Target(y), y.shape[1], len(sizes)
+    model = GaborModel(sizes, channels, free_center=True)
+    grid = StartGrid(model, y.new_empty(0))
+    search = Search(grid, n_starts=_N_WAVES, max_iterations=_STEPS, tolerance=_TOLERANCE)
+
+    power = y.square().sum(1)
+    patterns = torch.stack([power, _smoothed(power, sizes)], 1)
+    peaks = offsets(sizes, y.dtype, y.device).T[patterns.argmax(-1)]
+    centers = torch.cat([peaks, torch.zeros_like(peaks[:, :1])], 1)
+    gaussian = Gaussian(sizes, channels, free_center=True, zero_frequency=True)
+    ends = search.best_of_model(gaussian, target, gaussian.starts(target, centers))
+    blob = surround = 1 - ends.cost
+    two_waves = result.explained_variance.to(y)[good]
+    ring = crossed = torch.zeros_like(blob)
+    if n_dims > 1:
+        rings = CenterSurround(sizes, channels)
+        ends = search.best_of_model(rings, target, rings.starts(target, patterns.sqrt()))
+        surround = 1 - ends.cost
+        ring = _weaker_sign(_main_pattern(kernels_of(rings, ends.z, ends.coefficients)))
+        z = model.rows(result[good.tolist()].params)
+        pair, ends = search.best_pair(target, z, _N_PAIRS)
+        crossed = crossing(pair, ends.z, ends.coefficients)
+        two_waves = torch.maximum(1 - ends.cost, two_waves)
+    found = (blob, surround, ring, two_waves, crossed)
+    return {n: zero.index_copy(0, good, value) for n, value in zip(names, found, strict=True)}
+
+
+def _smoothed(values: Tensor, sizes: tuple[int, ...]) -> Tensor:
+    """Means over three pixels along each axis."""
+    shaped = values.unflatten(-1, sizes)
+    for axis in range(-len(sizes), 0):
+        if shaped.shape[axis] < 3:
+            continue
+        moved = shaped.movedim(axis, -1)
+        moved = torch.nn.functional.pad(moved, (1, 1))
+        shaped = (moved[..., :-2] + moved[..., 1:-1] + moved[..., 2:]).movedim(-1, axis) / 3
+    return shaped.flatten(1)
+
+
+def _main_pattern(kernels: Tensor) -> Tensor:
+    """The pattern that explains most of all channels: ``(batch, channels, pixels)`` to pixels.
+
+    Its sign means nothing.
+    """
+    return torch.linalg.svd(kernels, full_matrices=False).Vh[:, 0]
+
+
+def _weaker_sign(patterns: Tensor) -> Tensor:
+    """Norm of the pixels of the weaker sign as a share of the stronger: ``(batch,)``."""
+    both = torch.stack([patterns.clamp_min(0.0), patterns.clamp_max(0.0)], 1).norm(dim=-1)
+    return both.amin(1) / both.amax(1).clamp_min(1e-300)
 
 
 def _bars(result: FitResult, sizes: tuple[int, ...], fitted: Tensor) -> Tensor:
@@ -135,7 +205,7 @@ def _bars(result: FitResult, sizes: tuple[int, ...], fitted: Tensor) -> Tensor:
     u = offsets(sizes, torch.float64, k.device)
     away = u.unsqueeze(0) - params.center.double().reshape(n, -1, 1)
     cycles = (k.unsqueeze(-1) * away).sum(1)
-    pattern = main_pattern(fitted)
+    pattern = _main_pattern(fitted)
     of_channel = (fitted @ pattern.unsqueeze(-1)).squeeze(-1)
     even = (of_channel * params.amplitude * params.phase.cos()).sum(1)
     odd = (of_channel * params.amplitude * params.phase.sin()).sum(1)

@@ -6,10 +6,9 @@ from gaborium.diagnostics.filters import Duplicate, Health, health, reseed
 from gaborium.diagnostics.gradients import GradientCheck, ParameterCheck, check_gradients
 from gaborium.diagnostics.information import Identifiability, identifiability
 from gaborium.diagnostics.landscape import Landscape, Minimum, landscape
-from gaborium.diagnostics.losses import OutputLoss
 from gaborium.diagnostics.mending import replace_by_gabor
 from gaborium.diagnostics.recorder import Recorder, watch
-from gaborium.diagnostics.setups import SetUp
+from gaborium.diagnostics.sandbox import OutputLoss, TrainingSetup
 from gaborium.diagnostics.step_size import StepLimit, step_limit
 
 __all__ = [
@@ -24,9 +23,9 @@ __all__ = [
     "OutputLoss",
     "ParameterCheck",
     "Recorder",
-    "SetUp",
     "Severity",
     "StepLimit",
+    "TrainingSetup",
     "check_gradients",
     "diagnose",
     "health",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -21,10 +21,20 @@ from gaborium.diagnostics.causes import (
     finding,
     listed,
 )
-from gaborium.diagnostics.trials import Break, Loss, Run, Trace, Trials, copied, same, tensors_of
+from gaborium.diagnostics.sandbox import (
+    HALF,
+    Run,
+    Sandbox,
+    Trace,
+    check_inputs,
+    check_loss,
+    copied,
+    copied_together,
+    equal,
+    tensors_of,
+)
 from gaborium.layers import GABOR_LAYERS
 
-_HALF = (torch.float16, torch.bfloat16)
 _N_DIRECTIONS = 3  # the gradient's own, and two at random
 _STEP = 1e-6  # of a finite difference, as a share of the parameter's size
 _NUDGE = 1e-2  # to see whether the output follows, as a share of the parameter's size
@@ -90,7 +100,7 @@ class GradientCheck:
 def check_gradients(
     module: nn.Module,
     inputs: Tensor | tuple[Any, ...],
-    loss: Loss,
+    loss: Callable[[Any], Tensor],
     *,
     optimizer: torch.optim.Optimizer | None = None,
     learning_rate: float | None = None,
@@ -137,13 +147,18 @@ def check_gradients(
         >>> check.findings
         []
     """
-    given = inputs if isinstance(inputs, tuple) else (inputs,)
     if optimizer is not None and learning_rate is not None:
         raise ValueError("Give the optimizer or a learning_rate, not both.")
     if learning_rate is not None and not learning_rate > 0:
         raise ValueError(f"learning_rate must be positive, got {learning_rate}.")
-    _check_inputs(module, given)
-    trials = Trials(module, given, loss, seed)
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"module must be an nn.Module, got {type(module).__name__}.")
+    # A module may convert its inputs, but it does not convert them to half precision.
+    is_half = any(parameter.dtype in HALF for parameter in module.parameters())
+    check_inputs(module, inputs, any_dtype=not is_half)
+    if any(t.is_floating_point() and not t.isfinite().all() for t in tensors_of(inputs)):
+        raise ValueError("inputs must be finite, got NaN or infinity.")
+    trials = Sandbox(module, inputs, loss, seed)
     return _Check(trials, optimizer, learning_rate, tolerance).result()
 
 
@@ -160,7 +175,7 @@ class _Check:
 
     def __init__(
         self,
-        trials: Trials,
+        trials: Sandbox,
         optimizer: torch.optim.Optimizer | None,
         learning_rate: float | None,
         tolerance: float,
@@ -174,12 +189,11 @@ class _Check:
         self.states: dict[str, str] = {}
 
     def result(self) -> GradientCheck:
-        self.copy, self.optimizer_copy = self._copies()
+        self.copy, self.optimizer_copy = copied_together(self.module, self.optimizer)
         before = {name: id(p) for name, p in self.copy.named_parameters()}
         held = dict(self.copy.named_parameters())
         run = self.trials.run(self.copy)
-        _check_loss(run.loss)
-        self._check_repeats(run)
+        check_loss(run.loss, self.trials.run().loss)
         self.loss = run.loss.item()
         after = {name: id(p) for name, p in self.copy.named_parameters()}
         self.rewrapped = [n for n in self.trained if after.get(n) != before[n]]
@@ -205,27 +219,9 @@ class _Check:
 
     # -- runs -----------------------------------------------------------------------------------
 
-    def _copies(self) -> tuple[nn.Module, torch.optim.Optimizer | None]:
-        if self.optimizer is None:
-            return self.trials.fresh(), None
-        module, optimizer = copied(self.module, self.optimizer)
-        return module, optimizer
-
-    def _check_repeats(self, run: Run) -> None:
-        again = self.trials.run(self.trials.fresh()).loss.item()
-        first = run.loss.item()
-        dtype = run.loss.dtype if run.loss.is_floating_point() else torch.float32
-        rounding = 1e4 * torch.finfo(dtype).eps * max(abs(first), abs(again))
-        if math.isfinite(first) and abs(first - again) > rounding:
-            raise ValueError(
-                "loss must be the same for the same parameters and seed, but two runs gave "
-                f"{first:.6g} and {again:.6g}; draw its random numbers from torch's generator, "
-                "or once, before the check."
-            )
-
     def _follows(self, name: str, *, mode: str = "") -> bool:
         """Whether the output follows a parameter that changes between two runs of one copy."""
-        module = self.trials.fresh()
+        module = copied(self.module)
         if mode:
             module.train(mode == "train")
         first = self.trials.run(module).output
@@ -233,16 +229,16 @@ class _Check:
             return False
         if mode == "train":  # what is computed once in evaluation comes after the change
             self.trials.run(module)
-        return not same(first, self.trials.run(module).output)
+        return not equal(first, self.trials.run(module).output)
 
     def _undone(self, name: str) -> bool:
         """Whether the forward pass takes back what a step does to a parameter."""
-        module = self.trials.fresh()
+        module = copied(self.module)
         self.trials.run(module)
         old = module.get_parameter(name).detach().clone()
         _nudge(module, name)
         self.trials.run(module)
-        return not self.follows[name] and same(old, module.get_parameter(name))
+        return not self.follows[name] and equal(old, module.get_parameter(name))
 
     # -- derivatives ----------------------------------------------------------------------------
 
@@ -252,7 +248,7 @@ class _Check:
         for widen in (False, True):
             try:
                 trials = self.trials.double(widen=widen)
-                module = trials.fresh()
+                module = copied(trials.module)
                 run = trials.run(module)
                 if run.loss.dtype != torch.float64:
                     reason = f"its loss stays {run.loss.dtype}"
@@ -317,7 +313,7 @@ class _Check:
         return best, slope
 
     def _loss_at(self, name: str, change: Tensor) -> float:
-        module = self.twin.fresh()
+        module = copied(self.twin.module)
         with torch.no_grad():
             module.get_parameter(name).add_(change)
         return self.twin.run(module).loss.item()
@@ -343,8 +339,8 @@ class _Check:
         if math.isfinite(self.loss) and not bad:
             return
         trace = Trace()
-        run = self.trials.run(self.trials.fresh(), trace)
-        narrow = any(t.dtype in _HALF for t in tensors_of(run.output))
+        run = self.trials.run(trace=trace)
+        narrow = any(t.dtype in HALF for t in tensors_of(run.output))
         twin_is_finite = hasattr(self, "twin") and math.isfinite(self.twin_run.loss.item())
         root = trace.zero_roots[0] if trace.zero_roots else ""
         remedy = ""
@@ -435,13 +431,13 @@ class _Check:
         """The output follows these parameters, and no gradient comes back."""
         if not names:
             return
-        module = self.trials.fresh()
+        module = copied(self.module)
         trace = Trace({id(module.get_parameter(name)): name for name in names})
-        self.trials.run(module, trace)
+        self.trials.run(module, trace=trace)
         groups: dict[str, list[str]] = {}
         for name in names:
             breaks = trace.breaks.get(name, [])
-            groups.setdefault(breaks[0].how if breaks else "", []).append(name)
+            groups.setdefault(breaks[0].partition(" (")[0] if breaks else "", []).append(name)
         for group in groups.values():
             slopes = [self.differences[n].slope for n in group if n in self.differences]
             self._say(
@@ -454,23 +450,22 @@ class _Check:
                 **({"slope_of_the_loss": max(slopes)} if slopes else {}),
             )
 
-    def _how(self, name: str, breaks: list[Break]) -> str:
+    def _how(self, name: str, breaks: list[str]) -> str:
         if self.gradients.get(name) is not None:
-            return "what it goes through has a derivative of zero, such as a rounding or a sign"
-        outright = [b for b in breaks if not b.how.startswith(("`.item", "`.float"))] or breaks
-        place = f" ({outright[0].where})" if outright and outright[0].where else ""
+            return "it passes through a derivative of zero, such as a rounding or a sign"
+        outright = [b for b in breaks if not b.startswith(("`.item", "`.float"))] or breaks
         owner = name.rpartition(".")[0]
         if self.rewrapped:
             near = [n for n in self.rewrapped if n.startswith(owner)] or self.rewrapped
             return f"{listed(near)} is wrapped into a new nn.Parameter at every forward pass"
-        if outright and outright[0].how == "`.data`" and self.overwritten:
+        if outright and outright[0].startswith("`.data`") and self.overwritten:
             near = [n for n in self.overwritten if n.startswith(owner)] or self.overwritten
             return (
-                f"the kernel is written through `.data`{place}: {listed(near)} gets the "
-                "gradient instead, and is overwritten at the next forward pass"
+                f"the kernel is written through {outright[0]}: {listed(near)} gets the gradient "
+                "instead, and is overwritten at the next forward pass"
             )
         if outright:
-            return f"it is lost at {outright[0].how}{place}"
+            return f"it is lost at {outright[0]}"
         return "its value leaves the graph, through .data, .detach(), .item() or numpy"
 
     def _computed_once(self, names: list[str]) -> None:
@@ -543,7 +538,7 @@ class _Check:
                     gradient = gradients[name]
                     if gradient is not None:
                         parameters[name].sub_(self.rate * gradient)
-        moved = {name: not same(old[name], parameters[name]) for name in stepped}
+        moved = {name: not equal(old[name], parameters[name]) for name in stepped}
         known = self._known_to_optimizer()
         still = [n for n in stepped if not moved[n] and n not in self.states and n in known]
         still = [n for n in still if not self._is_rounding(n)]
@@ -558,7 +553,7 @@ class _Check:
             if gradient is not None and name not in (*self.overwritten, *self.rewrapped):
                 change = old[name].double() - parameters[name].detach().double()
                 fall += (gradient.double() * change).sum().item()
-        coarse = any(self.module.get_parameter(n).dtype in _HALF for n in still)
+        coarse = any(self.module.get_parameter(n).dtype in HALF for n in still)
         if not coarse:
             self._too_short([n for n in stepped if n in known], old, gradients, fall)
         still = [
@@ -579,7 +574,7 @@ class _Check:
 
     def _does_not_move(self, names: list[str]) -> None:
         parameter = self.module.get_parameter(names[0])
-        half = parameter.dtype in _HALF
+        half = parameter.dtype in HALF
         is_guess = self.optimizer is None and self.rate_is_guess
         self._say(
             "does not move",
@@ -677,22 +672,22 @@ class _Check:
         """Whether a change made in train() mode shows in eval() mode: it is used there, then."""
         outputs = []
         for nudged in (False, True):
-            module = self.trials.fresh().train()
+            module = copied(self.module).train()
             if nudged:
                 _nudge(module, name)
             self.trials.run(module)
             outputs.append(self.trials.run(module.eval()).output)
-        return not same(*outputs)
+        return not equal(*outputs)
 
     def _modes_differ(self) -> None:
         """The same parameters, and another output: right for dropout, wrong for a convolution."""
-        modules = [self.trials.fresh().train(mode) for mode in (True, False)]
+        modules = [copied(self.module).train(mode) for mode in (True, False)]
         buffers = {name: value.clone() for name, value in modules[0].named_buffers()}
         runs = [self.trials.run(module).output for module in modules]
         other = replace(self.trials, seed=self.trials.seed + 1)
-        if not same(runs[0], other.run(other.fresh().train()).output):
+        if not equal(runs[0], other.run(copied(self.module).train()).output):
             return  # it draws, as dropout does
-        if not all(same(value, buffers.get(n)) for n, value in modules[0].named_buffers()):
+        if not all(equal(value, buffers.get(n)) for n, value in modules[0].named_buffers()):
             return  # it keeps statistics, as batch norm does
         outputs = [list(tensors_of(output)) for output in runs]
         if [one.shape for one in outputs[0]] != [one.shape for one in outputs[1]]:
@@ -732,7 +727,7 @@ class _Check:
 
     def _is_turn(self, name: str, turn: float) -> bool:
         """Whether the output is the same when a parameter is moved by a supposed whole turn."""
-        module = self.twin.fresh()
+        module = copied(self.twin.module)
         with torch.no_grad():
             module.get_parameter(name).add_(turn)
         moved, still = self.twin.run(module).output, self.twin_run.output
@@ -811,16 +806,16 @@ class _Check:
         )
 
 
-def _break_of_loss(trials: Trials) -> str:
+def _break_of_loss(trials: Sandbox) -> str:
     """Where a loss leaves the graph: the output is followed through it."""
-    module = trials.fresh()
+    module = copied(trials.module)
     output = trials.run(module).output
     followed = {id(one): "output" for one in tensors_of(output) if one.requires_grad}
     trace = Trace(followed)
     with trace:
         trials.loss(output)
     breaks = trace.breaks.get("output", [])
-    return f"{breaks[0].how} ({breaks[0].where})" if breaks else ""
+    return breaks[0] if breaks else ""
 
 
 def _nudge(module: nn.Module, name: str) -> bool:
@@ -840,36 +835,3 @@ def _size(parameter: Tensor) -> float:
     """Root mean square of the entries; of a parameter that is zero, 1."""
     size = parameter.detach().double().square().mean().sqrt().item()
     return size if math.isfinite(size) and size > 1e-8 else 1.0
-
-
-def _check_inputs(module: nn.Module, inputs: tuple[Any, ...]) -> None:
-    if not isinstance(module, nn.Module):
-        raise TypeError(f"module must be an nn.Module, got {type(module).__name__}.")
-    parameters = [*module.parameters()]
-    for value in tensors_of(inputs):
-        if not value.is_floating_point():
-            continue
-        if parameters and value.device != parameters[0].device:
-            raise ValueError(
-                f"inputs lie on {value.device} and the module on {parameters[0].device}; use "
-                f"inputs.to({str(parameters[0].device)!r})."
-            )
-        if not bool(value.isfinite().all()):
-            raise ValueError("inputs must be finite, got NaN or infinity.")
-        if parameters and value.dtype != parameters[0].dtype and parameters[0].dtype in _HALF:
-            raise ValueError(
-                f"inputs are {value.dtype} and the module is {parameters[0].dtype}; use "
-                "module.float(), or inputs of the module's precision."
-            )
-
-
-def _check_loss(loss: Any) -> None:
-    if not isinstance(loss, Tensor):
-        raise TypeError(
-            f"loss must return a scalar tensor, got {type(loss).__name__}; do not call .item() "
-            "in it."
-        )
-    if loss.numel() != 1:
-        raise ValueError(
-            f"loss must return a scalar, got shape {tuple(loss.shape)}; use .mean() or .sum()."
-        )

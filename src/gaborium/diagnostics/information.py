@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from gaborium.diagnostics.causes import Finding, Severity, by_severity
-from gaborium.diagnostics.losses import check_same_place
+from gaborium.diagnostics.sandbox import check_inputs
 from gaborium.diagnostics.views import (
     GaborLayer,
     filter_moments,
@@ -170,7 +170,7 @@ def identifiability(
 
 
 def _check(layer: GaborLayer, inputs: Tensor, noise: float | None, targets: Tensor | None) -> None:
-    check_same_place(layer, inputs)
+    check_inputs(layer, inputs)
     if inputs.ndim != layer.n_dims + 2 or inputs.shape[1] != layer.in_channels:
         raise ValueError(
             f"inputs must be (batch, {layer.in_channels} channels, {layer.n_dims} axes), got "

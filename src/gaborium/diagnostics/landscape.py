@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from gaborium.diagnostics.causes import RECOVER, Finding, Severity, by_severity, finding
-from gaborium.diagnostics.losses import LayerLoss, OutputLoss, Probe
+from gaborium.diagnostics.sandbox import LayerLoss, OutputLoss, Probe
 from gaborium.diagnostics.views import filter_moments, find_gabor_layer, recover_arguments
 from gaborium.kernels import orientation_basin
 from gaborium.params import POSITIVE_FIELDS, UNITS, Gabor2d
@@ -432,7 +432,7 @@ def _from_patches(loss: LayerLoss, varied: _Parameters | _GaborFields) -> _Funct
     layer, index = varied.layer, varied.index
     if (
         varied.layer_name
-        or not loss.is_squared_kind()
+        or not loss.is_squared
         or layer.output != "real"
         or any(step != 1 for step in layer.dilation)
         or loss.inputs.ndim != layer.n_dims + 2

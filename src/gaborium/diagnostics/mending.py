@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from gaborium.diagnostics.causes import NEW_OPTIMIZER, RENEW_OPTIMIZER
-from gaborium.diagnostics.trials import Convolution, Trace, Trials, copied, same
+from gaborium.diagnostics.sandbox import Sandbox, Trace, copied, equal
 from gaborium.fitting import fit
 from gaborium.layers import LAYERS
 from gaborium.params import Gabor
@@ -115,51 +115,53 @@ def rebuilding_code(layer: Any, name: str, **changes: str) -> str:
     return code + RENEW_OPTIMIZER
 
 
-def convolution_of(module: nn.Module, name: str, inputs: tuple[Any, ...]) -> Convolution | None:
+def convolution_of(module: nn.Module, name: str, inputs: tuple[Any, ...]) -> dict[str, Any] | None:
     """The convolution that a layer is when ``module`` is called; ``None`` if it is something else.
 
     A layer may convolve and go on, as with a nonlinearity, or pad its input first.
     """
     trial = copied(module)
     trace = Trace()
-    found: list[Convolution] = []
+    found: list[dict[str, Any]] = []
 
     def before(*_: Any) -> None:
         trace.convolutions.clear()
 
     def after(_: nn.Module, given: tuple[Any, ...], output: Any) -> None:
         found[:] = [
-            one for one in trace.convolutions if same(one.input, given) and same(one.output, output)
+            one
+            for one in trace.convolutions
+            if equal(one["input"], given) and equal(one["output"], output)
         ]
 
     layer = trial.get_submodule(name)
     layer.register_forward_pre_hook(before)
     layer.register_forward_hook(after)
-    Trials(trial, inputs, lambda _: torch.zeros(())).run(trial, trace)
+    Sandbox(trial, inputs).run(trial, trace=trace)
     return found[0] if len(found) == 1 else None
 
 
-def _layer_like(convolution: Convolution) -> Any:
-    weight, n_dims = convolution.weight, convolution.n_dims
+def _layer_like(convolution: dict[str, Any]) -> Any:
+    weight, bias, groups = (convolution[name] for name in ("weight", "bias", "groups"))
     n_out, n_in, *size = weight.shape
-    params = fit(weight.float(), n_dims=n_dims, geometry="pair", center=True).params
-    layer = LAYERS[n_dims](
-        n_in * convolution.groups,
+    params = fit(weight.float(), n_dims=len(size), geometry="pair", center=True).params
+    layer = LAYERS[len(size)](
+        n_in * groups,
         n_out,
         tuple(size),
-        convolution.stride,
-        convolution.padding,
-        convolution.dilation,
-        convolution.groups,
-        convolution.bias is not None,
+        convolution["stride"],
+        convolution["padding"],
+        convolution["dilation"],
+        groups,
+        bias is not None,
         device=weight.device,
         dtype=weight.dtype,
         geometry="pair" if n_in > 1 else "filter",
         start=_without_gaps(params, (n_out, n_in), tuple(size)),
     )
-    if convolution.bias is not None:
+    if bias is not None:
         with torch.no_grad():
-            layer.bias.copy_(convolution.bias)
+            layer.bias.copy_(bias)
     return layer
 
 

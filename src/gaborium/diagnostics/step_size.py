@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from gaborium.diagnostics.causes import SET_RATE, Finding, Severity, by_severity, finding
-from gaborium.diagnostics.losses import LayerLoss, OutputLoss, Probe, duplicate
+from gaborium.diagnostics.sandbox import LayerLoss, OutputLoss, Probe, copied
 
 _DESCENT_STEPS = 200
 _CONE = 0.3  # slope ∝ distance^exponent: a cone below this exponent, a bowl above it
@@ -130,14 +130,14 @@ def step_limit(
     chosen, settings = _stepped(layer, optimizer)
     Probe(loss, layer)  # reports faults in their own precision
     if isinstance(loss, OutputLoss):
-        loss, layer = loss.double(), duplicate(layer).double()
+        loss, layer = loss.double(), copied(layer).double()
     probe = Probe(loss, layer)
     probe.learned = {name: value for name, value in probe.learned.items() if name in chosen}
     squared, is_smooth = None, False
-    if isinstance(loss, OutputLoss) and loss.has_outputs_like_targets(layer):
-        squared = Probe(loss.squared(), layer)
+    if isinstance(loss, OutputLoss) and loss.compares_responses(layer):
+        squared = Probe(OutputLoss(loss.inputs, loss.targets), layer)
         squared.learned = probe.learned
-        is_smooth = loss.is_squared_kind()
+        is_smooth = loss.is_squared
     there = _descend(squared or probe, probe.flat())
     if not is_smooth:  # other measures may have other minima
         there = min(

@@ -18,9 +18,9 @@ from gaborium.diagnostics import (
     Health,
     Identifiability,
     Landscape,
-    SetUp,
     Severity,
     StepLimit,
+    TrainingSetup,
 )
 from gaborium.errors import require
 from gaborium.params import plain
@@ -121,9 +121,11 @@ def diagnosis_headline(diagnosis: Diagnosis) -> str:
     """What was found, in one sentence: that of the first finding, if it stands in the way.
 
     Example:
-        >>> from gaborium.diagnostics import SetUp
+        >>> from gaborium.diagnostics import TrainingSetup
         >>> layer = torch.nn.Linear(1, 1)
-        >>> diagnosis_headline(Diagnosis([], {}, {}, [], (0.0, 1.0), SetUp(layer, print, 0, 0)))
+        >>> diagnosis_headline(
+        ...     Diagnosis([], {}, {}, [], (0.0, 1.0), TrainingSetup(layer, print, 0, 0))
+        ... )
         'Nothing was found that stands in the way of learning.'
     """
     findings = diagnosis.findings
@@ -178,15 +180,19 @@ def joint_advice(diagnosis: Diagnosis) -> str:
     """What to do where no remedy was enough alone, or ``""``.
 
     Example:
-        >>> joint_advice(Diagnosis([], {}, {}, [], (0.0, 1.0), SetUp(torch.nn.ReLU(), print, 0, 0)))
+        >>> joint_advice(
+        ...     Diagnosis([], {}, {}, [], (0.0, 1.0), TrainingSetup(torch.nn.ReLU(), print, 0, 0))
+        ... )
         ''
     """
-    if diagnosis.together:
-        numbers = [str(diagnosis.findings.index(found) + 1) for found in diagnosis.together]
+    if diagnosis.combined_remedies:
+        numbers = [
+            str(diagnosis.findings.index(found) + 1) for found in diagnosis.combined_remedies
+        ]
         listed = ", ".join(numbers[:-1]) + " and " + numbers[-1]
         return (
             f"No remedy was enough alone; those of {listed}, one after the other, are: "
-            "diagnosis.mended() carries them out."
+            "diagnosis.with_remedy() carries them out."
         )
     reached = [
         found.numbers["explained_with_remedy"]
@@ -259,8 +265,8 @@ def diagnosis_record(diagnosis: Diagnosis, *, facts: Mapping[str, str]) -> dict[
         ``Diagnosis.to_json`` gives, and ``parts`` with a kind and a sentence for each.
 
     Example:
-        >>> from gaborium.diagnostics import SetUp
-        >>> setup = SetUp(torch.nn.Linear(1, 1), print, 0, 0)
+        >>> from gaborium.diagnostics import TrainingSetup
+        >>> setup = TrainingSetup(torch.nn.Linear(1, 1), print, 0, 0)
         >>> record = diagnosis_record(Diagnosis([], {}, {}, [], (0.0, 1.0), setup), facts={})
         >>> record["headline"]
         'Nothing was found that stands in the way of learning.'
@@ -478,7 +484,7 @@ class _Courses:
         if not any(number in found.numbers for number in _TRIAL):
             return None
         try:
-            with_remedy = _course(self.diagnosis.mended(found), self.n_steps)
+            with_remedy = _course(self.diagnosis.with_remedy(found), self.n_steps)
         except Exception:  # somebody else's module; diagnose has said what there is to say
             return None
         if self._without is None:
@@ -486,7 +492,7 @@ class _Courses:
         return _course_chart(name, self._without, with_remedy)
 
 
-def _course(setup: SetUp, n_steps: int) -> Course:
+def _course(setup: TrainingSetup, n_steps: int) -> Course:
     """Train a copy: of a regression the share that stays unexplained, of others the loss."""
     own = setup.copy()
     with torch.random.fork_rng():
