@@ -616,9 +616,13 @@ def kernel_errors(layer, target) -> Tensor:
     return (one - other).norm(dim=1) / other.norm(dim=1)
 
 
-@pytest.mark.parametrize(("loss", "enough", "share"), [("mse", 0.02, 12), ("rmse", 0.05, 11)])
+@pytest.mark.parametrize(("loss", "enough", "share"), [("mse", 0.005, 12), ("rmse", 0.05, 11)])
 def test_planted_filters_come_back_from_one_random_start(loss, enough, share, photograph):
-    image, target, layer = photograph[..., 100:180, 150:230], planted(12, 100), planted(12, 0)
+    # In single precision the order of sums decides how near a filter comes.
+    image, target, layer = (
+        part.double()
+        for part in (photograph[..., 100:180, 150:230], planted(12, 100), planted(12, 0))
+    )
     wanted = target(image).detach()
     optimizer = NaturalGradient(layer)
     for _ in range(50 if loss == "mse" else 80):
