@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from gaborium import Gabor1d, Gabor2d, Gabor3d, GaborConv1d, GaborConv2d, GaborConv3d
-from gaborium.diagnostics import Severity, health, reseed
+from gaborium.diagnostics import Severity, health, reinitialize_filters
 from gaborium.kernels import dc_response
 
 LAYERS = {1: GaborConv1d, 2: GaborConv2d, 3: GaborConv3d}
@@ -77,15 +77,6 @@ def test_dead_filters():
     assert faint.duplicates == ()  # one of the two is dead, which is enough said
 
 
-def test_one_filter_is_told_in_the_singular():
-    one, two = (health(layer_of(amplitude=[1.0, 1.0, a, 0.0])) for a in (1.0, 0.0))
-    words = [finding(found, "dead filters").sentence.partition(" zero")[0] for found in (one, two)]
-    assert words == [
-        "1 of 4 filters is dead: its kernel is",
-        "2 of 4 filters are dead: their kernels are",
-    ]
-
-
 def test_aliased_wavelengths():
     layer = layer_of(wavelength=[1.7, 5.0, 2.01, 1.99])
     found = health(layer)
@@ -126,7 +117,7 @@ def test_duplicates_and_negatives():
     assert found.redundant == [1]
     said = finding(found, "duplicate filters")
     assert said.location == ("0", "1", "3")
-    assert "2 of 3 pairs are negatives" in said.sentence
+    assert "3 of 5, in 3 pairs, 2 of them negatives" in said.sentence
     assert said.severity is Severity.WARNING
     assert health(mended(layer, said.remedy)).redundant == []
 
@@ -244,4 +235,4 @@ def test_what_is_no_layer_is_refused():
     with pytest.raises(TypeError, match="start must be a Gabor2d, got Gabor1d"):
         health(layer_of(), Gabor1d.of(wavelength=3.0, sigma=1.0))
     with pytest.raises(TypeError, match="needs a Gabor layer, got Conv2d"):
-        reseed(nn.Conv2d(1, 1, 3), [0])
+        reinitialize_filters(nn.Conv2d(1, 1, 3), [0])

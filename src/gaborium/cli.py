@@ -570,7 +570,6 @@ def train(
     /,
     *,
     data: str | None = None,
-    data_folder: str | None = None,
     samples_per_class: int | None = None,
     network: str | None = None,
     first_layer: str | None = None,
@@ -590,13 +589,9 @@ def train(
     batch_size: int | None = None,
     seeds: tuple[int, ...] | None = None,
     n_evaluations: int | None = None,
-    augmentation: tuple[str, ...] | None = None,
-    corruption: tuple[str, ...] | None = None,
     accelerator: str | None = None,
     devices: int | None = None,
     precision: str | None = None,
-    accumulate: int | None = None,
-    download: bool = False,
     tensorboard: bool = False,
     name: str = "train",
     out: Path = Path("runs"),
@@ -610,12 +605,10 @@ def train(
 
     Args:
         recipe: A recipe as a TOML file. The options below stand above what it says.
-        data: "textures", "digits", "fashion-mnist", "mnist", "cifar10", "kth-tips", "brodatz",
-            "spoken-digits", a folder of images, or an .npz file.
-        data_folder: Where the files of a named data set are.
+        data: "textures", "digits", "mnist", "fashion-mnist", "cifar10", a folder of images, or an
+            .npz file.
         samples_per_class: Training images of each class; by default all.
-        network: "cnn", "energy": a linear classifier on pooled Gabor energy, or "texture": one on
-            its mean, spread, flatness and correlations.
+        network: "cnn", or "energy": a linear classifier on pooled Gabor energy.
         first_layer: "gabor", "gabor-fixed", "mixed" or "free".
         compare_with: First layers to train the same network with, for comparison.
         n_filters: Filters of the first layer.
@@ -633,14 +626,9 @@ def train(
         batch_size: Images of one step at most.
         seeds: A network is trained for each.
         n_evaluations: How often at most the test images are looked at during a run.
-        augmentation: What is done to training images by chance: "flip", "shift".
-        corruption: Kinds under which accuracy is measured: "noise", "blur", "contrast", "fog",
-            "pixelate".
         accelerator: "auto", "cpu", "cuda" or "mps".
         devices: Processes on this machine, with a device each.
         precision: "32-true", "64-true" or "bf16-mixed".
-        accumulate: Parts in which each batch goes through the network.
-        download: Fetch what is missing in data_folder from where it was published.
         tensorboard: Write for TensorBoard too, where it is installed.
         name: Name of the run.
         out: Folder of all runs.
@@ -668,7 +656,7 @@ def train(
     for package in ("jinja2", "matplotlib", "plotly"):
         require(package, extra="report", purpose="Reports")
     with console.status("Loading the images"):
-        dataset = load_dataset(chosen.data, chosen.data_folder, download=download)
+        dataset = load_dataset(chosen.data)
     folder = out / name
     try:
         with _training_progress(console, chosen) as progress:
@@ -683,8 +671,8 @@ def train(
     except KeyboardInterrupt:
         _say(f"Interrupted; the same command goes on from the last checkpoint in {folder}.")
         sys.exit(_INTERRUPTED)
-    if int(os.environ.get("RANK", "0")):
-        return  # of several processes that torchrun started, the first one tells
+    if int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0"))):
+        return  # only the first of several processes reports
     with console.status("Writing the report"):
         write_training(result, folder, facts={"command": _command()})
     _print_training(console, result)
@@ -895,17 +883,14 @@ def _print_training(console: Any, result: Any) -> None:
     table = _table(
         f"{result.data['name']}, {result.data['n_train']} training images, {seeds} "
         f"seed{'s' if seeds > 1 else ''}",
-        ("test accuracy", "put back", *(["corrupted"] if result.recipe.corruption else []),
-         "numbers in it"),
+        ("test accuracy", "put back", "numbers in it"),
         first=("first layer",),
-    )  # fmt: skip
+    )
     for variant in result.variants:
-        corrupted = [in_percent(result.mean_corrupted(variant))] if result.recipe.corruption else []
         table.add_row(
             variant,
             in_percent(result.accuracy(variant)),
             in_percent(result.accuracy_reset(variant)),
-            *corrupted,
             str(result.runs_of(variant)[0].n_first_parameters),
         )
     console.print(table)

@@ -2,9 +2,9 @@
 
 from gaborium.diagnostics.causes import Finding, Severity
 from gaborium.diagnostics.diagnosis import Diagnosis, diagnose
-from gaborium.diagnostics.filters import Duplicate, Health, health, reseed
+from gaborium.diagnostics.filters import Duplicate, Health, health, reinitialize_filters
 from gaborium.diagnostics.gradients import GradientCheck, ParameterCheck, check_gradients
-from gaborium.diagnostics.information import Identifiability, identifiability
+from gaborium.diagnostics.identifiability import Identifiability, identifiability
 from gaborium.diagnostics.landscape import Landscape, Minimum, landscape
 from gaborium.diagnostics.mending import replace_by_gabor
 from gaborium.diagnostics.recorder import Recorder, watch
@@ -31,8 +31,8 @@ __all__ = [
     "health",
     "identifiability",
     "landscape",
+    "reinitialize_filters",
     "replace_by_gabor",
-    "reseed",
     "step_limit",
     "watch",
 ]

@@ -14,10 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gaborium.diagnostics import units
-from gaborium.diagnostics.causes import CAUSES, CLEAR_OPTIMIZER, RECOVER, Finding, Severity, finding
+from gaborium.diagnostics.causes import CAUSES, CLEAR_OPTIMIZER, Finding, Severity, finding
 from gaborium.diagnostics.filters import health
 from gaborium.diagnostics.gradients import check_gradients
-from gaborium.diagnostics.information import identifiability
+from gaborium.diagnostics.identifiability import identifiability, recover_code, recover_options
 from gaborium.diagnostics.landscape import landscape
 from gaborium.diagnostics.mending import convolution_of
 from gaborium.diagnostics.sandbox import (
@@ -29,9 +29,8 @@ from gaborium.diagnostics.sandbox import (
     is_response,
 )
 from gaborium.diagnostics.step_size import step_limit
-from gaborium.diagnostics.views import GaborLayer, recover_arguments, recover_options
 from gaborium.fitting import FitResult, fit, recover
-from gaborium.layers import GABOR_LAYERS
+from gaborium.layers import GABOR_LAYERS, GaborLayer
 
 Progress = Callable[[str, int, int], None]  # what is looked at, parts done, parts in all
 
@@ -355,7 +354,7 @@ class _Examination:
         """Frozen fields whose values are not those of the responses."""
         present = layer.params.detach().to(torch.float64)
         difference = result.params.difference(present)
-        remedy = RECOVER.format(arguments=recover_arguments(layer))
+        remedy = recover_code(layer)
         for field, value in difference.items():
             if field in layer.learn or field == "center":
                 continue

@@ -171,14 +171,11 @@ def report_training(result: TrainResult, *, title: str = _TITLE, facts: Mapping[
         ],
         rows=[_row(result, variant) for variant in result.variants],
         n_seeds=len(result.recipe.seeds),
-        has_corruption=bool(result.recipe.corruption),
         stopped=[run.stopped for run in result.runs if run.stopped],
         sentences={_NAMES[variant]: text for variant, text in training_sentences(result).items()},
         learning=[_learning_chart(result, "test_accuracy"), _learning_chart(result, "loss")],
         displacement=_displacement_chart(result, learned) if learned else None,
         distribution=_distribution_chart(result, learned[0]) if learned else None,
-        corruption=_corruption_chart(result) if result.recipe.corruption else None,
-        corruption_rows=math.ceil(len(result.recipe.corruption) / 3),
         galleries=filters,
         films=[one.frames for one in filters],
         moments=[f"epoch {epoch}" for epoch in _shown(result)[0].epochs],
@@ -244,8 +241,6 @@ def _row(result: TrainResult, variant: str) -> list[str]:
         "" if variant == first else in_percent(lead, signed=True),
         in_percent(result.accuracy_reset(variant)),
     ]
-    if result.recipe.corruption:
-        cells.append(in_percent(result.mean_corrupted(variant)))
     return [*cells, str(runs[0].n_first_parameters), str(runs[0].n_parameters)]
 
 
@@ -431,38 +426,6 @@ def _counts(name: str, values: Tensor, edges: Tensor) -> list[int]:
     last = (edges[-1] * (1 - 1e-6)).item()
     inside = values.nan_to_num(posinf=last).clamp(0, last)
     return torch.histc(inside, len(edges) - 1, 0, edges[-1].item()).int().tolist()
-
-
-def _corruption_chart(result: TrainResult) -> Chart:
-    objects, subplots = plotly_parts()
-    kinds = list(result.recipe.corruption)
-    columns = min(3, len(kinds))
-    rows = math.ceil(len(kinds) / columns)
-    figure = subplots.make_subplots(
-        rows=rows, cols=columns, subplot_titles=kinds, shared_yaxes=True,
-        vertical_spacing=0.2, horizontal_spacing=0.05,
-    )  # fmt: skip
-    for place, kind in enumerate(kinds):
-        row, column = place // columns + 1, place % columns + 1
-        for variant, color in variant_colors(result.variants).items():
-            means = [result.accuracy(variant), *result.corrupted(variant, kind)]
-            errors = [m.standard_error if math.isfinite(m.standard_error) else 0.0 for m in means]
-            figure.add_trace(
-                objects.Scatter(
-                    x=list(range(len(means))), y=[mean.mean for mean in means],
-                    error_y={"array": errors, "thickness": 1, "width": 3},
-                    mode="lines+markers", name=_NAMES[variant], legendgroup=variant,
-                    showlegend=place == 0, line={"color": color, "width": 1.5},
-                    marker={"size": 5},
-                    hovertemplate=f"{_NAMES[variant]}, strength %{{x}}: %{{y:.1%}}<extra></extra>",
-                ),
-                row=row, col=column,
-            )  # fmt: skip
-        if row == rows:
-            figure.update_xaxes(title_text="strength", row=row, col=column)
-    figure.update_yaxes(tickformat=".0%")
-    figure.update_annotations(font_size=13)
-    return Chart("corruption", "Accuracy under corruptions of growing strength", _small(figure))
 
 
 def _small(figure: Any) -> str:
