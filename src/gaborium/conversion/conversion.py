@@ -269,7 +269,7 @@ class _Seen:
 
     def metric(self) -> Tensor:
         """The covariance, and a little of every pixel."""
-        return Metric.of(self.covariance[None], _DAMPING).covariance[0]
+        return Metric.damped(self.covariance[None], _DAMPING).covariance[0]
 
     def shift(self, change: Tensor) -> Tensor:
         """How much kernels ``(filters, channels, *size)`` change the responses' means."""

@@ -43,6 +43,7 @@ class KernelFamily:
         self.layer = layer
         self.n_filters: int = layer.n_filters
         self.n_members = 1 if layer.output == "real" else 2
+        self.n_pixels = layer.in_channels // layer.groups * math.prod(layer.kernel_size)
         self.dtype = torch.promote_types(layer.log_sigma.dtype, torch.float32)
         self._index: Tensor | None = None
         parameters = dict(layer.named_parameters(recurse=False))
