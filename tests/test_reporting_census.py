@@ -34,7 +34,7 @@ def test_the_page_shows_every_filter_and_refers_to_nothing_outside(result, kerne
     page = report_census(result, kernels, title=HOSTILE, facts={"file": HOSTILE})
     assert page.count('alt="kernel"') == len(result) == 3
     for index, label in enumerate(result.labels):
-        assert result.why(index).split(":")[0][:20].split("(")[0] in page
+        assert result.explain(index).split(":")[0][:20].split("(")[0] in page
         assert f"</span>{label}\n" in page
     assert HOSTILE not in page
     assert not re.search(r'(?:src|href)="(?!data:)', page)
@@ -57,7 +57,7 @@ def test_all_files_are_written_or_none(result, kernels, tmp_path):
 
 def test_the_page_compares_with_v1_where_there_is_something_to_compare(result, kernels):
     page = report_census(result, kernels, facts={})
-    layer, v1 = result.beside_v1()["n_x"]
+    layer, v1 = result.compare_with_v1()["n_x"]
     assert f"<th>n_x, median</th><td>{layer:.2f}</td><td>{v1:.2f}</td>" in page
     assert page.count("<td>58 %</td>") == 1
     blob = kernels[1:2]

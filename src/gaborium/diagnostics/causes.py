@@ -114,6 +114,7 @@ NEW_OPTIMIZER = """\
 import torch
 optimizer = torch.optim.Adam(module.parameters(), lr=0.01)
 """
+SINGLE_PRECISION = "module = module.float()\n" + RENEW_OPTIMIZER
 CLEAR_OPTIMIZER = "if optimizer is not None:\n    optimizer.state.clear()\n"
 RECOVER = """\
 from gaborium import recover
@@ -140,15 +141,21 @@ _SLOWER, _FASTER = SCALE_RATE.format(factor=0.1), SCALE_RATE.format(factor=10)
 _TABLE = {
     "no gradient": _Row(_SEVERE, "{names} gets no gradient: {reason}."),
     "nan gradient": _Row(_SEVERE, "The gradient of {names} is NaN or infinite: {reason}."),
-    "stale cache": _Row(_SEVERE, "{reason}: a kernel computed earlier is still in use."),
+    "stale cache": _Row(_SEVERE, "The output does not follow {names}{reason}: a kernel is kept."),
     "wrong gradient": _Row(
-        _SEVERE,
-        "The gradient of {names} is not the derivative of the loss: for {worst} it is off by "
-        "{error} from finite differences in float64.",
+        _SEVERE, "The gradient of {names} is not the derivative of the loss: {reason}."
     ),
     "frozen": _Row(_NOTE, "{names} does not learn: {reason}.", RENEW_OPTIMIZER, 0.5),
-    "does not move": _Row(_SEVERE, "{names} gets a gradient, but does not move: {reason}."),
-    "wrong unit": _Row(_WARNING, "{names} {reason}."),
+    "does not move": _Row(
+        _SEVERE,
+        "{names} gets a gradient, but does not move: {reason}.",
+        SCALE_RATE.format(factor=1000),
+    ),
+    "wrong unit": _Row(
+        _WARNING,
+        "{names} {reason}.",
+        "import torch\nwith torch.no_grad():\n    module.get_parameter({name!r}).{method}()\n",
+    ),
     "off-centre grid": _Row(
         _SEVERE,
         "The kernels{of} are sampled around the point ({shift}) px (x first) and not around their "
@@ -175,7 +182,7 @@ _TABLE = {
         "Curvature grows with their square, so a usual step is far too long.",
     ),
     "loss scale": _Row(_SEVERE, "The loss is too small for the step: {reason}."),
-    "vanishing step": _Row(_SEVERE, "The step is too short: {reason}."),
+    "vanishing step": _Row(_SEVERE, "The step is too short: {reason}.", SCALE_RATE),
     "dead filters": _Row(
         _WARNING, "Dead filters: {n} of {total}. Their kernels are zero compared with the others."
     ),
@@ -190,7 +197,13 @@ _TABLE = {
         _NOTE,
         "The output does not depend on the amplitude{of}: a normalisation after the layer divides "
         "it away. With kernels of norm {kernel_norm:.3g} a step has {length}.",
-        confidence=0.8,
+        "import torch\n"
+        "layer = module.get_submodule({name!r})\n"
+        "size = layer.weight.detach().flatten(1).norm(dim=1, keepdim=True)\n"
+        "size = size.unflatten(0, (layer.n_filters, -1)).amax(1)\n"
+        "layer.params = layer.params.replace(amplitude=layer.params.amplitude / size)\n"
+        + CLEAR_OPTIMIZER,
+        0.8,
     ),
     "zero padding": _Row(
         _WARNING,
@@ -283,4 +296,8 @@ _TABLE = {
         _WARNING, "No filter has moved by more than 0.1 % {since}.", _FASTER, 0.8
     ),
 }
-CAUSES = tuple(_TABLE)  # their names, in the order in which a diagnosis looks for them
+CAUSES = tuple(_TABLE)  # in the order in which a diagnosis lists them
+# Faults of the code, which are severe even if the rest of the parameters learns.
+BUGS = ("no gradient", "nan gradient", "stale cache", "wrong gradient", "off-centre grid")
+# These concern other starts and other inputs rather than the present ones.
+OF_OTHER_STARTS = ("spurious minima", "ill-conditioned input", "trade-off")

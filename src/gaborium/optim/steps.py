@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from gaborium.kernels import inner_products
 from gaborium.optim.kernel_family import KernelFamily
 from gaborium.optim.quadratic import Evaluation, Metric, Quadratic, inner
 from gaborium.params import Gabor
@@ -360,12 +361,8 @@ def _split(duplicates: Tensor, alive: Tensor, free: Tensor) -> tuple[list[int], 
 
 def _correlations(these: Evaluation, those: Evaluation, n_groups: int) -> Tensor:
     """Correlation of the responses of each filter with each, 0 to 1; of pairs at any phase."""
-    common = these.kernels.flatten(1) @ those.weighted.flatten(1).T
-    if these.kernels.shape[1] == 2:
-        even, odd = these.kernels.unbind(1)
-        weighted_even, weighted_odd = those.weighted.unbind(1)
-        common = torch.hypot(common, even @ weighted_odd.T - odd @ weighted_even.T)
-    common = common.abs() / (these.length[:, None] * those.length).clamp_min(1e-30)
+    common = inner_products(these.kernels, those.weighted).abs()
+    common = common / (these.length[:, None] * those.length).clamp_min(1e-30)
     # Filters of different groups see different channels.
     rows, columns = (torch.arange(n, device=common.device) * n_groups // n for n in common.shape)
     return torch.where(rows[:, None] == columns, common, 0.0)

@@ -162,7 +162,7 @@ def report_census(
         colors=CLASS_COLORS,
         columns=[(_COLUMNS[name], NUMBERS[name]) for name in _COLUMNS],
         rows=[
-            Row(i, result.labels[i], confidence[i], three, _values(result, i), result.why(i))
+            Row(i, result.labels[i], confidence[i], three, _values(result, i), result.explain(i))
             for i, three in zip(everyone, images, strict=True)
         ],
         pairs=_pairs(result),
@@ -235,7 +235,7 @@ def _beside_v1(result: Census) -> list[tuple[str, str, str]]:
     if not result.counts["gabor"]:
         return []
     rows = []
-    for name, pair in result.beside_v1().items():
+    for name, pair in result.compare_with_v1().items():
         words, is_share = _BESIDE_V1[name]
         layer, v1 = (f"{100 * one:.0f} %" if is_share else f"{one:.2f}" for one in pair)
         rows.append((words, layer, v1))

@@ -1,8 +1,8 @@
-"""The numbers that tell what a filter is: its bars, signs, colours, orientation and noise.
+"""The numbers that describe a filter: its bars, signs, colours, orientation and noise.
 
 All of them are shares or ratios: neither the kernel's scale nor its sign, neither the order of its
-channels nor a flip or transposition changes them. None needs more than the kernel itself, and the
-fit of a Gabor function to it.
+channels nor a flip or transposition changes them. They need only the kernel and the fit of a Gabor
+function to it.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from gaborium.fitting.start import StartGrid
 from gaborium.kernels import gabor, offsets
 from gaborium.params import Gabor
 
-# What each number is, in the words of reports; the order is that of tables.
+# A sentence part for each number, as reports show them; the order is that of tables.
 NUMBERS = {
     "gabor": "share of the power that a Gabor function explains",
-    "explained": "the same, less what its parameters would explain of noise",
+    "explained": "the same, less the share of noise that as many parameters would explain",
     "bars": "visible bars of alternating sign",
-    "second_bar": "strength of the second bar beside the strongest",
-    "third_bar": "strength of the third bar beside the strongest",
+    "second_bar": "strength of the second bar relative to the strongest",
+    "third_bar": "strength of the third bar relative to the strongest",
     "n_x": "cycles in a standard deviation of the envelope along the wave",
-    "n_y": "the same across the wave, of the stripes' length",
-    "selectivity": "for orientation: 1 is one orientation, 0 is none",
+    "n_y": "the same across the wave, along the stripes",
+    "selectivity": "for orientation: 1 is one orientation, 0 is no preference",
     "opponency": "share of the power that the mean of the channels does not hold",
     "oriented_luminance": "share of the power in the channels' mean, times its selectivity",
     "one_colour": "share of the power in one pattern that all channels have in common",
@@ -38,25 +38,25 @@ NUMBERS = {
     "even": "symmetry about the best point: correlation with the reversed pattern",
     "blob": "share of the power that one Gaussian explains",
     "surround": "share that a centre with its surround explains",
-    "ring": "strength of that surround beside its centre",
+    "ring": "strength of that surround relative to its centre",
     "two_waves": "share that two Gabor functions explain",
-    "crossing": "power of the weaker of these two beside the stronger, if they cross",
-    "noise": "floor of the spectrum, as a share of what it is with the pixels in random order",
+    "crossing": "power of the weaker of these two relative to the stronger, if they cross",
+    "noise": "floor of the spectrum, as a share of the floor with the pixels in random order",
     "snr": "signal-to-noise ratio of power that follows from it",
-    "strength": "norm beside the layer's median",
+    "strength": "norm relative to the layer's median",
 }
-_SHUFFLES = 40
-_VISIBLE = 0.2  # of the strongest bar
-_ABOVE_NOISE = 2.0  # of a bar's norm, in standard deviations of a pixel's noise
+_N_SHUFFLES = 40
+_MIN_BAR = 0.2  # strength of a visible bar relative to the strongest
+_MIN_BAR_SNR = 2.0  # norm of a visible bar, in standard deviations of a pixel's noise
+_MAX_SNR = 1e4  # beyond, rounding is measured
 _TOLERANCE = 1e-4  # of other models: explained variances need no more
 _STEPS = 60
 _N_WAVES = 6  # of which any two may be a plaid
 _N_PAIRS = 6  # of waves that are followed together
-_HIGHEST = 1e4  # signal-to-noise ratio; beyond, rounding is measured
 
 
 def geometry(params: Gabor) -> list[dict[str, float]]:
-    """For each filter the fields that its channels have in common: the wave and its envelope."""
+    """For each filter the fields that its channels share: the wave and its envelope."""
     fields = {
         name: value.reshape(len(value), -1)[:, 0].tolist()
         for name, value in params.as_dict().items()
@@ -67,7 +67,7 @@ def geometry(params: Gabor) -> list[dict[str, float]]:
 
 @torch.no_grad()
 def measure(kernels: Tensor, result: FitResult, *, n_dims: int) -> dict[str, Tensor]:
-    """The numbers of filters, each ``(filters,)`` and in float64; ``NUMBERS`` says what they are.
+    """The numbers of filters, each ``(filters,)`` and in float64; ``NUMBERS`` explains them.
 
     Args:
         kernels: ``(filters, channels, *kernel_size)``, finite.
@@ -75,8 +75,8 @@ def measure(kernels: Tensor, result: FitResult, *, n_dims: int) -> dict[str, Ten
         n_dims: spatial dimensions of a kernel.
 
     Returns:
-        A number for each name but ``strength``, which takes the whole layer. Of filters that are
-        zero everywhere all but ``noise`` are 0.
+        All numbers but ``strength``, which needs the whole layer. For filters that are zero
+        everywhere all but ``noise`` are 0.
     """
     sizes = tuple(kernels.shape[-n_dims:])
     w = kernels.detach().double().flatten(2)
@@ -95,13 +95,13 @@ def measure(kernels: Tensor, result: FitResult, *, n_dims: int) -> dict[str, Ten
     strengths = _bars(result, sizes, fitted)
     ordered = torch.nn.functional.pad(strengths.sort(dim=1, descending=True).values, (0, 3))
     first = ordered[:, :1].clamp_min(1e-300)
-    visible = (strengths >= _VISIBLE * first) & (
-        strengths > _ABOVE_NOISE * noise.sqrt().unsqueeze(1)
+    visible = (strengths >= _MIN_BAR * first) & (
+        strengths > _MIN_BAR_SNR * noise.sqrt().unsqueeze(1)
     )
 
     pattern, luminance = _main_pattern(w), w.mean(1)
     in_luminance = channels * luminance.square().sum(1)
-    floor = _floor_beside_shuffled(w, sizes)
+    floor = _noise_floor(w, sizes)
     params = result.params
     cycles = torch.nan_to_num(params.sigma.flatten() / params.wavelength.flatten())
     across = params.as_dict().get("aspect_ratio", torch.ones_like(params.sigma)).flatten()
@@ -118,12 +118,12 @@ def measure(kernels: Tensor, result: FitResult, *, n_dims: int) -> dict[str, Ten
         "oriented_luminance": in_luminance * _selectivity(luminance, sizes),
         "one_colour": torch.linalg.svdvals(w)[:, 0].square(),
         "constant": w.mean(2).square().sum(1) * pixels,
-        "even": _even(pattern, sizes),
+        "even": _symmetry(pattern, sizes),
         **_other_models(kernels, result, sizes),
     }
     numbers = {name: torch.where(power > 0, value, 0.0) for name, value in numbers.items()}
     numbers["noise"] = torch.where(power > 0, floor, 1.0)
-    numbers["snr"] = (1 / numbers["noise"].clamp_min(1 / _HIGHEST) - 1).clamp_min(0.0)
+    numbers["snr"] = (1 / numbers["noise"].clamp_min(1 / _MAX_SNR) - 1).clamp_min(0.0)
     return numbers
 
 
@@ -131,7 +131,7 @@ def _other_models(kernels: Tensor, result: FitResult, sizes: tuple[int, ...]) ->
     """How much of kernels other models than one Gabor function explain; 0 for bad input.
 
     Each is searched for like a Gabor function, with one geometry for all channels. In one dimension
-    a Gabor function has a surround of its own, and no two waves cross.
+    a Gabor function can have a surround, and no two waves cross.
     """
     names = ("blob", "surround", "ring", "two_waves", "crossing")
     y = kernels.detach().double().flatten(2)
@@ -164,8 +164,8 @@ def _other_models(kernels: Tensor, result: FitResult, sizes: tuple[int, ...]) ->
         pair, ends = search.best_pair(target, z, _N_PAIRS)
         crossed = crossing(pair, ends.z, ends.coefficients)
         two_waves = torch.maximum(1 - ends.cost, two_waves)
-    found = (blob, surround, ring, two_waves, crossed)
-    return {n: zero.index_copy(0, good, value) for n, value in zip(names, found, strict=True)}
+    values = (blob, surround, ring, two_waves, crossed)
+    return {n: zero.index_copy(0, good, value) for n, value in zip(names, values, strict=True)}
 
 
 def _smoothed(values: Tensor, sizes: tuple[int, ...]) -> Tensor:
@@ -181,10 +181,7 @@ def _smoothed(values: Tensor, sizes: tuple[int, ...]) -> Tensor:
 
 
 def _main_pattern(kernels: Tensor) -> Tensor:
-    """The pattern that explains most of all channels: ``(batch, channels, pixels)`` to pixels.
-
-    Its sign means nothing.
-    """
+    """The pattern that explains most of all channels, up to sign: ``(batch, pixels)``."""
     return torch.linalg.svd(kernels, full_matrices=False).Vh[:, 0]
 
 
@@ -195,10 +192,10 @@ def _weaker_sign(patterns: Tensor) -> Tensor:
 
 
 def _bars(result: FitResult, sizes: tuple[int, ...], fitted: Tensor) -> Tensor:
-    """Norms of the bars: of the fitted function's pixels in each half cycle, ``(filters, bars)``.
+    """Norms of the fitted function's pixels in each half cycle, its bars: ``(filters, bars)``.
 
-    Of several channels the pattern that they have in common, which is a Gabor function too. What
-    lies beyond the kernel's border is not counted, as nobody sees it.
+    Several channels are reduced to their common pattern, which is a Gabor function too. Only
+    pixels within the kernel count.
     """
     params, n = result.params, len(result)
     k = (params.direction * params.frequency.unsqueeze(-1)).double().reshape(n, -1)
@@ -221,14 +218,14 @@ def _spectrum(patterns: Tensor, sizes: tuple[int, ...], padded: int) -> Tensor:
     """Power at every frequency, ``(..., frequencies)``."""
     axes = tuple(range(-len(sizes), 0))
     size = [padded * n for n in sizes]
-    found = torch.fft.fftn(patterns.unflatten(-1, sizes), s=size, dim=axes)
-    return found.abs().square().flatten(-len(sizes))
+    spectrum = torch.fft.fftn(patterns.unflatten(-1, sizes), s=size, dim=axes)
+    return spectrum.abs().square().flatten(-len(sizes))
 
 
 def _selectivity(patterns: Tensor, sizes: tuple[int, ...]) -> Tensor:
-    """How much of the power lies along one axis of frequencies, 0 to 1; in 1-D always 1.
+    """How much of the power is along one axis of frequencies, 0 to 1; in 1-D always 1.
 
-    In the plane it is one less the circular variance of doubled angles, with the power as weight.
+    In the plane it is 1 minus the circular variance of doubled angles, with the power as weight.
     """
     d = len(sizes)
     if d == 1:
@@ -236,7 +233,7 @@ def _selectivity(patterns: Tensor, sizes: tuple[int, ...]) -> Tensor:
     axes = [torch.fft.fftfreq(2 * n, dtype=torch.float64, device=patterns.device) for n in sizes]
     f = torch.stack([grid.flatten() for grid in torch.meshgrid(*axes, indexing="ij")])
     size = f.norm(dim=0)
-    # The highest frequency stands for both of its signs, and so has no direction.
+    # The highest frequency has both signs at once, and so no direction.
     counts = (size > 0) & (f.abs() < 0.5 - 1e-9).all(0)
     power = _spectrum(patterns, sizes, 2) * counts
     unit = f / torch.where(size > 0, size, 1.0)
@@ -246,17 +243,18 @@ def _selectivity(patterns: Tensor, sizes: tuple[int, ...]) -> Tensor:
     return ((d * share - 1) / (d - 1)).clamp(0.0, 1.0)
 
 
-def _even(patterns: Tensor, sizes: tuple[int, ...]) -> Tensor:
+def _symmetry(patterns: Tensor, sizes: tuple[int, ...]) -> Tensor:
+    """Largest correlation of each pattern with its reverse, over all shifts: ``(batch,)``."""
     axes = tuple(range(-len(sizes), 0))
-    found = torch.fft.fftn(patterns.unflatten(-1, sizes), s=[2 * n for n in sizes], dim=axes)
-    both = torch.fft.ifftn(found.square(), dim=axes).real.flatten(1)
+    spectrum = torch.fft.fftn(patterns.unflatten(-1, sizes), s=[2 * n for n in sizes], dim=axes)
+    both = torch.fft.ifftn(spectrum.square(), dim=axes).real.flatten(1)
     return both.amax(1) / patterns.square().sum(-1).clamp_min(1e-300)
 
 
-def _floor_beside_shuffled(w: Tensor, sizes: tuple[int, ...]) -> Tensor:
-    """Median of the spectrum beside what it is with the pixels shuffled, and their signs.
+def _noise_floor(w: Tensor, sizes: tuple[int, ...]) -> Tensor:
+    """Median of the spectrum, relative to its median with shuffled pixels and random signs.
 
-    With their signs, because a constant has nothing but one frequency however it is shuffled.
+    The signs are random too, because a constant keeps its one frequency however it is shuffled.
     """
     # In an order that no flip or transposition changes, so that the same shuffles come out.
     order = w.square().sum(1).sort(dim=1, stable=True).indices
@@ -267,8 +265,8 @@ def _floor_beside_shuffled(w: Tensor, sizes: tuple[int, ...]) -> Tensor:
         return _spectrum(kernels, size, 1).sum(1).quantile(0.5, dim=1)
 
     total = torch.zeros_like(w[:, 0, 0])
-    for _ in range(_SHUFFLES):
+    for _ in range(_N_SHUFFLES):
         place = torch.randperm(w.shape[-1], generator=draw).to(w.device)
         sign = 2.0 * torch.randint(2, (w.shape[-1],), generator=draw).to(w) - 1
         total += floor((pixels * sign)[:, :, place], tuple(sorted(sizes)))
-    return floor(w, sizes) * _SHUFFLES / torch.where(total > 0, total, 1.0)
+    return floor(w, sizes) * _N_SHUFFLES / torch.where(total > 0, total, 1.0)
