@@ -91,19 +91,6 @@ def test_rows_hold_each_step_and_the_parameters_before_it(n_dims, coordinates):
         torch.testing.assert_close(value[2], moved[name])
 
 
-def test_the_table_has_a_row_per_record():
-    layer = textbook()
-    recorder = watch(layer, every=2)
-    assert recorder.to_table() == []
-    train(layer, 5, recorder=recorder)
-    rows = recorder.to_table()
-    assert [row["step"] for row in rows] == [0, 2, 4]
-    assert [row["loss"] for row in rows] == recorder.loss
-    assert rows[1]["gradient phase"] == recorder.gradient_norm["phase"][1]
-    way = recorder.displacement["orientation"][2].square().mean().sqrt().item()
-    assert rows[2]["moved orientation (rad)"] == pytest.approx(way)
-
-
 def test_the_layer_is_only_looked_at():
     layer = textbook()
     alone = copy.deepcopy(layer)

@@ -26,8 +26,8 @@ from fits import (
     with_noise,
 )
 from gaborium import FitResult, Gabor2d, Outcome, fit, gabor, recover
-from gaborium.images import camera, center_crop
 from gaborium.params import Gabor
+from gaborium.readers import center_crop, sample_image
 
 LAW = settings(max_examples=5, deadline=None, derandomize=True)
 FIELDS = ("orientation", "wavelength", "sigma", "aspect_ratio", "phase", "amplitude")
@@ -572,7 +572,7 @@ def test_a_difference_of_gaussians_is_no_gabor_and_has_no_orientation():
 
 @pytest.fixture(scope="module")
 def photograph() -> Tensor:
-    return center_crop(camera(), 48)[None]
+    return center_crop(sample_image(), 48)[None]
 
 
 def test_recover_keeps_to_bounds(photograph):

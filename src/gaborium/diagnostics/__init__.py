@@ -6,8 +6,8 @@ from gaborium.diagnostics.filters import Duplicate, Health, health, reinitialize
 from gaborium.diagnostics.gradients import GradientCheck, ParameterCheck, check_gradients
 from gaborium.diagnostics.identifiability import Identifiability, identifiability
 from gaborium.diagnostics.landscape import Landscape, Minimum, landscape
-from gaborium.diagnostics.mending import replace_by_gabor
 from gaborium.diagnostics.recorder import Recorder, watch
+from gaborium.diagnostics.remedies import rebuild_layer, replace_by_gabor
 from gaborium.diagnostics.sandbox import OutputLoss, TrainingSetup
 from gaborium.diagnostics.step_size import StepLimit, step_limit
 
@@ -31,6 +31,7 @@ __all__ = [
     "health",
     "identifiability",
     "landscape",
+    "rebuild_layer",
     "reinitialize_filters",
     "replace_by_gabor",
     "step_limit",

@@ -13,13 +13,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gaborium.diagnostics import units
 from gaborium.diagnostics.causes import CAUSES, CLEAR_OPTIMIZER, Finding, Severity, finding
 from gaborium.diagnostics.filters import health
 from gaborium.diagnostics.gradients import check_gradients
 from gaborium.diagnostics.identifiability import identifiability, recover_code, recover_options
 from gaborium.diagnostics.landscape import landscape
-from gaborium.diagnostics.mending import convolution_of
+from gaborium.diagnostics.remedies import convolution_of
 from gaborium.diagnostics.sandbox import (
     Loss,
     OutputLoss,
@@ -29,6 +28,7 @@ from gaborium.diagnostics.sandbox import (
     is_response,
 )
 from gaborium.diagnostics.step_size import step_limit
+from gaborium.diagnostics.unit_checks import is_gabor_like
 from gaborium.fitting import FitResult, fit, recover
 from gaborium.layers import GABOR_LAYERS, GaborLayer
 
@@ -254,7 +254,7 @@ class _Examination:
         given = inputs if isinstance(inputs, tuple) else (inputs,)
         for name, part in self.module.named_modules():
             own = [n for n, _ in part.named_parameters(recurse=False)]
-            if isinstance(part, GABOR_LAYERS) or not any(map(units.is_gabor_like, own)):
+            if isinstance(part, GABOR_LAYERS) or not any(map(is_gabor_like, own)):
                 continue
             found = convolution_of(self.module, name, given)
             if found is None or found["weight"][0].numel() == 1:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -13,11 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from gaborium.diagnostics.causes import CLEAR_OPTIMIZER, Finding, Severity, by_severity, finding
-from gaborium.diagnostics.mending import rebuilding_code
+from gaborium.diagnostics.remedies import rebuilding_code
 from gaborium.fitting import fit
-from gaborium.kernels import ENOUGH_STDS, envelope_widths, gabor, suggest_kernel_size
+from gaborium.kernels import ENOUGH_STDS, envelope_widths, inner_products, suggest_kernel_size
 from gaborium.layers import GABOR_LAYERS
-from gaborium.params import UNITS, Gabor
+from gaborium.params import Gabor
 
 _DEAD = 1e-3  # share of the median norm
 _DUPLICATE = 0.99  # cosine of two kernels
@@ -25,7 +24,6 @@ _LEAK = 0.1  # response to a constant, as a share of the largest that a kernel c
 _POINT = 0.3  # px; a narrower envelope leaves one pixel
 _BLOB = 0.3  # cycles within one standard deviation to each side
 _STRETCHED = 8.0  # ratio of the two standard deviations
-_UNMOVED = 1e-3  # share of the kernel's norm
 _FAINT = (
     0.05  # share of a filter's largest amplitude: a fainter channel says little of its geometry
 )
@@ -61,10 +59,6 @@ class Health:
             that kernels of these magnitudes could give.
         duplicates: pairs of filters with a cosine beyond ±0.99. For energy filters the phase does
             not count.
-        displacement: since the start, by field in the field's unit and the record's shape, signed,
-            on the circle and up to symmetry; empty without a start.
-        kernel_distance: ``(filters,)``, L2 distance from the starting kernels as a share of their
-            norm; ``None`` without a start.
         remedies: code by cause, in terms of ``module`` and ``optimizer``.
     """
 
@@ -76,8 +70,6 @@ class Health:
     degenerate: tuple[str, ...]
     dc_leak: Tensor
     duplicates: tuple[Duplicate, ...]
-    displacement: dict[str, Tensor]
-    kernel_distance: Tensor | None
     remedies: dict[str, str]
 
     def __len__(self) -> int:
@@ -93,47 +85,23 @@ class Health:
         """The worst first."""
         return by_severity(_findings(self))
 
-    def to_table(self) -> list[dict[str, object]]:
-        """One row per filter: norm, flags, duplicates and the distance from its start."""
-        rows: list[dict[str, object]] = []
-        for i in range(len(self)):
-            twins = [set(pair[:2]) - {i} for pair in self.duplicates if i in pair[:2]]
-            row: dict[str, object] = {
-                "filter": i,
-                "norm": self.norm[i].item(),
-                "dead": bool(self.dead[i]),
-                "aliased": bool(self.aliased[i]),
-                "truncated": bool(self.truncated[i]),
-                "degenerate": self.degenerate[i],
-                "dc_leak": self.dc_leak[i].item(),
-                "duplicates": tuple(sorted(set().union(*twins))),
-            }
-            if self.kernel_distance is not None:
-                row["kernel_distance"] = self.kernel_distance[i].item()
-            for name, value in self.displacement.items():
-                row[f"moved {name} ({UNITS[name]})"] = value[i].abs().max().item()
-            rows.append(row)
-        return rows
 
-
-def health(layer: nn.Module, start: Gabor | None = None, *, name: str = "") -> Health:
+def health(layer: nn.Module, *, name: str = "") -> Health:
     """Examine the filters of a layer.
 
     Args:
         layer: a ``GaborConvNd``; or another layer with a ``weight`` of a convolution's shape, to
             which Gabor functions are fitted first: filters that no Gabor function resembles are
             judged by norm, duplicates and response to a constant alone. It is not changed.
-        start: the record with which training began, for the displacement since then.
         name: of the layer in ``module``, for the code of the remedies.
 
     Returns:
         A record of flags and numbers per filter, with findings ``"dead filters"``,
         ``"aliased wavelength"``, ``"truncated envelope"``, ``"degenerate filters"``,
-        ``"duplicate filters"``, ``"DC leak"`` and ``"filters did not move"``.
+        ``"duplicate filters"`` and ``"DC leak"``.
 
     Raises:
-        TypeError: the layer has no ``weight`` of shape ``(out, in, *kernel_size)``, or the start
-            is a record of another dimension.
+        TypeError: the layer has no ``weight`` of shape ``(out, in, *kernel_size)``.
 
     Example:
         >>> from gaborium import Gabor2d, GaborConv2d
@@ -156,8 +124,6 @@ def health(layer: nn.Module, start: Gabor | None = None, *, name: str = "") -> H
     else:
         result = fit(kernels, n_dims=len(sizes), geometry="filter")
         params, known = result.params.expand(), result.converged.to(kernels.device)
-    if start is not None and not isinstance(start, type(params)):
-        raise TypeError(f"start must be a {type(params).__name__}, got {type(start).__name__}.")
     members = kernels.reshape(len(params), -1, *kernels.shape[1:])
     norm, pixels = members.flatten(1).norm(dim=1), members.flatten(3)
     dead = _is_dead(norm)
@@ -165,10 +131,6 @@ def health(layer: nn.Module, start: Gabor | None = None, *, name: str = "") -> H
     # Each filter's sums over pixels, against the sums of magnitudes.
     leak = pixels.sum(-1).abs().sum(-1) / pixels.abs().sum((-1, -2)).clamp_min(1e-300)
     audible = params.amplitude.abs() >= _FAINT * params.amplitude.abs().amax(1, keepdim=True)
-    moved: dict[str, Tensor] = {}
-    distance: Tensor | None = None
-    if start is not None:
-        moved, distance = _displacement(ours, params, start.to(params.sigma), members)
     found = Health(
         params=params,
         norm=norm,
@@ -178,8 +140,6 @@ def health(layer: nn.Module, start: Gabor | None = None, *, name: str = "") -> H
         degenerate=_kinds(params, audible, alive, sizes),
         dc_leak=leak.amax(1),
         duplicates=_duplicates(members, dead, any_phase=getattr(layer, "output", "") == "energy"),
-        displacement=moved,
-        kernel_distance=distance,
         remedies={},
     )
     if ours is not None:
@@ -271,29 +231,10 @@ def _kinds(
 def _duplicates(members: Tensor, dead: Tensor, *, any_phase: bool) -> tuple[Duplicate, ...]:
     flat = torch.where(dead[:, None], 0.0, members.flatten(1))
     unit = flat / flat.norm(dim=1, keepdim=True).clamp_min(1e-30)
-    cosine = unit @ unit.T
-    if any_phase:
-        even, odd = unit.unflatten(1, (2, -1)).unbind(1)
-        cosine = torch.hypot(cosine, even @ odd.T - odd @ even.T)
+    unit = unit.unflatten(1, (2 if any_phase else 1, -1))
+    cosine = inner_products(unit, unit)
     pairs = (cosine.abs().triu(1) > _DUPLICATE).nonzero().tolist()
     return tuple(Duplicate(i, j, cosine[i, j].item()) for i, j in pairs)
-
-
-def _displacement(
-    layer: Any, params: Gabor, start: Gabor, members: Tensor
-) -> tuple[dict[str, Tensor], Tensor]:
-    start = start.detach().expand()
-    if layer is not None:
-        before = copy.deepcopy(layer).double()
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the caller has seen them
-            before.params = start
-        start, kernels = before.params.detach().expand(), before.weight.detach()
-    else:
-        kernels = gabor(start, tuple(members.shape[3:]))
-    kernels = kernels.reshape(members.shape)
-    size = kernels.flatten(1).norm(dim=1).clamp_min(1e-300)
-    return params.difference(start), (members - kernels).flatten(1).norm(dim=1) / size
 
 
 # -- findings -----------------------------------------------------------------------------------
@@ -333,13 +274,6 @@ def _findings(found: Health) -> Iterator[Finding | None]:
         negative_pairs=negatives,
         largest_cosine=max((abs(pair.cosine) for pair in pairs), default=0.0),
     )
-    distance = found.kernel_distance
-    if distance is not None and bool((distance < _UNMOVED).all()):
-        far, every = distance.max().item(), list(range(len(found)))
-        yield about(
-            "filters did not move", every, confidence=0.7, since="since the start",
-            largest_distance=far,
-        )  # fmt: skip
 
 
 def _remedies(layer: Any, name: str, found: Health) -> dict[str, str]:
@@ -350,12 +284,11 @@ def _remedies(layer: Any, name: str, found: Health) -> dict[str, str]:
             + CLEAR_OPTIMIZER
         )
 
-    above = "layer.params.replace(wavelength=layer.params.wavelength.clamp_min(2.2))"
     remedies = {
         "dead filters": replace_filters(_indices(found.dead)),
         "degenerate filters": replace_filters([i for i, k in enumerate(found.degenerate) if k]),
-        "aliased wavelength": rebuilding_code(layer, name, min_wavelength="2.0", start=above),
-        "DC leak": rebuilding_code(layer, name, dc="'remove'"),
+        "aliased wavelength": rebuilding_code(name, min_wavelength=2.0),
+        "DC leak": rebuilding_code(name, dc="remove"),
     }
     if found.redundant:
         remedies["duplicate filters"] = replace_filters(found.redundant)
@@ -366,11 +299,11 @@ def _remedies(layer: Any, name: str, found: Health) -> dict[str, str]:
             min(new + (new - old) % 2, 3 * old) if new > old > 1 else old
             for new, old in zip(wanted, layer.kernel_size, strict=True)
         ]
-        changes = {"kernel_size": repr(tuple(sizes))}
+        changes: dict[str, Any] = {"kernel_size": tuple(sizes)}
         if not isinstance(layer.padding, str):
             grown = zip(layer.padding, layer.dilation, sizes, layer.kernel_size, strict=True)
-            changes["padding"] = repr(tuple(p + d * (new - old) // 2 for p, d, new, old in grown))
-        remedies["truncated envelope"] = rebuilding_code(layer, name, **changes)
+            changes["padding"] = tuple(p + d * (new - old) // 2 for p, d, new, old in grown)
+        remedies["truncated envelope"] = rebuilding_code(name, **changes)
     return remedies
 
 

@@ -108,16 +108,6 @@ class Recorder:
         params = self.params.to(torch.float64)
         return params.difference(params[:1])
 
-    def to_table(self) -> list[dict[str, object]]:
-        """One row per record; displacements are root mean squares over filters and channels."""
-        columns: dict[str, list[float]] = {"step": [*self.steps], "loss": self.loss}
-        for name, value in (self.displacement if len(self) else {}).items():
-            root = value.square().flatten(1).mean(1).sqrt()
-            columns[f"moved {name} ({UNITS[name]})"] = root.tolist()
-        columns |= {f"gradient {name}": norms for name, norms in self.gradient_norm.items()}
-        columns["duplicates"] = [*self.n_duplicates]
-        return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
-
     @property
     def findings(self) -> list[Finding]:
         """Faults of the training so far, the worst first; hardly any before eight records."""

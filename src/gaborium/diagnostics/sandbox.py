@@ -332,76 +332,47 @@ class _Widened(TorchFunctionMode):
 
 
 class Trace(TorchFunctionMode):
-    """Follows tensors through a forward pass, and records where their gradient is lost.
+    """Records convolutions, roots of 0, and where values leave the graph of autograd."""
 
-    Args:
-        names: of the tensors to follow, by their ``id``.
-
-    Attributes:
-        breaks: by name, where a tensor left the graph: ``"`.item()` (file.py, line 12: code)"``.
-        convolutions: the arguments of each convolution, and its ``output``.
-        zero_roots: lines where a root was taken of 0.
-    """
-
-    def __init__(self, names: Mapping[int, str] | None = None) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.breaks: dict[str, list[str]] = {}
-        self.convolutions: list[dict[str, Any]] = []
-        self.zero_roots: list[str] = []
-        self._sources = {key: frozenset((name,)) for key, name in (names or {}).items()}
-        self._aliases: set[int] = set()  # of tensors that share the storage of .data or .detach()
-        self._kept: list[Any] = []  # a tensor that is alive keeps its id
+        self.breaks: list[str] = []  # such as "`.item()` (file.py, line 12: code)"
+        self.convolutions: list[dict[str, Any]] = []  # arguments, and the output
+        self.zero_roots: list[str] = []  # lines
+        self._detached: list[Any] = []  # results of .data and .detach(), which share storage
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run a function of torch, and record what it did."""
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
-        given = list(tensors_of([args, kwargs]))
         name = resolve_name(func) or ""
         last = name.removesuffix(".__get__").rpartition(".")[-1]
-        sources = frozenset().union(*(self._sources.get(id(one), ()) for one in given))
-        linked = any(one.requires_grad and id(one) in self._sources for one in given)
+        floats = [one for one in tensors_of(result) if one.is_floating_point()]
         if last in ("conv1d", "conv2d", "conv3d"):
             call = _CONVOLUTION | dict(zip(_CONVOLUTION, args, strict=False)) | kwargs
             fixed = {key: _cloned(call[key]) for key in ("weight", "bias")}
             self.convolutions.append(call | fixed | {"output": result})
         if last in ("sqrt", "pow", "__pow__", "std", "norm", "vector_norm") and any(
-            one.is_floating_point() and one.requires_grad and bool((one == 0).any())
-            for one in tensors_of(result)
+            one.requires_grad and bool((one == 0).any()) for one in floats
         ):
             self.zero_roots.append(_line())
+        is_write = name.endswith("data.__set__") or (
+            last in ("__setitem__", "copy_") and any(args[0] is one for one in self._detached)
+        )
         if name.endswith("data.__get__") or last == "detach":
-            self._aliases.add(id(result))
-            self._kept.append(result)
-        if not sources:
-            return result
-        if last in _LEAVES_GRAPH:
-            self._break(sources, f"`.{last.strip('_')}()`")
-        writes = last in ("__setitem__", "copy_")  # they return nothing, or their first argument
-        if linked and (name.endswith("data.__set__") or (writes and id(args[0]) in self._aliases)):
-            self._break(sources, "`.data`")
-        for tensor in tensors_of(result):
-            self._follow(tensor, sources)
-            if linked and tensor.is_floating_point() and not tensor.requires_grad:
-                self._break(sources, _way_out(name, last))
-        if writes:
-            self._follow(args[0], sources)
+            self._detached.append(result)
+        how = ""
+        if any(one.requires_grad for one in tensors_of([args, kwargs])):
+            if last in _LEAVES_GRAPH:
+                how = f"`.{last.strip('_')}()`"
+            elif is_write or (name.endswith("data.__get__") and floats):
+                how = "`.data`"
+            elif any(not one.requires_grad for one in floats):
+                how = f"`.{last}()`" if torch.is_grad_enabled() else "`torch.no_grad()`"
+        if how:
+            line = _line()
+            self.breaks.append(f"{how} ({line})" if line else how)
         return result
-
-    def _follow(self, tensor: Tensor, sources: frozenset[str]) -> None:
-        self._kept.append(tensor)
-        self._sources[id(tensor)] = self._sources.get(id(tensor), frozenset()) | sources
-
-    def _break(self, sources: frozenset[str], how: str) -> None:
-        line = _line()
-        for name in sources:
-            self.breaks.setdefault(name, []).append(f"{how} ({line})" if line else how)
-
-
-def _way_out(name: str, last: str) -> str:
-    if name.endswith("data.__get__"):
-        return "`.data`"
-    return f"`.{last}()`" if torch.is_grad_enabled() else "`torch.no_grad()`"
 
 
 def _line() -> str:

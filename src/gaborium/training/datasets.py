@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gaborium.errors import require
-from gaborium.images import read_images
+from gaborium.readers import read_images
 
 # Name in OpenML, number of training images, which come first, and the shape of an image.
 _PUBLISHED = {
