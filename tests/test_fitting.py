@@ -292,7 +292,7 @@ def test_more_starts_never_fit_worse():
 
 
 def test_starts_at_random_are_the_same_for_every_kernel():
-    kernels = drawn(3, 5, 5)
+    kernels = drawn(2, 5, 5)
     options = {"n_starts": 24}
     whole = fit(kernels, **options)
     alone = [fit(kernels[i : i + 1], **options) for i in range(len(kernels))]
