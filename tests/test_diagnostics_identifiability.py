@@ -115,16 +115,11 @@ def test_recover_reaches_the_bounds():
     inputs, noise = white(1, 1, 40, 40), 0.5
     found = identifiability(layer, inputs, noise=noise)
     clean = layer(inputs).detach()
-    generator = torch.Generator().manual_seed(1)
-    errors = []
-    for _ in range(40):
-        noisy = clean + noise * torch.randn(clean.shape, generator=generator, dtype=torch.float64)
-        difference = recover(inputs, noisy, 13).params.difference(layer.params.detach())
-        errors.append([difference[name].item() for name in found.names])
-    spread = torch.tensor(errors, dtype=torch.float64).square().mean(0).sqrt()
-    ratio = spread / found.bounds[0]
-    assert (ratio > 0.6).all()
-    assert (ratio < 1.5).all()
+    noisy = clean + noise * white(1, 40, *clean.shape[2:], seed=1)
+    difference = recover(inputs, noisy, 13).params.difference(layer.params.detach())
+    for name, bound in zip(found.names, found.bounds[0].tolist(), strict=True):
+        spread = difference[name].square().mean().sqrt().item()
+        assert 0.6 < spread / bound < 1.5, name
 
 
 def test_noise_is_what_the_targets_leave():
@@ -256,21 +251,6 @@ def test_ill_conditioning_is_mended_by_recover():
 
 
 # -- the caller's things, and bad input ---------------------------------------------------------
-
-
-def test_nothing_of_the_callers_changes():
-    module = nn.Sequential(GaborConv2d(1, 2, 7, seed=0), nn.ReLU())
-    inputs = white(1, 1, 20, 20).float()
-    module(inputs).sum().backward()
-    state = {name: value.clone() for name, value in module.state_dict().items()}
-    gradients = [p.grad.clone() for p in module.parameters()]
-    random = torch.get_rng_state()
-    assert len(identifiability(module, inputs).bounds) == 2
-    assert torch.equal(torch.get_rng_state(), random)
-    for name, value in module.state_dict().items():
-        assert torch.equal(value, state[name])
-    for p, gradient in zip(module.parameters(), gradients, strict=True):
-        assert torch.equal(p.grad, gradient)
 
 
 def test_bad_input_gets_one_clear_line():

@@ -44,12 +44,11 @@ class Identifiability:
         white_bounds: on white input of the same power, ``(F, n)``.
         white_condition: on white input, ``(F,)``.
         noise: standard deviation of the responses' noise for which the bounds hold, ``(F,)``.
-        border_area: share of patches that reach into the padding.
+        border_area: share of patches that reach into a padding of zeros.
         border_power: the largest share of the responses' power that comes from such patches, over
             all orientations that the filter may take, ``(F,)``.
         mean_share: share of the responses' power that comes from the image's mean, ``(F,)``.
         input_rms: root mean square of the inputs.
-        has_zeros: whether the inputs are padded, with zeros.
         remedies: code, by cause, or by parameter if that is not identifiable.
     """
 
@@ -65,7 +64,6 @@ class Identifiability:
     border_power: Tensor
     mean_share: Tensor
     input_rms: float
-    has_zeros: bool
     remedies: dict[str, str]
 
     @property
@@ -132,12 +130,13 @@ def identifiability(
     rows = []
     for index, kernel in enumerate(kernels):
         padded = filter_statistics(inner, index, inputs)
-        inside = filter_statistics(inner, index, inputs, padded=False)
+        inside = padded
+        if inner.padding_mode == "zeros":
+            inside = filter_statistics(inner, index, inputs, padded=False)
         row = _judge(inner, kernel, slopes[index], units[index], padded)
         row["border_power"] = _border_power(inner, index, padded, inside)
         rows.append(row)
     found = {key: torch.stack([row[key] for row in rows]) for key in rows[0]}
-    border = 1 - inside.count / padded.count
     return Identifiability(
         names=names,
         information=found["information"] / deviation.clamp_min(1e-30)[:, None, None].square(),
@@ -147,11 +146,10 @@ def identifiability(
         white_bounds=found["white_bounds"] * deviation[:, None],
         white_condition=found["white_condition"],
         noise=deviation,
-        border_area=border,
+        border_area=1 - inside.count / padded.count,
         border_power=found["border_power"],
         mean_share=found["mean_share"],
         input_rms=inputs.detach().double().square().mean().sqrt().item(),
-        has_zeros=inner.padding_mode == "zeros" and border > 0,
         remedies=_remedies(layer_name, inner, names, inputs, has_targets=targets is not None),
     )
 
@@ -415,7 +413,7 @@ def _findings(found: Identifiability) -> Iterator[Finding]:
                 white_condition=white,
             )
         border = found.border_power[index].item()
-        if found.has_zeros and border > found.border_area + _BORDER:
+        if border > found.border_area + _BORDER:
             yield finding(
                 "zero padding",
                 location,

@@ -378,7 +378,7 @@ def _axis_unit(name: str) -> str:
 def _distribution_chart(result: TrainResult, variant: str) -> Chart:
     """Orientations and wavelengths of all filters of all seeds, before and after."""
     objects, subplots = plotly_parts()
-    ends = [(run.start, run.end) for run in result.runs_of(variant) if run.params is not None]
+    ends = [(run.start, run.end) for run in result.runs_of(variant) if run.params]
     names = [n for n in ("orientation", "wavelength") if hasattr(ends[0][0], n)]
     figure = subplots.make_subplots(rows=1, cols=len(names), horizontal_spacing=0.1)
     for column, name in enumerate(names, 1):

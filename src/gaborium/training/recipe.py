@@ -17,7 +17,6 @@ from gaborium.files import write_text
 
 # A variant is a kind of first layer; a recipe compares networks that differ in it alone.
 Variant = Literal["free", "gabor", "gabor-fixed", "mixed"]
-Start = Literal["bank", "random", "v1", "equal"]
 
 _WORDS = {str: "a text", int: "a whole number", float: "a number"}
 _AT_LEAST_1 = (
@@ -39,8 +38,6 @@ class Recipe:
             ``"fashion-mnist"``, ``"cifar10"``, a folder of images or an ``.npz`` file.
         samples_per_class: training images of each class, drawn with the seed of each run; by
             default all.
-        network: ``"cnn"``, a small convolutional network; or ``"energy"``, a linear classifier on
-            the pooled energy of the first layer.
         first_layer: ``"gabor"``, learned Gabor filters; ``"gabor-fixed"``, the same filters
             without learning; ``"free"``, an ordinary convolution; ``"mixed"``, half Gabor and
             half free filters.
@@ -48,8 +45,7 @@ class Recipe:
         n_filters: filters of the first layer.
         kernel_size: kernel size of the first layer, px along every axis.
         stride: stride of the first layer, px.
-        start: start of the Gabor filters: ``"bank"``, ``"random"``, ``"v1"``, or ``"equal"``, one
-            Gabor function in all filters.
+        start: start of the Gabor filters: ``"bank"``, ``"random"`` or ``"v1"``.
         learn: fields of the Gabor filters that train; by default the layer's own choice.
         optimizer: optimiser of the Gabor parameters: ``"adam"``, or ``"natural"``, which is
             ``gaborium.optim.NaturalGradient``. All other parameters are trained by Adam.
@@ -83,13 +79,12 @@ class Recipe:
 
     data: str = "textures"
     samples_per_class: int | None = None
-    network: Literal["cnn", "energy"] = "cnn"
     first_layer: Variant = "gabor"
     compare_with: tuple[Variant, ...] = ("free",)
     n_filters: int = 32
     kernel_size: int = 9
     stride: int = 1
-    start: Start = "bank"
+    start: Literal["bank", "random", "v1"] = "bank"
     learn: tuple[str, ...] | None = None
     optimizer: Literal["adam", "natural"] = "adam"
     learning_rate: float = 1e-3
