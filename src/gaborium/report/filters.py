@@ -27,7 +27,7 @@ _SHARES = ("gabor", "explained_variance", "explained_response", "response_error"
 _COLUMNS = {
     "now": "now",
     "class": "class",
-    "why": "why",
+    "explanation": "explanation",
     "outcome": "outcome",
     "confidence": "confidence",
     "explained_variance": "kernel explained",

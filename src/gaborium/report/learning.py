@@ -146,7 +146,10 @@ def diagnosis_report(result: Any) -> Report:
                 _figures(result, {name: left.pop(name) for name in basis}),
                 code=found.remedy, tone=found.severity.name.lower(),
             ))  # fmt: skip
-        text = [f"Not examined: {name}. {why}" for name, why in result.skipped.items()]
+        text = []
+        for why in dict.fromkeys(result.skipped.values()):
+            names = [name for name, other in result.skipped.items() if other == why]
+            text.append(f"Not examined: {', '.join(names)}. {why}")
         text.append(
             "Remedies use the names with which `diagnose` was called: `module`, `loss`, `inputs`, "
             "`targets` and `optimizer`. All trials ran on copies."
