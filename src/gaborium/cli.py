@@ -618,9 +618,7 @@ def _read_photographs(path: Path, max_images: int) -> list[tuple[str, Tensor]]:
 
     named = read_images(path)
     if len(named) > max_images:
-        _say(
-            f"Note: using the first {max_images} of {len(named)} photographs; --max-images takes more."
-        )
+        _say(f"Note: using the first {max_images} of {len(named)} photographs (--max-images).")
     return named[:max_images]
 
 
