@@ -113,10 +113,10 @@ def test_another_recipe_in_the_same_folder_needs_overwrite(folder, capsys):
     [
         (["--epochs", "0"], "epochs must be at least 1, got 0."),
         (["--epochs", "x"], "epochs"),
-        (["--first-layer", "gabour"], "first_layer must be one of 'free', 'gabor'"),
+        (["--first-layer", "gabour"], 'Choose from: "free", "gabor"'),
         (["--data", "nowhere/data"], "nowhere/data"),
         (["--data", "data.npz", "--samples-per-class", "999"], "1 to 20"),
-        (["--optimizer", "newton"], "optimizer must be one of 'adam', 'natural'"),
+        (["--optimizer", "newton"], 'Choose from: "adam", "natural"'),
         (["none.toml"], "There is no recipe 'none.toml'."),
         (["bad.toml"], "'bad.toml': A field must be one of 'data'"),
         (["--name", "../x"], "--name must be a plain folder name"),
