@@ -11,7 +11,6 @@ import sys
 import textwrap
 import time
 import warnings
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -120,7 +119,7 @@ def recover(
         from gaborium.experiments import recover_planted
         from gaborium.files import new_folder
         from gaborium.params import Gabor2d
-        from gaborium.reporting import write_recovery
+        from gaborium.report import write_report
 
     # On one crop of a photograph a second thread costs more than it gains, and on a busy machine
     # very much more.
@@ -158,8 +157,8 @@ def recover(
                 "seed": str(seed),
                 "steps": str(steps),
             }
-            write_recovery(result, folder, facts=facts)
-    _print_recovery(console, result, names)
+            write_report(result, folder, facts=facts)
+    _print_report(console, result)
     _print_end(console, out / name, begun)
 
 
@@ -173,7 +172,6 @@ def fit(
     center: bool = True,
     isotropic: bool = False,
     n_starts: int = 12,
-    limit: int = 96,
     name: str = "fit",
     out: Path = Path("runs"),
     overwrite: bool = False,
@@ -195,7 +193,6 @@ def fit(
         center: Search for the envelope's centre; otherwise it is the kernel's middle.
         isotropic: Keep the aspect ratio at 1.
         n_starts: Candidates that are followed for each filter at most.
-        limit: Filters in the report's gallery; of more, the best, the middle and the worst.
         name: Name of the run.
         out: Folder of all runs.
         overwrite: Replace an earlier run of this name.
@@ -203,7 +200,6 @@ def fit(
     begun = time.monotonic()
     console = require("rich.console", extra="cli", purpose="Commands").Console()
     _check_least(1, n_starts=n_starts)
-    _check_least(3, limit=limit)
     _check_name(name)
 
     with console.status("Loading PyTorch"):
@@ -213,7 +209,7 @@ def fit(
         from gaborium.fitting import FitResult
         from gaborium.fitting import fit as fit_kernels
         from gaborium.kernel_files import read_kernels
-        from gaborium.reporting import write_fit
+        from gaborium.report import write_report
 
     torch.set_num_threads(1)  # as in recover
     found = read_kernels(file, key=key, n_dims=n_dims)
@@ -257,8 +253,8 @@ def fit(
                 **({"aspect ratio": "1"} if isotropic else {}),
                 "starts": str(n_starts),
             }
-            write_fit(result, kernels, folder, limit=limit, facts=facts)
-    _print_fit(console, result, found.name)
+            write_report(result, folder, kernels=kernels, facts=facts)
+    _print_report(console, result, found.name)
     _print_end(console, out / name, begun)
 
 
@@ -302,7 +298,7 @@ def census(
         from gaborium.conversion import find_first_conv, load_network, names_network
         from gaborium.files import new_folder
         from gaborium.kernel_files import read_kernels
-        from gaborium.reporting import write_census
+        from gaborium.report import write_report
 
     torch.set_num_threads(1)  # as in recover
     if names_network(source):
@@ -334,8 +330,8 @@ def census(
         with _progress(console) as on_progress:
             result = look_at(kernels, n_dims=n_dims, n_starts=n_starts, on_progress=on_progress)
         with console.status("Writing the report"):
-            write_census(result, kernels, folder, facts=facts)
-    _print_census(console, result, shown)
+            write_report(result, folder, kernels=kernels, facts=facts)
+    _print_report(console, result, shown)
     _print_end(console, out / name, begun)
 
 
@@ -396,7 +392,7 @@ def convert(
         from gaborium.conversion import load_network, names_network
         from gaborium.files import new_folder, write_tensors
         from gaborium.kernel_files import LayerFile, read_layer
-        from gaborium.reporting import write_conversion
+        from gaborium.report import write_report
         from gaborium.storage import save_layer
 
     torch.set_num_threads(1)  # as in recover
@@ -435,8 +431,15 @@ def convert(
                 weights,
                 {"name": "gaborium.weights", "format": 1, "file": found.name, "array": found.key},
             )
-            write_conversion(conversion, found.layer.weight.detach(), folder, facts=facts)
-    _print_conversion(console, conversion, found, set(weights) - set(found.arrays))
+            write_report(conversion, folder, kernels=found.layer.weight.detach(), facts=facts)
+    _print_report(console, conversion, found.name)
+    for key in sorted(set(weights) - set(found.arrays)):
+        console.print(
+            _plain(
+                f"weights.safetensors has {key!r}, a bias that keeps the responses' means; a "
+                "network that takes these weights needs one in this layer."
+            )
+        )
     _print_end(console, out / name, begun)
 
 
@@ -526,7 +529,7 @@ def diagnose(
 
         from gaborium.diagnostics import diagnose as examine
         from gaborium.files import new_folder
-        from gaborium.reporting import write_diagnosis
+        from gaborium.report import write_report
         from gaborium.setup_files import look_at_filters, one_line, read_layer, run_setup
 
     facts: dict[str, str] = {}
@@ -560,8 +563,8 @@ def diagnose(
                     on_progress=lambda part, *_: status.update(_plain(f"Looking at the {part}")),
                 )
         with console.status("Writing the report"):
-            write_diagnosis(result, folder, facts=facts | {"command": _command()})
-    _print_diagnosis(console, result)
+            write_report(result, folder, facts=facts | {"command": _command()})
+    _print_report(console, result)
     _print_end(console, out / name, begun)
 
 
@@ -656,7 +659,7 @@ def train(
     with console.status("Loading PyTorch"):
         import torch
 
-        from gaborium.reporting import write_training
+        from gaborium.report import write_report
         from gaborium.training import Recipe, load_dataset
         from gaborium.training import train as follow
 
@@ -665,7 +668,7 @@ def train(
     fields = {field: given[field] for field in vars(chosen) if given[field] is not None}
     chosen = chosen.replace(**fields)
     # Told before any work is done, and not after it.
-    for package in ("jinja2", "matplotlib", "plotly"):
+    for package in ("jinja2", "matplotlib"):
         require(package, extra="report", purpose="Reports")
     with console.status("Loading the images"):
         dataset = load_dataset(chosen.data, chosen.data_folder, download=download)
@@ -686,8 +689,8 @@ def train(
     if int(os.environ.get("RANK", "0")):
         return  # of several processes that torchrun started, the first one tells
     with console.status("Writing the report"):
-        write_training(result, folder, facts={"command": _command()})
-    _print_training(console, result)
+        write_report(result, folder, facts={"command": _command()})
+    _print_report(console, result)
     _print_end(console, folder, begun)
 
 
@@ -887,175 +890,30 @@ class _training_progress:  # noqa: N801  (used like a function)
             )
 
 
-def _print_training(console: Any, result: Any) -> None:
-    from gaborium.reporting import in_percent, training_headline, training_sentences
+def _print_report(console: Any, result: Any, name: str = "") -> None:
+    """The texts, tables and code of the report."""
+    from gaborium.report import headline, sections, sentences
 
     text = require("rich.text", extra="cli", purpose="Commands").Text
-    seeds = len(result.recipe.seeds)
-    table = _table(
-        f"{result.data['name']}, {result.data['n_train']} training images, {seeds} "
-        f"seed{'s' if seeds > 1 else ''}",
-        ("test accuracy", "put back", *(["corrupted"] if result.recipe.corruption else []),
-         "numbers in it"),
-        first=("first layer",),
-    )  # fmt: skip
-    for variant in result.variants:
-        corrupted = [in_percent(result.mean_corrupted(variant))] if result.recipe.corruption else []
-        table.add_row(
-            variant,
-            in_percent(result.accuracy(variant)),
-            in_percent(result.accuracy_reset(variant)),
-            *corrupted,
-            str(result.runs_of(variant)[0].n_first_parameters),
-        )
-    console.print(table)
-    console.print(text(training_headline(result), "bold"), highlight=False)
-    for sentence in training_sentences(result).values():
+    console.print(text(f"{name}: " * bool(name) + headline(result), "bold"), highlight=False)
+    for sentence in sentences(result):
         console.print(text(sentence), highlight=False)
-
-
-def _print_recovery(console: Any, result: Any, names: list[str]) -> None:
-    shown = names[0] if len(names) == 1 else f"{len(names)} photographs"
-    descents = _table(
-        f"Gradient descent on θ under RMSE, {shown}",
-        ("step size", "momentum", "at the truth", "end error"),
-        ("verdict",),
-    )
-    for descent in result.descents:
-        arrival = descent.first_arrival
-        descents.add_row(
-            f"{descent.learning_rate:g}",
-            f"{descent.momentum:g}",
-            "never" if arrival is None else f"step {arrival}",
-            f"{math.degrees(descent.final_error):.2f}°",
-            descent.verdict,
-        )
-    console.print(descents)
-
-    found = _table(
-        f"recover, no start given: {result.found.outcome[0].value}",
-        ("truth", "found", "error", "std. error", "by training"),
-        first=("parameter",),
-    )
-    for row in result.table():
-        unit = f" ({row['unit']})" if row["unit"] in ("rad", "px") else ""
-        found.add_row(
-            row["parameter"] + unit,
-            *(f"{row[key]:.4f}" for key in ("truth", "found")),
-            *(f"{row[key]:.1e}" for key in ("error", "standard_error", "trained_error")),
-        )
-    console.print(found)
-    errors = result.kernel_errors()
-    console.print(
-        f"Error of the kernel: {errors['found']:.1e} by recover, {errors['trained']:.1e} by "
-        "training a layer with gradients.",
-        highlight=False,
-    )
-
-
-def _print_fit(console: Any, result: Any, name: str) -> None:
-    from gaborium.reporting import fit_headline, fit_summary, percent
-
-    summary = fit_summary(result)
-    console.print(f"{name}: {fit_headline(result)}", highlight=False)
-    outcomes = _table("", ("filters",), first=("outcome",))
-    outcomes.add_column("what it means")
-    for outcome in sorted(set(result.outcome), key=result.outcome.count, reverse=True):
-        count = summary["outcomes"][outcome.name]
-        outcomes.add_row(outcome.name, str(count), outcome.value)
-    console.print(outcomes)
-    if summary["wavelength"] is not None and len(result) > 1:
-        low, median, high = map(percent, summary["explained_variance"])
-        console.print(
-            f"Explained variance: quartiles {low}, {median} and {high}.\n"
-            f"Median wavelength of the filters that converged: {summary['wavelength']:.3g} px.",
-            highlight=False,
-        )
-
-
-def _print_census(console: Any, result: Any, name: str) -> None:
-    from gaborium.reporting import census_headline
-
-    console.print(_plain(f"{name}: {census_headline(result)}"), highlight=False)
-    table = _table("", ("filters", "share", "confidence"), first=("class",))
-    for label, count in result.counts.items():
-        if count:
-            sure = result.confidence[result.filters(label)].mean().item()
-            share = f"{100 * count / len(result):.0f} %"
-            table.add_row(label, str(count), share, f"{sure:.2f}")
-    console.print(table)
-    kinds = Counter(pair.kind for pair in result.pairs)
-    if kinds:
-        told = ", ".join(f"{n} {kind}" for kind, n in kinds.most_common())
-        console.print(f"Pairs: {told}.", highlight=False)
-
-
-def _print_conversion(console: Any, conversion: Any, found: Any, added: set[str]) -> None:
-    from gaborium.reporting import conversion_headline, conversion_sentences
-
-    console.print(f"{found.name}: {conversion_headline(conversion)}", highlight=False)
-    for sentence in conversion_sentences(conversion):
-        console.print(sentence, highlight=False)
-    for key in sorted(added):
-        console.print(
-            _plain(
-                f"weights.safetensors has {key!r}, a bias that keeps the responses' means; a "
-                "network that takes these weights needs one in this layer."
-            )
-        )
-
-
-def _print_diagnosis(console: Any, result: Any) -> None:
-    from gaborium.reporting import (
-        diagnosis_headline,
-        joint_advice,
-        trial_sentence,
-        worded_numbers,
-    )
-
-    text = require("rich.text", extra="cli", purpose="Commands").Text
-    counts = Counter(found.severity.name for found in result.findings)
-    if counts["SEVERE"] or counts["WARNING"]:
-        told = ", ".join(
-            f"{counts[name]} {word}{'s' if counts[name] > 1 and word != 'severe' else ''}"
-            for name, word in (("SEVERE", "severe"), ("WARNING", "warning"), ("NOTE", "note"))
-            if counts[name]
-        )
-        console.print(text(f"Findings: {told}; the cause stands first.", "bold"), highlight=False)
-    else:
-        console.print(text(diagnosis_headline(result), "bold"), highlight=False)
-    colors = {"SEVERE": "bold red", "WARNING": "bold yellow", "NOTE": "bold cyan"}
-    for number, found in enumerate(result.findings, 1):
-        severity = found.severity.name
+    colors = {"severe": "bold red", "warning": "bold yellow", "note": "bold cyan"}
+    for section in sections(result):
+        if not section.table and not section.tone and section.figures:
+            continue
         console.print()
-        head = text.assemble(
-            f"{number}  ", (severity, colors[severity]), ("  " + found.cause, "bold")
-        )
-        console.print(head)
-        _print_indented(console, found.sentence)
-        if found.location:
-            _print_indented(console, "Where: " + _shortened(found.location), "dim")
-        numbers = ", ".join(f"{name} {value}" for name, value in worded_numbers(found))
-        if numbers:
-            _print_indented(console, numbers[0].upper() + numbers[1:] + ".", "dim")
-        tried = trial_sentence(found)
-        if tried:
-            _print_indented(console, tried)
-        if found.remedy and severity == "NOTE":
-            _print_indented(console, "The report has code that changes it.", "dim")
-        elif found.remedy:
-            console.print()
-            _print_code(console, found.remedy)
-    advice = joint_advice(result)
-    if advice:
-        console.print()
-        console.print(text(advice, "bold"), highlight=False)
-    if result.skipped:
-        console.print()
-    for why in dict.fromkeys(result.skipped.values()):
-        parts = ", ".join(part for part, reason in result.skipped.items() if reason == why)
-        console.print(text(f"Not looked at: {parts}. {why}", "dim"))
-    console.print()
+        console.print(text(section.title, colors.get(section.tone, "bold")))
+        for paragraph in section.text:
+            _print_indented(console, paragraph)
+        if section.table:
+            n_words = section.table.n_words
+            table = _table("", section.table.head[n_words:], first=section.table.head[:n_words])
+            for row in section.table.rows:
+                table.add_row(*map(text, row))
+            console.print(table)
+        if section.code:
+            _print_code(console, section.code)
 
 
 def _print_indented(console: Any, words: str, style: str = "") -> None:
@@ -1087,14 +945,9 @@ def _plain(words: str) -> Any:
     return require("rich.text", extra="cli", purpose="Commands").Text(words)
 
 
-def _shortened(names: Sequence[str], most: int = 8) -> str:
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
-
-
 def _print_end(console: Any, folder: Path, begun: float) -> None:
     """Where the report is, how long it took, and where all runs are listed."""
-    from gaborium.reporting import write_index
+    from gaborium.report import write_index
 
     console.print(f"Report: {folder / 'report.html'}", soft_wrap=True, highlight=False)
     console.print(f"Took {time.monotonic() - begun:.0f} s.", highlight=False)

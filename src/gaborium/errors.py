@@ -12,7 +12,7 @@ def require(package: str, *, extra: str, purpose: str) -> ModuleType:
     """Import an optional package, or say how to get it.
 
     Args:
-        package: import name, e.g. ``"plotly.graph_objects"``.
+        package: import name, e.g. ``"matplotlib.figure"``.
         extra: the extra of this project that installs it, e.g. ``"report"``.
         purpose: what needs it, as the subject of a sentence in the plural, e.g. ``"Reports"``.
 

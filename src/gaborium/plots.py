@@ -65,14 +65,18 @@ _STYLE = {
 
 
 def plot_kernels(
-    kernels: Tensor, *, titles: Sequence[str] = (), shared_scale: bool = True
+    kernels: Tensor,
+    *,
+    titles: Sequence[str] = (),
+    shared_scale: bool = True,
+    width: float = _WIDTH,
 ) -> Figure:
     """Draw kernels side by side.
 
     Convention:
         - blue is negative, red is positive, and white is 0
         - a kernel of three channels is drawn in colour: red, green, blue, with mid-grey for 0
-        - rows run downwards, as in the tensor; at most eight kernels share a row
+        - rows run downwards, as in the tensor
 
     Args:
         kernels: ``(height, width)``, ``(n, height, width)`` or ``(n, channels, height, width)``
@@ -80,6 +84,7 @@ def plot_kernels(
         titles: one for each kernel, or an empty list.
         shared_scale: whether equal colours mean equal values in all kernels. Otherwise the
             strongest colour is the largest value of each kernel.
+        width: of the figure, inches, if there are enough kernels.
 
     Raises:
         ValueError: the shape is not one of those above, or titles do not match the kernels.
@@ -98,15 +103,14 @@ def plot_kernels(
             "kernels must be (height, width), (n, height, width) or (n, channels, height, width) "
             f"with 1 or 3 channels, got shape {shape}; flatten(0, 1) draws every channel alone."
         )
-    n, channels, height, width = images.shape
+    n, channels, *size = images.shape
     if titles and len(titles) != n:
         raise ValueError(f"titles must be one for each of {n} kernels, got {len(titles)}.")
-    columns = min(n, 8)
+    columns = min(n, _columns(width, 0.9))
     scales = [largest(images if shared_scale else image) for image in images]
-    cell = min(1.6, _WIDTH / columns)
-    row_height = cell * height / width + 0.22 * bool(titles)
-    size = max(columns * cell + 0.6, 2.0), max(math.ceil(n / columns) * row_height, 1.0) + 0.1
-    with _figure(*size) as figure:
+    cell = min(1.6, width / columns)
+    height = math.ceil(n / columns) * (cell * size[0] / size[1] + 0.22 * bool(titles))
+    with _figure(max(columns * cell, 2.0), max(height, 1.0) + 0.1) as figure:
         axes = _grid(figure, n, columns)
         for place, image, scale, title in zip(
             axes, images, scales, titles or [""] * n, strict=True
@@ -196,8 +200,8 @@ def plot_parameters(result: FitResult) -> Figure:
         for marker, some in (("x", fitted[~converged[fitted]]), ("o", fitted[converged[fitted]])):
             for x, y in points:
                 image = place.scatter(
-                    x[some], y[some], 14, explained[some], marker, cmap=SEQUENTIAL, vmax=1.0,
-                    vmin=math.floor(10 * lowest) / 10, rasterized=len(result) > 500,
+                    x[some], y[some], 14, explained[some], marker=marker, cmap=SEQUENTIAL,
+                    vmin=math.floor(10 * lowest) / 10, vmax=1.0, rasterized=len(result) > 500,
                 )  # fmt: skip
         _bar(figure, image, place, shrink=0.6, pad=0.12, label="explained variance")
     return figure
@@ -348,13 +352,14 @@ def plot_recovery(recovery: Recovery, *, width: float = _WIDTH) -> Figure:
     params = (recovery.target, recovery.start, recovery.found.params, recovery.training.params)
     kernels = torch.stack([gabor(one, size).reshape(channels, *size) for one in params], 1)
     image = recovery.images[0].double().cpu()
+    pixels = image.movedim(0, -1) if channels == 3 else image.mean(0)
     top = width / 3 * height / breadth + 0.5
     bottom = channels * 0.21 * width * size[0] / size[1] + 0.5
     with _figure(width, top + bottom) as figure:
         above, below = figure.subfigures(2, 1, height_ratios=[top, bottom])
         photograph, *signals = _grid(above, 3, 3)
         _frame(photograph)
-        photograph.imshow(image.movedim(0, -1) if channels == 3 else image.mean(0), cmap="gray")
+        photograph.imshow(pixels.numpy(), cmap="gray")
         photograph.set_title("Photograph" if n == 1 else f"First of {n} photographs")
         mean = "" if channels in (1, 3) else f", mean of {channels} channels"
         photograph.set_xlabel(f"{height} × {breadth} px{mean}")
@@ -413,7 +418,7 @@ def plot_orientation(recovery: Recovery, *, width: float = _WIDTH) -> Figure:
             place.plot(*trained, color=GREEN, linewidth=1.4, label="trained layer")
             if run is not None:
                 steps, path = folded(run.orientation, truth, math.pi)
-                place.plot(steps, path, ".-", color=VERMILION, lw=0.6, ms=1.6, label="descent on θ")
+                place.plot(steps, path, color=VERMILION, linewidth=0.8, label="descent on θ")
                 _mark(place, "start", [0], path[:1])
                 setting = f"step size {run.learning_rate:g}\nmomentum {run.momentum:g}"
                 place.set_title(f"{setting}\n{run.verdict}", fontsize=7, color=MUTED)
@@ -516,12 +521,12 @@ def _plot_surface(found: Landscape, width: float) -> Figure:
     """A loss over two parameters, the second to the right."""
     colors = require("matplotlib.colors", extra="plot", purpose="Figures")
     y, x = (_shown(found, axis, found.grids[axis].tolist()) for axis in (0, 1))
-    worse = (found.basins >= found.n_best).double()
+    worse = (found.basins >= found.n_best).double().numpy()
     with _figure(min(width, 5.2), 0.76 * min(width, 5.2)) as figure:
         place = figure.add_subplot()
         # A square root, so that minima show next to a steep rise.
         image = place.pcolormesh(
-            x, y, found.values.nan_to_num(posinf=math.nan), cmap=SEQUENTIAL, shading="nearest",
+            x, y, found.values.nan_to_num(posinf=math.nan).numpy(), cmap=SEQUENTIAL, shading="nearest",
             rasterized=True, norm=colors.PowerNorm(0.5),
         )  # fmt: skip
         if worse.any():
@@ -605,7 +610,7 @@ def plot_identifiability(found: Identifiability, *, filter: int = 0) -> Figure: 
     names = [name.replace("_", " ") for name in found.names]
     with _figure(_WIDTH / 2, 0.25 * len(names) + 1.0) as figure:
         place = figure.add_subplot()
-        bars = place.barh(names, ratio.nan_to_num(end, end), color=BLUE, height=0.6)
+        bars = place.barh(names, ratio.nan_to_num(end, end).tolist(), color=BLUE, height=0.6)
         for bar, known in zip(bars, ratio.isfinite(), strict=True):
             if not known:
                 bar.set(facecolor=PAPER, edgecolor=VERMILION, hatch="////", linewidth=0.5)
@@ -812,7 +817,7 @@ def _grid(figure: Any, n: int, n_columns: int, **options: Any) -> list[Any]:
 
 def _of(n: int, kernels: Tensor, n_dims: int) -> Tensor:
     """Kernels as ``(n, channels, *size)`` in double precision."""
-    if kernels.numel() % n or kernels.numel() // n < math.prod(kernels.shape[-n_dims:]):
+    if kernels.numel() % (n * math.prod(kernels.shape[-n_dims:])):
         raise ValueError(
             f"kernels must be those of the {n} filters of the result, got shape "
             f"{tuple(kernels.shape)}."
@@ -832,13 +837,13 @@ def _image(place: Axes, image: Tensor, scale: float) -> Any:
     _frame(place)
     image = image.detach().cpu().double()
     if len(image) == 1:
-        return place.imshow(image[0], cmap=DIVERGING, vmin=-scale, vmax=scale)
-    return place.imshow((0.5 + 0.5 * image / scale).clamp(0, 1).movedim(0, -1))
+        return place.imshow(image[0].numpy(), cmap=DIVERGING, vmin=-scale, vmax=scale)
+    return place.imshow((0.5 + 0.5 * image / scale).clamp(0, 1).movedim(0, -1).numpy())
 
 
 def _picture(place: Axes, picture: Tensor, title: str) -> None:
     """Draw a mosaic, without a frame."""
-    place.imshow(picture)
+    place.imshow(picture.numpy())
     place.set_title(title)
     place.set_axis_off()
 
@@ -890,7 +895,8 @@ def _shown(found: Landscape, axis: int, values: Sequence[float]) -> list[float]:
 
 def _field_axis(place: Axes, found: Landscape, axis: int, letter: str) -> None:
     """Label one axis; positive fields on equal ratios, angles at round numbers of degrees."""
-    grid, which = found.grids[axis], place.xaxis if letter == "x" else place.yaxis
+    grid = found.grids[axis]
+    which: Any = place.xaxis if letter == "x" else place.yaxis
     ends = _shown(found, axis, [grid[0].item(), grid[-1].item()])
     label = _labelled(found.fields[axis], found.units[axis])
     if found.periodic[axis]:

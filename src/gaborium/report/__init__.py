@@ -1,7 +1,7 @@
 """Reports: a result as a page, as figures, and as JSON and CSV.
 
-``page`` has the sections of a page and its one template; ``filters`` and ``learning`` say what is in
-them for each kind of result.
+``page`` has the sections of a page and its one template; ``filters`` and ``learning`` make them
+for each kind of result. The terminal shows the same sections without figures.
 """
 
 from __future__ import annotations
@@ -17,9 +17,7 @@ from torch import Tensor
 
 from gaborium.files import csv_text, write_bytes, write_text
 from gaborium.report import filters, learning
-from gaborium.report.page import Report, Section, page, png
-
-__all__ = ["headline", "render", "sentences", "write_index", "write_report"]
+from gaborium.report.page import Report, Section, fill, saved
 
 _FILTERS = {
     "FitResult": filters.fit_report,
@@ -43,15 +41,9 @@ def sentences(result: Any) -> list[str]:
     return list(_report(result).sentences)
 
 
-def render(
-    result: Any,
-    *,
-    title: str | None = None,
-    facts: Mapping[str, str] | None = None,
-    kernels: Tensor | None = None,
-) -> str:
-    """The page of a result as HTML; see ``write_report``."""
-    return _report(result, kernels).html(title, facts or {}, {})
+def sections(result: Any) -> list[Section]:
+    """The page's sections, without the table of all filters: for a terminal."""
+    return list(_report(result).sections())
 
 
 def write_report(
@@ -84,7 +76,7 @@ def write_report(
 
     Raises:
         FileNotFoundError: there is no such folder; raised before any work is done.
-        TypeError: ``result`` is none of these, or ``kernels`` are missing.
+        TypeError: ``result`` is of another type, or ``kernels`` are missing.
         ValueError: ``kernels`` do not belong to ``result``.
         ImportError: Jinja2 or matplotlib is not installed.
 
@@ -99,16 +91,17 @@ def write_report(
     """
     if not Path(folder).is_dir():
         raise FileNotFoundError(f"There is no folder {os.fspath(folder)!r}; make it first.")
-    report, figures = _report(result, kernels), {}
-    contents: dict[str, str | bytes] = {
-        "report.html": report.html(title, facts or {}, figures),
-        "result.json": report.json(facts or {}),
-    }
+    report = _report(result, kernels)
+    if report.rows is not None and kernels is None:
+        raise TypeError(f"The report of a {type(result).__name__} needs kernels=.")
+    figures: dict[str, Any] = {}
+    page = report.html(title, facts or {}, figures)
+    contents = {"report.html": page.encode(), "result.json": report.json(facts or {}).encode()}
     if report.rows is not None:
-        contents["result.csv"] = csv_text(report.rows())
-    contents |= {f"{name}.png": png(figure) for name, figure in figures.items()}
+        contents["result.csv"] = csv_text(report.rows()).encode()
+    contents |= {f"{name}.png": saved(figure, format="png") for name, figure in figures.items()}
     for name, content in contents.items():
-        (write_text if isinstance(content, str) else write_bytes)(Path(folder, name), content)
+        write_bytes(Path(folder, name), content)
     return [Path(folder, name) for name in contents]
 
 
@@ -130,7 +123,7 @@ def write_index(folder: str | os.PathLike[str]) -> Path | None:
         except (LookupError, TypeError, ValueError):
             said = []
         sections.append(Section(run.name, said, link=f"{quote(run.name)}/report.html"))
-    write_text(path, page("Gaborium runs", f"{len(sections)} runs", sections, {}, {}))
+    write_text(path, fill("Gaborium runs", f"{len(sections)} runs", sections, {}, {}))
     return path
 
 

@@ -8,8 +8,6 @@ from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
-from torch import Tensor
-
 from gaborium.params import UNITS
 from gaborium.plots import (
     best_first,
@@ -23,7 +21,7 @@ from gaborium.plots import (
 from gaborium.report.formatting import counted, degrees, number, percent
 from gaborium.report.page import Report, Section, Table
 
-_MOST_ROWS = 96
+_MOST_ROWS = 64
 _SHARES = ("gabor", "explained_variance", "explained_response", "response_error", "confidence")
 # Columns of the table of filters, where a result has them.
 _COLUMNS = {
@@ -43,15 +41,6 @@ _COLUMNS = {
     "sigma": "σ, px",
     "aspect_ratio": "γ",
 }
-_CLASSES = {
-    "gabor": "at least three bars of alternating sign in one orientation",
-    "edge": "two sides of opposite sign, no stripes",
-    "blob": "one patch of one sign, or about constant",
-    "centre-surround": "a patch within a ring of the other sign",
-    "colour-contrast": "colours against each other, no oriented lightness",
-    "other": "a clear structure of another kind",
-    "noise": "no structure, or no weights",
-}
 _V1 = {
     "n_x": "n_x, cycles in a standard deviation of the envelope along the wave: median",
     "n_y": "n_y, the same along the stripes: median",
@@ -67,13 +56,13 @@ _SOURCES = (
 )
 
 
-def fit_report(result: Any, kernels: Tensor | None) -> Report:
+def fit_report(result: Any, kernels: Any) -> Report:
     """The Gabor functions nearest to kernels."""
-    order = best_first(result)
-    counts = Counter(result.outcome)
-    converged = int(result.converged.sum())
+    order, converged = best_first(result), int(result.converged.sum())
     headline = f"{converged} of {counted(len(result), 'filter')} converged to a Gabor function"
-    sentences = ["Outcomes: " + ", ".join(f"{n} {_name(one)}" for one, n in counts.items()) + "."]
+    sentences = []
+    for outcome, count in Counter(result.outcome).most_common():
+        sentences.append(f"{counted(count, 'filter')}: {outcome.value}")
     if order:
         explained = result.explained_variance[order].double()
         low, median, high = (percent(explained.quantile(q).item()) for q in (0.25, 0.5, 0.75))
@@ -84,27 +73,22 @@ def fit_report(result: Any, kernels: Tensor | None) -> Report:
         sentences.append(f"Median wavelength of the converged filters: {number(wavelength, 3)} px.")
 
     def sections() -> list[Section]:
+        both = zip(result.outcome, result.explained_variance.tolist(), strict=True)
         rows: list[dict[str, Any]] = [
-            {"outcome": _name(outcome), "explained_variance": explained}
-            for outcome, explained in zip(
-                result.outcome, result.explained_variance.tolist(), strict=True
-            )
+            {"outcome": outcome.name, "explained_variance": explained}
+            for outcome, explained in both
         ]
         for row in result.to_table():
-            name, value, error = (row[key] for key in ("parameter", "value", "standard_error"))
-            rows[row["filter"]][name] = f"{_cell(name, value)} ± {_cell(name, error, 2)}"
-        outcomes = [[_name(one), one.value, str(n)] for one, n in counts.items()]
-        return [
-            Section(figures={"fit": partial(plot_fit, result, kernels)} if order else {}),
-            Section("Outcomes", table=Table(["outcome", "meaning", "filters"], outcomes, 2)),
-            *_every_filter(result, kernels, order, rows, 3),
-        ]
+            name, error = row["parameter"], _cell(row["parameter"], row["standard_error"], 2)
+            rows[row["filter"]][name] = f"{_cell(name, row['value'])} ± {error}"
+        figures = {"fit": partial(plot_fit, result, kernels)} if order else {}
+        return [Section(figures=figures), *_every_filter(result, kernels, order, rows, 3)]
 
     title = "Gabor functions nearest to kernels"
     return _report("fit", title, headline + ".", sentences, sections, result)
 
 
-def census_report(result: Any, kernels: Tensor | None) -> Report:
+def census_report(result: Any, kernels: Any) -> Report:
     """The class of every filter, and the Gabor functions next to macaque V1."""
     counts, n, gabors = result.counts, len(result), result.filters("gabor")
     share = f"{len(gabors)} of {counted(n, 'filter')} ({100 * len(gabors) / n:.0f} %)"
@@ -117,10 +101,6 @@ def census_report(result: Any, kernels: Tensor | None) -> Report:
         sentences.append(f"{counted(count, f'{kind} pair')}: {', '.join(pairs[:12])}{more}")
 
     def sections() -> list[Section]:
-        classes = [
-            [label, _CLASSES[label], str(count), f"{100 * count / n:.0f} %"]
-            for label, count in counts.items()
-        ]
         v1 = result.beside_v1() if gabors else {}
         compared = [[_V1[name], *(f"{one:.2f}" for one in both)] for name, both in v1.items()]
         order = [
@@ -128,19 +108,17 @@ def census_report(result: Any, kernels: Tensor | None) -> Report:
             for label in counts
             for i in sorted(result.filters(label), key=lambda i: -result.confidence[i].item())
         ]
+        table = Table(["", "layer", "V1"], compared)
         return [
             Section(figures={"census": partial(plot_census, result, kernels)}),
-            Section("Classes", table=Table(["class", "meaning", "filters", "share"], classes, 2)),
-            Section(
-                "Gabor functions and V1", [_SOURCES], table=Table(["", "layer", "V1"], compared)
-            ),
+            *([Section("Gabor functions and V1", [_SOURCES], table=table)] if v1 else []),
             *_every_filter(result.fit, kernels, order, result.to_table(), 4),
         ]
 
     return _report("census", "Census of filters", headline, sentences, sections, result)
 
 
-def conversion_report(result: Any, kernels: Tensor | None) -> Report:
+def conversion_report(result: Any, kernels: Any) -> Report:
     """The Gabor functions that replace filters, and how well."""
     chosen, (before, after) = result.is_gabor, result.n_first_parameters
     n_chosen, n = int(chosen.sum()), counted(len(chosen), "filter")
@@ -184,21 +162,16 @@ def _report(
     return Report(kind, title, headline, sentences, sections, record, result.to_table)
 
 
-def _name(outcome: Any) -> str:
-    name: str = outcome.name
-    return name.lower().replace("_", " ")
-
-
 def _cell(name: str, value: Any, digits: int = 3) -> str:
     if isinstance(value, str):
-        return value
+        return value.lower().replace("_", " ") if name == "outcome" else value
     if name in _SHARES:
         return percent(value)
     return degrees(value, digits) if UNITS.get(name) == "rad" else number(value, digits)
 
 
 def _every_filter(
-    fit: Any, kernels: Tensor | None, order: list[int], rows: list[dict[str, Any]], n_words: int
+    fit: Any, kernels: Any, order: list[int], rows: list[dict[str, Any]], n_words: int
 ) -> Iterable[Section]:
     """Wave vectors, and the table of filters in an order; of many, evenly chosen ones."""
     if not order or kernels is None:
@@ -213,7 +186,7 @@ def _every_filter(
         {"parameters": partial(plot_parameters, fit)},
     )
     chosen, names = evenly(order, _MOST_ROWS), [name for name in _COLUMNS if name in rows[0]]
-    cells = [
+    cells: list[list[Any]] = [
         [str(i), picture, *(_cell(name, rows[i][name]) for name in names)]
         for i, picture in zip(chosen, strips(fit, kernels, chosen), strict=True)
     ]

@@ -33,8 +33,9 @@ def recovery_report(result: Any) -> Report:
     outcome = result.found.outcome[0].name.lower().replace("_", " ")
     n_settled = sum(run.settled for run in result.descents)
     headline = (
-        f"{n_settled} of {counted(len(result.descents), 'descent')} settled; recover: {outcome}, "
-        f"kernel error {errors['found']}; trained layer: kernel error {errors['trained']}."
+        f"{n_settled or 'None'} of {counted(len(result.descents), 'descent')} settled; recover: "
+        f"{outcome}, kernel error {errors['found']}; trained layer: kernel error "
+        f"{errors['trained']}."
     )
 
     def sections() -> list[Section]:
@@ -43,15 +44,16 @@ def recovery_report(result: Any) -> Report:
         for row in result.table():
             unit = row["unit"].replace("rad", "degrees")
             turn = math.degrees(1) if row["unit"] == "rad" else 1.0
-            cells = (number(turn * row[key], 2 if "error" in key else 4) for key in keys)
+            values = (turn * row[key] for key in keys)
+            cells = (
+                number(value, 2) if "error" in key else number(round(value, 6))
+                for key, value in zip(keys, values, strict=True)
+            )
             rows.append([row["parameter"].replace("_", " "), unit, *cells])
         head = ["parameter", "unit", *(key.replace("_", " ") for key in keys)]
         descents = [
-            [
-                f"{run.learning_rate:g}", f"{run.momentum:g}", run.verdict,
-                "never" if run.first_arrival is None else str(run.first_arrival),
-                str(run.n_ejections), degrees(run.final_error, 3),
-            ]
+            [f"{run.learning_rate:g}", f"{run.momentum:g}", run.verdict, str(run.first_arrival),
+             str(run.n_ejections), degrees(run.final_error, 3)]
             for run in result.descents
         ]  # fmt: skip
         titles = ["step size", "momentum", "verdict", "first arrival", "ejections", "final error"]
@@ -85,20 +87,21 @@ def recovery_report(result: Any) -> Report:
 
 def _explain(result: Any) -> list[str]:
     """Why descents on the orientation end as they do, from the measured losses."""
-    mse, around = result.landscape["mse"], result.landscape["orientation"]
-    truth, step = truths(result)[0], 4 * (around[1] - around[0])
-    near = [loss for theta, loss in zip(around, mse, strict=True)
-            if abs(math.remainder(theta - truth, 2 * math.pi)) <= step]  # fmt: skip
-    slope = math.sqrt(near[0] + near[-1] - 2 * min(near)) / (math.sqrt(2) * step)
+    mse, step = result.landscape["mse"][:-1], 2 * math.pi / (len(result.landscape["mse"]) - 1)
+    truth = truths(result)[0]
+    place = round((truth + math.pi) / step) % len(mse)
+    bend = mse[place - 1] + mse[(place + 1) % len(mse)] - 2 * mse[place]
+    slope = math.sqrt(max(bend, 0.0) / 2) / step
     distance = math.remainder(result.start.orientation[0, 0].item() - truth, math.pi)
     rates = sorted({run.learning_rate for run in result.descents})
     updates = [f"{degrees(rate * slope, 2)} for step size {rate:g}" for rate in rates]
     return [
         f"The start is {degrees(abs(distance), 3)} from the truth; 90° is the farthest, as "
         "orientations repeat after 180°.",
-        f"The RMSE is a cone at its minimum, of slope c = {number(slope, 3)} per rad. An update, step "
-        f"size times slope, does not shrink on arrival: {listing(updates)}. So the orientation "
-        "steps over the minimum and back. Momentum β makes updates up to 1/(1 − β) times longer.",
+        f"The RMSE is a cone at its minimum, of slope c = {number(slope, 3)} per rad. An update, "
+        f"step size times slope, does not shrink on arrival: {listing(updates)}. So the "
+        "orientation steps over the minimum and back. Momentum β makes updates up to 1/(1 − β) "
+        "times longer.",
         "The basin is narrow: for white input the squared error is convex within λ / (√2 π σ/γ) = "
         f"{degrees(result.basin, 3)} of the truth. An update longer than this leaves it again.",
         "The squared error is a bowl: within the basin, every step size below 1/c² = "
@@ -131,9 +134,13 @@ def diagnosis_report(result: Any) -> Report:
                 for name, part in left.items()
                 if found.cause in [one.cause for one in getattr(part, "findings", [])]
             ]
-            numbers = [f"{name.replace('_', ' ')} {_value(value)}"
-                       for name, value in found.numbers.items()]  # fmt: skip
-            text = [found.sentence, ", ".join(found.location[:40]), ", ".join(numbers)]
+            numbers = [f"{name.replace('_', ' ')} {_value(name, one)}"
+                       for name, one in found.numbers.items()]  # fmt: skip
+            text = [
+                found.sentence,
+                "Where: " * bool(found.location) + ", ".join(found.location[:40]),
+                ", ".join(numbers),
+            ]
             page.append(Section(
                 f"{index}. {found.cause}", [one for one in text if one],
                 _figures(result, {name: left.pop(name) for name in basis}),
@@ -153,7 +160,7 @@ def diagnosis_report(result: Any) -> Report:
 
 def _figures(result: Any, parts: Mapping[str, Any]) -> dict[str, Drawing]:
     """The figures of some parts of a diagnosis, by file name."""
-    plots = {
+    plots: dict[str, Drawing] = {
         "Landscape": plot_landscape,
         "StepLimit": plot_step_limit,
         "Identifiability": plot_identifiability,
@@ -175,10 +182,12 @@ def _figures(result: Any, parts: Mapping[str, Any]) -> dict[str, Drawing]:
 def training_report(result: Any) -> Report:
     """How well a network does with each first layer, and what its filters learned."""
     first, *others = result.variants
-    headline = f"Test accuracy with the first layer {first}: {_mean(result.accuracy(first))} %"
-    for other in others:
-        difference = _mean(result.difference(first, other), "+")
-        headline += f"; compared with {other} {difference} points"
+    headline = f"With the first layer {first}, test accuracy is {_mean(result.accuracy(first))} %"
+    differences = [
+        f"{_mean(result.difference(first, other), '+')} points compared with {other}"
+        for other in others
+    ]
+    headline += ": " * bool(others) + listing(differences)
     sentences = [run.stopped for run in result.runs if run.stopped]
     for variant in result.variants:
         if result.accuracy_reset(variant).n:
@@ -187,18 +196,21 @@ def training_report(result: Any) -> Report:
                 for name, mean in result.displacement(variant).items()
                 if name in ("orientation", "wavelength", "sigma")
             ]
-            sentences.append(
-                f"{variant}: the median filter moved: {listing(moved)}. Resetting the trained filters "
-                f"to their start costs {_mean(result.learning_gain(variant), '+')} points of accuracy."
-            )
+            gain = _mean(result.learning_gain(variant), "+")
+            sentences += [
+                f"{variant}, distance of the median filter from its start: {listing(moved)}.",
+                f"{variant}, accuracy with learned filters minus accuracy after resetting the "
+                f"filters to their start: {gain} points.",
+            ]
 
     def sections() -> list[Section]:
         rows = [
             [
                 variant, _mean(result.accuracy(variant)),
-                _mean(result.difference(variant, first), "+"), _mean(result.accuracy_reset(variant)),
-                *(str(getattr(result.runs_of(variant)[0], name))
-                  for name in ("n_first_parameters", "n_parameters")),
+                "" if variant == first else _mean(result.difference(variant, first), "+"),
+                _mean(result.accuracy_reset(variant)),
+                str(result.runs_of(variant)[0].n_first_parameters),
+                str(result.runs_of(variant)[0].n_parameters),
             ]
             for variant in result.variants
         ]  # fmt: skip
@@ -207,8 +219,8 @@ def training_report(result: Any) -> Report:
         seeds = counted(len(result.recipe.seeds), "seed")
         text = (
             f"Means over {seeds} with their standard errors. The networks of a seed see the same "
+            "images in the same order, so differences are more certain than accuracies."
         )
-        text += "images in the same order, so differences are more certain than accuracies."
         return [
             Section(figures={"training": partial(plot_training, result)}),
             Section("Accuracy", [text], table=Table(head, rows)),
@@ -218,9 +230,10 @@ def training_report(result: Any) -> Report:
             ),
         ]
 
-    data = {name: value for name, value in result.data.items() if name != "sha256"}
+    data = result.data
     facts = {
-        "data": ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in data.items()),
+        "data": f"{data['name']}, {data['n_train']} training and {data['n_test']} test images of "
+        f"{data['n_classes']} classes",
         "recipe": ", ".join(result.recipe.to_toml().splitlines()),
     }
     return Report("train", "Training a Gabor layer", headline + ".", sentences, sections,
@@ -239,8 +252,10 @@ def _distance(name: str, value: float) -> str:
     return degrees(value, 2) if UNITS[name] == "rad" else number(value, 2)
 
 
-def _value(value: Any) -> str:
-    return number(value, 3) if isinstance(value, (int, float)) else str(value)
+def _value(name: str, value: Any) -> str:
+    if not isinstance(value, (int, float)):
+        return str(value)
+    return percent(value) if name.startswith(("explained", "share")) else number(value, 3)
 
 
 def _plain(value: Any) -> Any:

@@ -74,17 +74,17 @@ class Report(NamedTuple):
         """The result with headline, facts and versions."""
         record = {"format": f"gaborium.{self.kind}", "version": 1, "facts": dict(facts)}
         record |= {"versions": _versions(), "headline": self.headline, "result": self.record()}
-        return json.dumps(plain(record), indent=1, allow_nan=False, ensure_ascii=False) + "\n"
+        return json.dumps(plain(record), allow_nan=False, ensure_ascii=False) + "\n"
 
     def html(self, title: str | None, facts: Mapping[str, str], figures: dict[str, Any]) -> str:
         """The page; ``figures`` receives its matplotlib figures by name."""
         first, *rest = self.sections()
         sections = [first._replace(text=[*self.sentences, *first.text]), *rest]
         facts = {**facts, **self.facts, "versions": ", ".join(map(" ".join, _versions().items()))}
-        return page(title or self.title, self.headline, sections, facts, figures)
+        return fill(title or self.title, self.headline, sections, facts, figures)
 
 
-def page(
+def fill(
     title: str,
     headline: str,
     sections: Sequence[Section],
@@ -96,18 +96,20 @@ def page(
     markupsafe = require("markupsafe", extra="report", purpose="Reports")
 
     def prose(text: str) -> Any:
-        text = str(markupsafe.escape(text)).replace(" × ", "\u00a0×\u00a0").replace(" %", "\u00a0%")
+        text = str(markupsafe.escape(text)).replace(" %", "\u00a0%")
+        text = re.sub(" ([×±]) ", "\u00a0\\1\u00a0", text)
         return markupsafe.Markup(re.sub("`([^`]+)`", r"<code>\1</code>", text))
 
     def draw(name: str, drawing: Drawing) -> Any:
-        figures[name] = drawing()
-        shapes = {"half": figures[name]}
-        if figures[name].get_figwidth() > 2 * _NARROW:
-            shapes = {"wide": figures[name], "narrow": drawing(width=_NARROW)}
-        figure = markupsafe.Markup('<figure class="{}">{}</figure>')
-        drawn = ((shape, _svg(one, f"{name}, {shape}")) for shape, one in shapes.items())
+        figures[name] = wide = drawing()
+        shapes = {"": wide}
+        if wide.get_figwidth() > 1.5 * _NARROW:
+            shapes = {"wide": wide, "narrow": drawing(width=_NARROW)}
         return markupsafe.Markup("").join(
-            figure.format(shape, markupsafe.Markup(svg)) for shape, svg in drawn
+            markupsafe.Markup('<figure class="{}" style="max-width: {}rem">{}</figure>').format(
+                shape, round(8.5 * one.get_figwidth()), markupsafe.Markup(_svg(one, name + shape))
+            )
+            for shape, one in shapes.items()
         )
 
     environment = jinja2.Environment(
@@ -126,15 +128,21 @@ def _versions() -> dict[str, str]:
     return {name: version(name) for name in names} | {"python": platform.python_version()}
 
 
+def saved(figure: Any, **options: Any) -> bytes:
+    """A matplotlib figure as the content of a file."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, **options)
+    return buffer.getvalue()
+
+
 def _svg(figure: Any, name: str) -> str:
     """A figure for within a page: its text is text, and its colours are the page's."""
     matplotlib = require("matplotlib", extra="report", purpose="Reports")
-    buffer = io.StringIO()
+    options = {"format": "svg", "transparent": True, "dpi": 144}
     metadata = dict.fromkeys(["Creator", "Date", "Format", "Type"])
     # The salt makes the names of clip paths and markers differ between the figures of a page.
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
-        figure.savefig(buffer, format="svg", transparent=True, dpi=144, metadata=metadata)
-    text = buffer.getvalue()
+        text = saved(figure, metadata=metadata, **options).decode()
     text = re.sub(r' (?:id="\w+_\d+"|xmlns(?::\w+)?="[^"]*")', "", text[text.index("<svg") :])
     for color, variable in _VARIABLES.items():
         text = text.replace(color, f"var(--{variable})")
