@@ -25,10 +25,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from _report import RESULTS, parsed, print_table, provenance, write_json
+from learning.data import load
 from torch import Tensor, nn
 
 from gaborium import convert
-from gaborium.training import build_network, load_dataset, make_first_layer
+from gaborium.training import build_network, make_first_layer
 
 BATCH, RATE, DECAY = 128, 3e-3, 0.05
 EPOCHS = {"fashion-mnist": 4, "cifar10": 8}
@@ -61,7 +62,7 @@ class Data:
     """Images with mean 0 and deviation 1, some to train with."""
 
     def __init__(self, name: str, options: argparse.Namespace) -> None:
-        data = load_dataset(name, options.data)
+        data = load(name, options.data)
         n = 640 if options.quick else N_TRAIN
         chosen = torch.randperm(len(data.labels), generator=torch.Generator().manual_seed(0))[:n]
         images = data.images[chosen].float()

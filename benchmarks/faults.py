@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from gaborium import Gabor1d, Gabor2d, Gabor3d, GaborConv1d, GaborConv2d, GaborConv3d
 from gaborium import gabor_jacobian as jacobian
-from gaborium.diagnostics import SetUp, diagnose
+from gaborium.diagnostics import TrainingSetup, diagnose
 
 PI = math.pi
 ENOUGH = 0.99  # share of the targets' variance that is explained where learning has arrived
@@ -37,7 +37,7 @@ class Case:
 
     name: str
     causes: tuple[str, ...]
-    setup: SetUp
+    setup: TrainingSetup
     n_steps: int = N_STEPS
 
 
@@ -117,7 +117,7 @@ class Base:
         stride: int = 1,
         momentum: dict[str, Any] | None = None,
         **start: float,
-    ) -> SetUp:
+    ) -> TrainingSetup:
         """The student's experiment: a planted kernel, a layer that starts beside it, a descent.
 
         ``off`` is how far the orientation starts from the planted one, rad; ``start`` sets other
@@ -142,7 +142,7 @@ class Base:
             slope = jacobian(target, size)["orientation"][None, None]
             rate = 0.5 / F.conv2d(image, slope.float()).square().mean().item()
         descent = optimizer(module.parameters(), lr=rate, **(momentum or {}))
-        return SetUp(module, loss, image, targets, descent)
+        return TrainingSetup(module, loss, image, targets, descent)
 
 
 BASES = (
@@ -266,21 +266,21 @@ class Classifier(nn.Module):
 
 def classifier(
     first: nn.Module, channels: int = 12, *, norm: bool = False, rate: float = 0.01, seed: int = 0
-) -> SetUp:
+) -> TrainingSetup:
     torch.manual_seed(seed)
     images, labels = digits()
     network = Classifier(first, channels, norm=norm)
-    return SetUp(
+    return TrainingSetup(
         network, F.cross_entropy, images, labels, torch.optim.Adam(network.parameters(), lr=rate)
     )
 
 
-def normed(base: Base, amplitude: float) -> SetUp:
+def normed(base: Base, amplitude: float) -> TrainingSetup:
     """A layer and the normalisation of its responses, which are known."""
     setup = base.student(learn=None, coordinates="wavevector", phase=1.2, amplitude=amplitude)
     module = nn.Sequential(setup.module, nn.BatchNorm2d(1, affine=False))
     optimizer = torch.optim.Adam(module.parameters(), lr=0.01)
-    return SetUp(module, setup.loss, setup.inputs, normalised(setup.targets), optimizer)
+    return TrainingSetup(module, setup.loss, setup.inputs, normalised(setup.targets), optimizer)
 
 
 def filters(n: int = 12, **options: Any) -> GaborConv2d:
@@ -295,44 +295,44 @@ def faulty(base: Base) -> dict[str, Callable[[], Case]]:
     cases: dict[str, Callable[[], Case]] = {}
 
     def case(name: str, *causes: str, **options: Any) -> Callable[..., Any]:
-        def keep(build: Callable[[], SetUp]) -> Callable[[], SetUp]:
+        def keep(build: Callable[[], TrainingSetup]) -> Callable[[], TrainingSetup]:
             cases[name] = lambda: Case(name, causes, build(), **options)
             return build
 
         return keep
 
     @case("kernel written through .data", "no gradient")
-    def _() -> SetUp:
+    def _() -> TrainingSetup:
         return base.student(layer=ThroughData)
 
     @case("kernel made under no_grad", "no gradient")
-    def _() -> SetUp:
+    def _() -> TrainingSetup:
         return base.student(layer=WithoutGrad)
 
     @case("kernel wrapped as a parameter again", "no gradient")
-    def _() -> SetUp:
+    def _() -> TrainingSetup:
         return base.student(layer=Rewrapped)
 
     @case("degrees for radians", "wrong unit")
-    def _() -> SetUp:
+    def _() -> TrainingSetup:
         return base.student(
             target=base.narrow, layer=Foreign, orientation=math.degrees(base.orientation - 0.25)
         )
 
     @case("stale cache", "stale cache")
-    def _() -> SetUp:
+    def _() -> TrainingSetup:
         return base.student(layer=Cached)
 
     @case("off-centre grid", "off-centre grid")
-    def _() -> SetUp:
+    def _() -> TrainingSetup:
         return base.student(layer=OffCentre)
 
     @case("gradient written by hand, wrong", "wrong gradient")
-    def _() -> SetUp:
+    def _() -> TrainingSetup:
         return base.student(layer=WrongGradient)
 
     @case("wavelength below Nyquist", "aliased wavelength")
-    def _() -> SetUp:
+    def _() -> TrainingSetup:
         target = Gabor2d.of(orientation=0.3, wavelength=3.0, sigma=1.5)
         return base.student(
             target=target, kernel_size=11, learn=None, off=-0.1, wavelength=1.2,
@@ -340,35 +340,35 @@ def faulty(base: Base) -> dict[str, Callable[[], Case]]:
         )  # fmt: skip
 
     @case("root of the squared error, fixed step", "cone at the minimum")
-    def _() -> SetUp:
+    def _() -> TrainingSetup:
         setup = base.student(loss=rmse)
         slope = setup.optimizer.param_groups[0]["lr"] ** -0.5  # c / √0.5
         setup.optimizer.param_groups[0]["lr"] = 0.9 / slope
         return setup
 
     @case("step too large", "step too large")
-    def _() -> SetUp:
+    def _() -> TrainingSetup:
         setup = base.student()
         setup.optimizer.param_groups[0]["lr"] *= 40
         return setup
 
     @case("too much momentum", "momentum too large")
-    def _() -> SetUp:
+    def _() -> TrainingSetup:
         return base.student(momentum={"momentum": 0.999})
 
     @case("antipodal start", "antipodal start")
-    def _() -> SetUp:
+    def _() -> TrainingSetup:
         return base.student(target=base.narrow, off=PI / 2)
 
     @case("flat plateau", "flat plateau", "outside the basin")
-    def _() -> SetUp:
+    def _() -> TrainingSetup:
         torch.manual_seed(0)
         target = base.target.replace(aspect_ratio=torch.tensor(0.4))
         noise = torch.randn(1, 1, 96, 96)
         return base.student(image=noise, target=target, kernel_size=21, off=-1.0)
 
     @case("zero padding of a bright image", "zero padding")
-    def _() -> SetUp:
+    def _() -> TrainingSetup:
         return base.student(
             image=3 * photograph(base.photograph),
             target=Gabor2d.of(orientation=PI / 4, wavelength=6.0, sigma=3.0),
@@ -378,43 +378,43 @@ def faulty(base: Base) -> dict[str, Callable[[], Case]]:
         )
 
     @case("images from 0 to 255", "image scale")
-    def _() -> SetUp:
+    def _() -> TrainingSetup:
         return base.student(image=255 * photograph(base.photograph), rate=0.01)
 
     @case("orientation of a blob", "not identifiable")
-    def _() -> SetUp:
+    def _() -> TrainingSetup:
         target = Gabor2d.of(orientation=base.orientation, wavelength=1e4, sigma=base.sigma)
         return base.student(target=target, rate=0.001)
 
     @case("dead filters (digits)", "dead filters")
-    def _() -> SetUp:
+    def _() -> TrainingSetup:
         layer = filters(learn=("orientation", "wavelength", "sigma", "phase"))
         layer.params = layer.params.replace(amplitude=0 * layer.params.amplitude)
         return classifier(layer)
 
     @case("duplicate filters (digits)", "duplicate filters")
-    def _() -> SetUp:
+    def _() -> TrainingSetup:
         layer = filters(learn=("amplitude",), coordinates="textbook")
         layer.params = layer.params[:1]
         return classifier(layer)
 
     @case("all parameters frozen", "frozen")
-    def _() -> SetUp:
+    def _() -> TrainingSetup:
         setup = base.student()
         setup.module.requires_grad_(False)
         return setup
 
     @case("a field left out of learn", "frozen")
-    def _() -> SetUp:
+    def _() -> TrainingSetup:
         return base.student(learn=("sigma",), sigma=0.9 * base.sigma)
 
     @case("optimiser of another copy", "frozen")
-    def _() -> SetUp:
+    def _() -> TrainingSetup:
         setup, other = base.student(), base.student()
-        return SetUp(setup.module, setup.loss, setup.inputs, setup.targets, other.optimizer)
+        return TrainingSetup(setup.module, setup.loss, setup.inputs, setup.targets, other.optimizer)
 
     @case("wrong sign of the phase", "wrong sign of phase")
-    def _() -> SetUp:
+    def _() -> TrainingSetup:
         target = base.target.replace(phase=torch.tensor(1.0))
         return base.student(
             target=target, learn=("sigma",), sigma=0.8 * base.sigma, phase=-1.0, off=0.0,
@@ -422,24 +422,24 @@ def faulty(base: Base) -> dict[str, Callable[[], Case]]:
         )  # fmt: skip
 
     @case("loss scaled by 1e-6", "loss scale", "vanishing step")
-    def _() -> SetUp:
+    def _() -> TrainingSetup:
         return base.student(loss=lambda output, target: 1e-6 * F.mse_loss(output, target))
 
     @case("float16 overflow", "nan gradient")
-    def _() -> SetUp:
+    def _() -> TrainingSetup:
         setup = base.student(image=255 * photograph(base.photograph))
         module = setup.module.half()
-        return SetUp(
+        return TrainingSetup(
             module, F.mse_loss, setup.inputs.half(), setup.targets.half(),
             torch.optim.SGD(module.parameters(), lr=setup.optimizer.param_groups[0]["lr"]),
         )  # fmt: skip
 
     @case("root of an exact hit", "nan gradient")
-    def _() -> SetUp:
+    def _() -> TrainingSetup:
         return base.student(loss=rmse, off=0.0, rate=1e-3)
 
     @case("amplitude behind batch norm", "amplitude absorbed")
-    def _() -> SetUp:
+    def _() -> TrainingSetup:
         return normed(base, amplitude=1e4)
 
     return cases
@@ -450,20 +450,20 @@ def sound(base: Base) -> dict[str, Callable[[], Case]]:
     cases: dict[str, Callable[[], Case]] = {}
 
     def case(name: str) -> Callable[..., Any]:
-        def keep(build: Callable[[], SetUp]) -> Callable[[], SetUp]:
+        def keep(build: Callable[[], TrainingSetup]) -> Callable[[], TrainingSetup]:
             cases[name] = lambda: Case(name, (), build())
             return build
 
         return keep
 
-    def all_learn(**options: Any) -> SetUp:
+    def all_learn(**options: Any) -> TrainingSetup:
         defaults: dict[str, Any] = {
             "learn": None, "coordinates": "wavevector", "optimizer": torch.optim.Adam,
             "rate": 0.01, "sigma": 0.87 * base.sigma, "wavelength": 1.07 * base.wavelength,
         }  # fmt: skip
         return base.student(**(defaults | options))
 
-    def planted(layer: Any, inputs: Tensor, **other: Any) -> SetUp:
+    def planted(layer: Any, inputs: Tensor, **other: Any) -> TrainingSetup:
         """A layer that begins beside the one that made the targets."""
         with torch.no_grad():
             targets = layer(inputs)
@@ -473,7 +473,7 @@ def sound(base: Base) -> dict[str, Callable[[], Case]]:
                 phase=params.phase + 0.2,
             )  # fmt: skip
         optimizer = torch.optim.Adam(layer.parameters(), lr=0.01)
-        return SetUp(layer, other.get("loss", F.mse_loss), inputs, targets, optimizer)
+        return TrainingSetup(layer, other.get("loss", F.mse_loss), inputs, targets, optimizer)
 
     case("the student's, squared error")(base.student)
     case("momentum")(lambda: base.student(momentum={"momentum": 0.5}))
@@ -493,14 +493,14 @@ def sound(base: Base) -> dict[str, Callable[[], Case]]:
     case("already there")(lambda: base.student(off=0.0))
 
     @case("noise on the targets")
-    def _() -> SetUp:
+    def _() -> TrainingSetup:
         setup = all_learn()
         torch.manual_seed(0)
         noisy = setup.targets + 0.05 * setup.targets.std() * torch.randn_like(setup.targets)
-        return SetUp(setup.module, setup.loss, setup.inputs, noisy, setup.optimizer)
+        return TrainingSetup(setup.module, setup.loss, setup.inputs, noisy, setup.optimizer)
 
     @case("four filters")
-    def _() -> SetUp:
+    def _() -> TrainingSetup:
         params = Gabor2d.of(
             orientation=[0.2, 0.9, 1.7, 2.5], wavelength=[5.0, 6.0, 7.0, 4.0], sigma=2.2, phase=0.4
         )
@@ -508,13 +508,13 @@ def sound(base: Base) -> dict[str, Callable[[], Case]]:
         return planted(layer, base.image)
 
     @case("one dimension")
-    def _() -> SetUp:
+    def _() -> TrainingSetup:
         torch.manual_seed(0)
         params = Gabor1d.of(wavelength=[8.0, 5.0], sigma=4.0, phase=0.5)
         return planted(GaborConv1d(1, 2, 25, start=params, bias=False), torch.randn(4, 1, 200))
 
     @case("three dimensions")
-    def _() -> SetUp:
+    def _() -> TrainingSetup:
         torch.manual_seed(0)
         params = Gabor3d.of(orientation=[0.5], elevation=0.3, wavelength=4.0, sigma=1.3)
         return planted(
@@ -522,7 +522,7 @@ def sound(base: Base) -> dict[str, Callable[[], Case]]:
         )
 
     @case("quadrature output")
-    def _() -> SetUp:
+    def _() -> TrainingSetup:
         params = Gabor2d.of(orientation=[0.4], wavelength=5.0, sigma=2.0)
         layer = GaborConv2d(1, 2, 13, start=params, bias=False, output="quadrature")
         return planted(layer, base.image)
@@ -541,7 +541,7 @@ def sound(base: Base) -> dict[str, Callable[[], Case]]:
 # -- the bench -------------------------------------------------------------------------------------
 
 
-def arrived(setup: SetUp) -> bool:
+def arrived(setup: TrainingSetup) -> bool:
     """Whether it has learnt: responses are explained, or training samples classified."""
     explained = setup.explained()
     if not math.isnan(explained):
@@ -553,7 +553,7 @@ def arrived(setup: SetUp) -> bool:
     return (guessed == setup.targets).float().mean().item() > LEARNT
 
 
-def trained(setup: SetUp, n_steps: int) -> bool:
+def trained(setup: TrainingSetup, n_steps: int) -> bool:
     losses = setup.train(n_steps)
     return math.isfinite(losses[-1]) and arrived(setup)
 
@@ -573,7 +573,7 @@ def examined(build: Callable[[], Case]) -> dict[str, Any]:
         first = result.findings[0] if result.findings else None
         with_it = None
         if case.causes and first is not None and first.remedy:
-            with_it = trained(result.mended(first), case.n_steps)
+            with_it = trained(result.with_remedy(first), case.n_steps)
     return {
         "name": case.name,
         "planted": list(case.causes),

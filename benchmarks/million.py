@@ -29,8 +29,7 @@ from _report import RESULTS, print_table, write_json
 from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
 from torch import Tensor
 
-from gaborium import Gabor2d, gabor
-from gaborium.fitting import FitShards, fit_shards
+from gaborium import FitResult, Gabor2d, fit_shards, gabor
 
 SIZE, NOISE = 11, 0.1  # px, share of each kernel's standard deviation
 OPTIONS = {"n_starts": 1}  # enough for kernels that are nearly Gabor functions
@@ -135,8 +134,8 @@ def measure(scratch: Path, n: int, shard_size: int, n_jobs: int) -> dict[str, ob
         raise SystemExit("The second run failed.")
 
     after = shards_in(folder)
-    shards = FitShards.load(folder)
-    outcomes = Counter(outcome.name for result in shards for outcome in result.outcome)
+    shards = sorted(folder.glob("shard-*"))
+    outcomes = Counter(end.name for path in shards for end in FitResult.load(path).outcome)
     return {
         "kernels": n,
         "kernel_size": [SIZE, SIZE],

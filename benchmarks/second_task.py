@@ -24,11 +24,12 @@ import torch
 import torch.nn.functional as F
 from _report import RESULTS, parsed, print_table, provenance, write_json
 from convert import EPOCHS, N_CALIBRATE, RATE, Data, small_cnn, trained
+from learning.data import load
 from torch import Tensor, nn
 
 from gaborium import convert
 from gaborium.layers import GABOR_LAYERS
-from gaborium.training import build_network, load_dataset, make_first_layer
+from gaborium.training import build_network, make_first_layer
 
 FIRST = "fashion-mnist"
 TASKS = {"mnist": 10, "textures": 20}  # and images of each class
@@ -96,7 +97,7 @@ class Second:
     """A task with few images to learn from."""
 
     def __init__(self, name: str, options: argparse.Namespace) -> None:
-        self.data = load_dataset(name, None if name == "textures" else options.data)
+        self.data = load(name, options.data)
         self.n, self.last = TASKS[name], 500 if options.quick else None
 
     def accuracy(self, first: nn.Module, seed: int, n_steps: int) -> float:

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from gaborium import Gabor2d, GaborConv2d, gabor, gabor_jacobian, plots, recover
 from gaborium.diagnostics import Landscape, OutputLoss, identifiability, landscape, step_limit
-from gaborium.images import center_crop, read_images
+from gaborium.readers import center_crop, read_images
 
 ROOT = Path(__file__).resolve().parent.parent
 SCIKIT_IMAGE = (

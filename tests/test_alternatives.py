@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from gaborium import Gabor2d, Outcome, fit, gabor
-from gaborium.fitting.alternatives import CentreSurround, TwoGabors, crossing, is_better
-from gaborium.fitting.solver import Family, Target, kernels_of, linearise, misfit, solve
+from gaborium.fitting.alternatives import CenterSurround, TwoGabors, crossing, is_better
+from gaborium.fitting.model import GaborModel
+from gaborium.fitting.solver import Target, kernels_of, linearize, misfit, solve
 
 F64 = torch.float64
 SIZES = (9, 11)
@@ -39,11 +40,11 @@ def plaid(turn, weight, size=11, orientation=0.4):
 
 
 MODELS = {
-    "centre-surround": CentreSurround(SIZES, 2),
-    "centre-surround and offset": CentreSurround(SIZES, 2, offset=True),
-    "two": TwoGabors(Family(SIZES, 2)),
-    "two, centre free": TwoGabors(Family(SIZES, 2, free_center=True)),
-    "two and offset": TwoGabors(Family(SIZES, 2, offset=True)),
+    "centre-surround": CenterSurround(SIZES, 2),
+    "centre-surround and offset": CenterSurround(SIZES, 2, offset=True),
+    "two": TwoGabors(GaborModel(SIZES, 2)),
+    "two, centre free": TwoGabors(GaborModel(SIZES, 2, free_center=True)),
+    "two and offset": TwoGabors(GaborModel(SIZES, 2, offset=True)),
 }
 ROWS = {
     "centre-surround": [0.7, -0.4, math.log(1.2), math.log(2.2)],
@@ -56,7 +57,7 @@ def test_slopes_agree_with_finite_differences(name):
     model = MODELS[name]
     z = torch.tensor([ROWS[name.partition(" ")[0].strip(",")]], dtype=F64)
     target = Target(random(1, 2, math.prod(SIZES)))
-    left, slopes, _ = linearise(target, model, z)
+    left, slopes, _ = linearize(target, model, z)
     # Kaufman's slopes leave out what the basis itself spans; of the misfit they give it all.
     gradient = -2 * (slopes @ left.unsqueeze(-1)).squeeze(-1).sum(1)[0]
     step = 1e-6
@@ -70,7 +71,7 @@ def test_slopes_agree_with_finite_differences(name):
 
 
 def test_a_centre_with_its_surround_is_found_exactly():
-    model = CentreSurround(SIZES, 2)
+    model = CenterSurround(SIZES, 2)
     kernels = torch.stack(
         [
             centre_surround(1.1, 1.8, 0.6, -0.3, weight=0.4),
@@ -90,7 +91,7 @@ def test_a_centre_with_its_surround_is_found_exactly():
 
 
 def test_two_waves_are_found_exactly_together():
-    model = TwoGabors(Family((11, 11), 1))
+    model = TwoGabors(GaborModel((11, 11), 1))
     target = Target(plaid(1.1, 0.7).reshape(1, 1, -1))
     z = torch.tensor([[0.3, 0.2, 0.8, 0.0, 0.0, 0.0, 1.6, 0.2, 0.8, 0.0, 0.0, 0.0]], dtype=F64)
     end = solve(target, model, z, max_iterations=200, tolerance=1e-12, damping=1e-3)
@@ -105,7 +106,7 @@ def test_two_waves_are_found_exactly_together():
     ("turn", "frequency"), [(0.1, 0.2), (0.0, 0.35)], ids=["alike", "one direction"]
 )
 def test_two_that_do_not_cross_are_not_two(turn, frequency):
-    model = TwoGabors(Family((11, 11), 1))
+    model = TwoGabors(GaborModel((11, 11), 1))
     z = torch.tensor(
         [[0.4, 0.2, 0.8, 0.0, 0.0, 0.0, 0.4 + turn, frequency, 0.8, 0.0, 0.0, 0.0]], dtype=F64
     )
@@ -114,7 +115,7 @@ def test_two_that_do_not_cross_are_not_two(turn, frequency):
 
 
 def test_evidence_pays_for_parameters():
-    one, two = Family(SIZES, 1), TwoGabors(Family(SIZES, 1))
+    one, two = GaborModel(SIZES, 1), TwoGabors(GaborModel(SIZES, 1))
     n = torch.tensor([99.0], dtype=F64)
     dear = (two.n_parameters - one.n_parameters) * math.log(99.0) + 10.0
     cost = torch.ones(1, dtype=F64)
@@ -122,8 +123,8 @@ def test_evidence_pays_for_parameters():
         other = cost * math.exp(share * dear / 99.0)
         assert is_better(two, cost, one, other, n).item() is believed
     # A model with fewer parameters earns no bonus.
-    rings = CentreSurround(SIZES, 1)
-    free = Family(SIZES, 1, free_center=True)
+    rings = CenterSurround(SIZES, 1)
+    free = GaborModel(SIZES, 1, free_center=True)
     assert rings.n_parameters < free.n_parameters
     assert not is_better(rings, cost, free, cost * math.exp(9.0 / 99.0), n)
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 import gaborium
 from gaborium import Census, Gabor1d, Gabor2d, Gabor3d, GaborConv2d, census, gabor
 from gaborium.conversion import CLASSES, NUMBERS
-from gaborium.conversion.classes import QUESTIONS, probabilities
+from gaborium.conversion.census import STAGES, probabilities
 
 OPPONENT = torch.tensor([1.0, -0.8, -0.2], dtype=torch.float64)
 
@@ -101,7 +101,7 @@ def test_a_dead_filter_is_noise_and_said_to_be_dead():
     found = census(kernels)
     assert found.labels == ("gabor", "gabor", "gabor", "noise", "noise")
     assert found.confidence.tolist()[3:] == [1.0, 1.0]
-    assert "weights are zero" in found.why(3)
+    assert "weights are zero" in found.explain(3)
     assert all(value.isfinite().all() for value in found.numbers.values())
 
 
@@ -170,26 +170,26 @@ def test_a_layer_drawn_like_v1_lies_where_v1_does():
     )
     found = census(gabor(bank, 25))
     assert found.labels == ("gabor",) * 3
-    beside = found.beside_v1()
+    beside = found.compare_with_v1()
     for name in ("n_x", "n_y", "bandwidth"):
         layer, v1 = beside[name]
         assert layer == pytest.approx(v1, rel=1e-5)
     assert beside["within"][0] == 1.0
     assert beside["cardinal"][0] == 2 / 3
     assert beside["octaves"][0] == pytest.approx(math.sqrt(2 / 9))
-    assert json.loads(found.to_json())["beside_v1"]["cardinal"] == {"layer": 2 / 3, "v1": 143 / 246}
+    assert json.loads(found.to_json())["v1"]["cardinal"] == {"layer": 2 / 3, "v1": 143 / 246}
 
 
 def test_a_wave_of_many_bars_lies_outside_v1():
     bars = Gabor2d.of(wavelength=4.0, sigma=5.0, aspect_ratio=2.0, dtype=torch.float64)
-    assert census(gabor(bars, 25)[None]).beside_v1()["within"][0] == 0.0
+    assert census(gabor(bars, 25)[None]).compare_with_v1()["within"][0] == 0.0
 
 
-def test_without_a_gabor_or_a_plane_nothing_lies_beside_v1():
-    flat = census(torch.ones(1, 5, 5)).beside_v1()
+def test_without_a_gabor_or_a_plane_nothing_lies_compare_with_v1():
+    flat = census(torch.ones(1, 5, 5)).compare_with_v1()
     assert all(math.isnan(layer) and v1 > 0 for layer, v1 in flat.values())
     wave = torch.cos(torch.arange(9.0))[None, None]
-    assert census(wave, n_dims=1).beside_v1() == {}
+    assert census(wave, n_dims=1).compare_with_v1() == {}
 
 
 # -- law --------------------------------------------------------------------------------------
@@ -222,10 +222,10 @@ def test_probabilities_sum_to_one_and_the_label_has_the_highest(mixed):
 def test_questions_use_numbers_that_there_are(mixed):
     _, found = mixed
     assert set(found.numbers) == set(NUMBERS)
-    for question in QUESTIONS:
-        for term in question.terms:
-            assert term.number in NUMBERS
-            assert term.less in ("", *NUMBERS)
+    for stage in STAGES:
+        for weight in stage.weights:
+            assert weight.number in NUMBERS
+            assert weight.minus in ("", *NUMBERS)
     torch.testing.assert_close(probabilities(found.numbers), found.probability)
 
 
@@ -301,20 +301,20 @@ def test_json_and_table_tell_the_same(mixed):
     document = json.loads(found.to_json())
     rows = found.to_table()
     assert document["labels"] == [row["class"] for row in rows] == list(found.labels)
-    assert document["why"] == [row["why"] for row in rows]
+    assert document["explanations"] == [row["explanation"] for row in rows]
     assert document["counts"]["gabor"] == 2
     assert rows[0]["wavelength"] == found.fit.params.wavelength[0].item()
 
 
 def test_every_class_says_why_in_words_of_its_own(mixed):
     _, found = mixed
-    sentences = {label: found.why(found.filters(label)[0]) for label in CLASSES}
+    sentences = {label: found.explain(found.filters(label)[0]) for label in CLASSES}
     assert len({sentence.split()[0:3].__str__() for sentence in sentences.values()}) == len(CLASSES)
     assert "bars of alternating sign" in sentences["gabor"]
     assert "a Gaussian explains" in sentences["blob"]
-    assert found.why(-1) == found.why(len(found) - 1)
+    assert found.explain(-1) == found.explain(len(found) - 1)
     with pytest.raises(IndexError):
-        found.why(len(found))
+        found.explain(len(found))
 
 
 def test_progress_ends_at_the_number_of_filters():

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from gaborium import Gabor2d, GaborConv2d
-from gaborium.diagnostics import Finding, SetUp, Severity, diagnose
+from gaborium.diagnostics import Finding, Severity, TrainingSetup, diagnose
 
 PLANTED = Gabor2d.of(orientation=math.pi / 4, wavelength=6.0, sigma=2.5, aspect_ratio=0.6)
 
@@ -37,7 +37,9 @@ def student(off=-0.2, *, loss=F.mse_loss, rate=0.002, learn="orientation", **sta
         coordinates="textbook",
         start=PLANTED.replace(**{name: torch.tensor(v) for name, v in first.items()}),
     )
-    return SetUp(layer, loss, image(), targets, torch.optim.SGD(layer.parameters(), lr=rate))
+    return TrainingSetup(
+        layer, loss, image(), targets, torch.optim.SGD(layer.parameters(), lr=rate)
+    )
 
 
 def diagnosis(setup, **options):
@@ -68,7 +70,7 @@ def test_a_copy_learns_by_itself():
 
 def test_a_remedy_is_run_on_a_copy():
     setup = student()
-    mended = setup.mended(
+    mended = setup.with_remedy(
         "inputs = 2 * inputs\nfor group in optimizer.param_groups:\n    group['lr'] = 7.0\n"
     )
     assert torch.equal(mended.inputs, 2 * setup.inputs)
@@ -79,15 +81,15 @@ def test_a_remedy_is_run_on_a_copy():
 
 def test_training_stops_at_what_is_no_number_and_takes_every_optimiser():
     setup = student()
-    broken = SetUp(
+    broken = TrainingSetup(
         setup.module, lambda o, t: (o - t).mean() * math.nan, setup.inputs, setup.targets
     )
     assert len(broken.copy().train(50)) == 1
     layer = copy.deepcopy(setup.module)
     bold = torch.optim.LBFGS(layer.parameters(), lr=0.5)
-    losses = SetUp(layer, F.mse_loss, setup.inputs, setup.targets, bold).train(10)
+    losses = TrainingSetup(layer, F.mse_loss, setup.inputs, setup.targets, bold).train(10)
     assert losses[-1] < 1e-4 * losses[0]
-    without = SetUp(copy.deepcopy(setup.module), F.mse_loss, setup.inputs, setup.targets)
+    without = TrainingSetup(copy.deepcopy(setup.module), F.mse_loss, setup.inputs, setup.targets)
     before = without.module.params.orientation.item()
     slope = torch.autograd.grad(
         without.loss(without.output(), setup.targets), [without.module.get_parameter("orientation")]
@@ -99,11 +101,11 @@ def test_training_stops_at_what_is_no_number_and_takes_every_optimiser():
 
 def test_explained_is_blind_to_scale_and_needs_responses():
     setup = student()
-    louder = SetUp(setup.module, setup.loss, 5 * setup.inputs, 5 * setup.targets)
+    louder = TrainingSetup(setup.module, setup.loss, 5 * setup.inputs, 5 * setup.targets)
     assert louder.explained() == pytest.approx(setup.explained(), abs=1e-6)
     network = nn.Sequential(nn.Flatten(), nn.Linear(4, 3))
     labels = torch.tensor([0, 2])
-    assert math.isnan(SetUp(network, F.cross_entropy, torch.rand(2, 4), labels).explained())
+    assert math.isnan(TrainingSetup(network, F.cross_entropy, torch.rand(2, 4), labels).explained())
 
 
 # -- what is found ------------------------------------------------------------------------------
@@ -129,11 +131,11 @@ def test_trials_of_the_remedy_are_told():
     first = result.findings[0]
     assert first.cause == "antipodal start"
     assert first.numbers["explained_with_remedy"] > 0.99 > first.numbers["explained_without_remedy"]
-    mended = result.mended()
+    mended = result.with_remedy()
     assert mended.explained() > 0.99
-    assert result.mended(first).explained() == pytest.approx(mended.explained())
+    assert result.with_remedy(first).explained() == pytest.approx(mended.explained())
     with pytest.raises(ValueError, match="no finding with a remedy"):
-        result.mended(Finding("frozen", Severity.NOTE, "It is."))
+        result.with_remedy(Finding("frozen", Severity.NOTE, "It is."))
 
 
 def test_faults_that_hide_each_other_are_mended_together():
@@ -142,12 +144,14 @@ def test_faults_that_hide_each_other_are_mended_together():
     result = diagnosis(setup)
     alone = [f.numbers["explained_with_remedy"] for f in result.severe if f.remedy]
     assert max(alone) < 0.99
-    assert len(result.together) >= 2
-    assert all(found in result.findings for found in result.together)
-    mended = result.mended()
+    assert len(result.combined_remedies) >= 2
+    assert all(found in result.findings for found in result.combined_remedies)
+    mended = result.with_remedy()
     mended.train(100)
     assert mended.explained() > 0.99
-    assert result.to_json()["together"] == [found.cause for found in result.together]
+    assert result.to_json()["combined_remedies"] == [
+        found.cause for found in result.combined_remedies
+    ]
 
 
 def test_a_loss_is_known_by_its_values():
@@ -180,12 +184,12 @@ def test_kernels_beside_the_middle_are_seen(sign):
     found = next(found for found in result.findings if found.cause == "off-centre grid")
     assert found.numbers["largest_shift_px"] == pytest.approx(0.5, abs=0.01)
     assert f"({-0.5 * sign:+.2f}, {-0.5 * sign:+.2f}) px" in found.sentence
-    assert result.mended(found).module.params.center.abs().max() == 0
+    assert result.with_remedy(found).module.params.center.abs().max() == 0
 
 
 def test_a_loss_without_gradient_is_found():
     setup = student()
-    cut = SetUp(
+    cut = TrainingSetup(
         setup.module, lambda o, t: F.mse_loss(o.detach(), t), setup.inputs, setup.targets,
         setup.optimizer,
     )  # fmt: skip
@@ -220,7 +224,7 @@ def test_dropout_draws_none_of_the_callers_random_numbers():
     network = nn.Sequential(GaborConv2d(1, 2, 5, padding=2, seed=0), nn.Dropout(0.5))
     inputs = torch.randn(2, 1, 12, 12)
     targets = torch.randn(2, 2, 12, 12)
-    setup = SetUp(network, F.mse_loss, inputs, targets)
+    setup = TrainingSetup(network, F.mse_loss, inputs, targets)
     torch.manual_seed(7)
     expected = torch.rand(3)
     torch.manual_seed(7)
@@ -302,7 +306,7 @@ def test_a_loss_that_differs_from_call_to_call_is_refused():
 
 def test_a_loss_that_is_no_number_is_found():
     setup = student()
-    setup = SetUp(
+    setup = TrainingSetup(
         setup.module, lambda o, t: (o - t).mean() / 0.0, setup.inputs, setup.targets,
         setup.optimizer,
     )  # fmt: skip

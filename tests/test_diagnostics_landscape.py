@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from gaborium import Gabor1d, Gabor2d, GaborConv1d, GaborConv2d, gabor
 from gaborium.diagnostics import OutputLoss, Severity, landscape
 from gaborium.diagnostics.landscape import _watershed
-from gaborium.diagnostics.losses import Probe
+from gaborium.diagnostics.sandbox import Probe
 
 PLANTED = Gabor2d.of(orientation=0.8, wavelength=6.0, sigma=2.5)
 
@@ -442,12 +442,12 @@ def test_foreign_parameters_go_by_their_names():
 
 def bad_losses():
     inputs, count = image_of(1, 1, 20, 20), []
-    yield "one floating number", lambda layer: layer(inputs)
-    yield "one floating number", lambda layer: layer(inputs).mean() > 0
-    yield "must return a tensor, got float", lambda layer: layer(inputs).mean().item()
+    yield "must return a scalar", lambda layer: layer(inputs)
+    yield "not a finite number", lambda layer: layer(inputs).mean() > 0
+    yield "must return a scalar tensor, got float", lambda layer: layer(inputs).mean().item()
     yield "The loss is nan", lambda layer: layer(inputs).mean() * math.nan
     yield (
-        "must be deterministic",
+        "must be the same",
         lambda layer: count.append(0) or layer(inputs).mean() * 0 + len(count),
     )
     yield "must have the outputs' shape", OutputLoss(inputs, inputs)
@@ -503,5 +503,5 @@ def test_bad_arguments_get_one_clear_line():
 
 def test_another_device_gets_one_clear_line():
     layer = layer_at()
-    with pytest.raises(ValueError, match="inputs are on meta and the layer on cpu"):
+    with pytest.raises(ValueError, match="inputs are on meta and the module on cpu"):
         OutputLoss(torch.empty(1, 1, 20, 20, device="meta").double(), torch.zeros(1))(layer)

@@ -125,7 +125,8 @@ def test_a_cone_is_seen_through_any_function_of_the_layer():
 def test_a_cone_has_the_basin_of_its_square():
     layer = layer_of_orientation()
     loss = near(layer, "rmse")
-    root, squared = step_limit(loss, layer), step_limit(loss.squared(), layer)
+    root = step_limit(loss, layer)
+    squared = step_limit(OutputLoss(loss.inputs, loss.targets), layer)
     assert root.basin == pytest.approx(squared.basin, rel=0.11)  # the grid of distances
     assert squared.basin == pytest.approx(
         landscape(loss, layer, "orientation").half_width[0], rel=0.15
@@ -293,7 +294,7 @@ def test_bad_input_gets_one_clear_line():
         "learns no parameter": lambda: step_limit(loss, frozen),
         "has no learned parameter of the layer": lambda: step_limit(loss, layer, optimizer=other),
         "has no gradient": lambda: step_limit(lambda one: loss(one).detach(), layer),
-        "one floating number": lambda: step_limit(lambda one: one(loss.inputs), layer),
+        "must return a scalar": lambda: step_limit(lambda one: one(loss.inputs), layer),
         "The loss is nan": lambda: step_limit(lambda one: loss(one) * math.nan, layer),
         "too coarse": lambda: step_limit(loss, layer_of_orientation().bfloat16()),
         "inputs are torch.float64": lambda: step_limit(

@@ -216,7 +216,7 @@ def test_bad_arguments_are_one_clear_line():
 
     for call, kind, word in (
         (lambda: find_first_conv("resnet"), TypeError, "got str"),
-        (lambda: find_first_conv(network, "2"), ValueError, "its convolutions are 0"),
+        (lambda: find_first_conv(network, "2"), ValueError, "its first convolutions are ['0']"),
         (lambda: find_first_conv(network, "1"), ValueError, "is no convolution"),
         (lambda: replace(3), TypeError, "got int"),
         (lambda: replace(lambda conv: 3), TypeError, "got int"),

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from gaborium import FitResult, Gabor2d, Outcome, fit, gabor, recover
-from gaborium.images import camera, center_crop
+from gaborium.readers import center_crop, sample_image
 
 LAW = settings(max_examples=5, deadline=None, derandomize=True)
 F64 = torch.float64
@@ -661,7 +661,7 @@ def test_noise_alone_does_not_make_a_rival():
 
 @pytest.fixture(scope="module")
 def photograph() -> Tensor:
-    return center_crop(camera(), 48)[None]
+    return center_crop(sample_image(), 48)[None]
 
 
 def test_recover_keeps_to_bounds(photograph):

@@ -17,11 +17,12 @@ from torch import Tensor
 
 from gaborium import FitResult, Gabor2d, GaborConv2d, Outcome, fit, gabor, recover
 from gaborium.fitting import api, search
-from gaborium.fitting.solver import Family, Target, linearise, misfit, solve
+from gaborium.fitting.model import GaborModel
+from gaborium.fitting.solver import Target, linearize, misfit, solve
 from gaborium.fitting.start import StartGrid
-from gaborium.images import camera, center_crop
 from gaborium.params import RECORDS, Gabor
 from gaborium.patches import PatchStatistics
+from gaborium.readers import center_crop, sample_image
 
 RANDOM = settings(max_examples=25, deadline=None, derandomize=True)
 F64 = torch.float64
@@ -189,23 +190,23 @@ def test_a_layer_takes_what_fit_returns():
 
 # -- fit: the solver ----------------------------------------------------------------------------
 
-FAMILIES = [
-    Family((11,), 1),
-    Family((10,), 2, free_center=True),
-    Family((7, 8), 1),
-    Family((7, 6), 3, free_center=True),
-    Family((7, 7), 1, isotropic=True),
-    Family((4, 5, 6), 2, free_center=True),
+MODELS = [
+    GaborModel((11,), 1),
+    GaborModel((10,), 2, free_center=True),
+    GaborModel((7, 8), 1),
+    GaborModel((7, 6), 3, free_center=True),
+    GaborModel((7, 7), 1, isotropic=True),
+    GaborModel((4, 5, 6), 2, free_center=True),
 ]
 
 
-def some_problem(family: Family, *, metric: bool) -> tuple[Target, Tensor]:
-    """A target that no member of the family matches, and geometries to look at it from."""
-    n = family.n_channels * math.prod(family.sizes)
-    n_dims = family.n_dims
+def some_problem(model: GaborModel, *, metric: bool) -> tuple[Target, Tensor]:
+    """A target that no member of the model matches, and geometries to look at it from."""
+    n = model.n_channels * math.prod(model.sizes)
+    n_dims = model.n_dims
     z = torch.cat(
         [
-            torch.rand(3, len(family.angle_names), dtype=F64),
+            torch.rand(3, len(model.angle_names), dtype=F64),
             torch.tensor([[0.2, 0.3, 0.1], [-0.15, 0.5, -0.4], [0.3, 0.6, 0.3]], dtype=F64),
             torch.rand(3, n_dims, dtype=F64) - 0.5,
         ],
@@ -213,12 +214,12 @@ def some_problem(family: Family, *, metric: bool) -> tuple[Target, Tensor]:
     )
     if metric:
         return Target(torch.randn(3, 1, n, dtype=F64), torch.randn(n, n, dtype=F64)), z
-    return Target(torch.randn(3, family.n_channels, n // family.n_channels, dtype=F64), None), z
+    return Target(torch.randn(3, model.n_channels, n // model.n_channels, dtype=F64), None), z
 
 
-def pair_of(family: Family, z: Tensor) -> Tensor:
+def pair_of(model: GaborModel, z: Tensor) -> Tensor:
     """The two kernels that a geometry combines, by way of the record."""
-    columns = family.columns
+    columns = model.columns
     fields = {
         "wavelength": 1 / z[columns["frequency"]],
         "sigma": z[columns["sigma"]].exp(),
@@ -226,54 +227,54 @@ def pair_of(family: Family, z: Tensor) -> Tensor:
         "center": z[columns["center"] :],
         "amplitude": torch.tensor(1.0, dtype=F64),
     }
-    fields |= {name: z[columns[name]] for name in family.angle_names}
-    record, rows = RECORDS[family.n_dims], []
+    fields |= {name: z[columns[name]] for name in model.angle_names}
+    record, rows = RECORDS[model.n_dims], []
     for phase in (0.0, math.pi / 2):
         fields["phase"] = torch.tensor(phase, dtype=F64)
         params = record(**{name: fields[name] for name in record.field_names()})
-        rows.append(gabor(params, family.sizes).flatten())
+        rows.append(gabor(params, model.sizes).flatten())
     return torch.stack(rows)
 
 
-def left_over(target: Target, family: Family, z: Tensor) -> Tensor:
+def left_over(target: Target, model: GaborModel, z: Tensor) -> Tensor:
     """What the best coefficients leave of one target, ``(m, groups)``."""
-    y, rows = target.y.T, pair_of(family, z)
+    y, rows = target.y.T, pair_of(model, z)
     if target.root is not None:
-        rows = torch.block_diag(*[rows] * family.n_channels) @ target.root.T
+        rows = torch.block_diag(*[rows] * model.n_channels) @ target.root.T
     return y - rows.T @ torch.linalg.solve(rows @ rows.T, rows @ y)
 
 
 @pytest.mark.parametrize("metric", [False, True], ids=["kernels", "covariance"])
-@pytest.mark.parametrize("family", FAMILIES, ids=str)
-def test_misfit_and_its_slopes_are_those_of_autograd(family, metric):
-    target, z = some_problem(family, metric=metric)
-    cost = misfit(target, family, z)
-    residual, J, coefficients = linearise(target, family, z)
-    assert coefficients.shape == (3, family.n_channels, 2)
+@pytest.mark.parametrize("model", MODELS, ids=str)
+def test_misfit_and_its_slopes_are_those_of_autograd(model, metric):
+    target, z = some_problem(model, metric=metric)
+    cost = misfit(target, model, z)
+    residual, J, coefficients = linearize(target, model, z)
+    assert coefficients.shape == (3, model.n_channels, 2)
     for i in range(len(z)):
         one = Target(target.y[i], target.root)
-        torch.testing.assert_close(residual[i].T, left_over(one, family, z[i]), rtol=0, atol=1e-10)
+        torch.testing.assert_close(residual[i].T, left_over(one, model, z[i]), rtol=0, atol=1e-10)
         assert residual[i].square().sum().item() == pytest.approx(cost[i].item(), rel=1e-12)
         # Kaufman's approximation leaves the gradient exact.
         row = z[i].clone().requires_grad_()
-        (wanted,) = torch.autograd.grad(left_over(one, family, row).square().sum(), row)
+        (wanted,) = torch.autograd.grad(left_over(one, model, row).square().sum(), row)
         gradient = -2 * (J[i] @ residual[i].unsqueeze(-1)).sum((0, 2))
-        torch.testing.assert_close(gradient, wanted[family.free], rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(gradient, wanted[model.free], rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("family", FAMILIES, ids=str)
-def test_slopes_of_a_kernel_of_the_family_are_those_of_autograd(family):
+@pytest.mark.parametrize("model", MODELS, ids=str)
+def test_slopes_of_a_kernel_of_the_family_are_those_of_autograd(model):
     # Without a residual, what Kaufman's approximation leaves out is zero.
-    _, z = some_problem(family, metric=False)
-    coefficients = torch.randn(family.n_channels, 2, dtype=F64)
+    _, z = some_problem(model, metric=False)
+    coefficients = torch.randn(model.n_channels, 2, dtype=F64)
     for row in z:
-        own = Target((coefficients @ pair_of(family, row))[None], None)
-        J = linearise(own, family, row[None])[1][0]
+        own = Target((coefficients @ pair_of(model, row))[None], None)
+        J = linearize(own, model, row[None])[1][0]
         one = Target(own.y[0], None)
         slopes = torch.autograd.functional.jacobian(
-            lambda z, one=one: left_over(one, family, z), row
+            lambda z, one=one: left_over(one, model, z), row
         )
-        wanted = -slopes.permute(1, 2, 0)[:, family.free]
+        wanted = -slopes.permute(1, 2, 0)[:, model.free]
         torch.testing.assert_close(J, wanted, rtol=1e-9, atol=1e-9)
 
 
@@ -287,8 +288,8 @@ def test_a_cosine_and_a_sine_that_are_nearly_one_are_still_two(dtype, beside):
     tilt = 0.01  # rad, or the sine is zero on every pixel
     frequency = (0.5 + beside) / (math.sqrt(2) * math.cos(tilt))
     z = [math.pi / 4 - tilt, frequency, math.log(1.6), math.log(20.0), 1.0, -1.0]
-    family = Family((9, 9), 1, free_center=True)
-    assert misfit(target, family, torch.tensor([z], dtype=dtype)).item() < 1e-3
+    model = GaborModel((9, 9), 1, free_center=True)
+    assert misfit(target, model, torch.tensor([z], dtype=dtype)).item() < 1e-3
 
 
 @pytest.mark.parametrize("dtype", [F64, torch.float32], ids=str)
@@ -299,7 +300,7 @@ def test_a_search_that_comes_near_no_wave_goes_on(dtype):
     target = Target((kernel / kernel.norm()).reshape(1, 1, -1).to(dtype))
     start = torch.tensor([[0.77, 0.0147, -0.26, -1.2, 0.0, 0.0]], dtype=dtype)
     limits = {"max_iterations": 100, "tolerance": 1e-6, "damping": 1e-3}
-    end = solve(target, Family((11, 11), 1), start, **limits)
+    end = solve(target, GaborModel((11, 11), 1), start, **limits)
     assert end.converged.item()
     assert end.cost.item() < 1e-11
 
@@ -335,17 +336,17 @@ def test_scipy_finds_nothing_better():
 
 def test_starts_come_best_first_and_near_the_truth():
     params = planted(2, 30, seed=5)
-    target, family = Target(gabor(params, 13).reshape(30, 1, -1)), Family((13, 13), 1)
-    z = StartGrid(family, target.y).starts(target, n_starts=3, closely=False)
+    target, model = Target(gabor(params, 13).reshape(30, 1, -1)), GaborModel((13, 13), 1)
+    z = StartGrid(model, target.y).starts(target, n_starts=3, thorough=False)
     assert z.shape == (30, 3, 6)
-    cost = misfit(target.repeat(3), family, z.flatten(0, 1)).reshape(30, 3)
+    cost = misfit(target.repeat(3), model, z.flatten(0, 1)).reshape(30, 3)
     assert (cost.diff(dim=1) >= 0).all()
     assert (cost[:, 0] < 0.3 * target.y.square().sum((1, 2))).all()
 
 
 def test_flat_kernels_are_looked_at_no_closer_along_an_axis_than_its_pixels_allow():
     def n_compared(*sizes: int) -> int:
-        return StartGrid(Family(sizes, 1, free_center=True), torch.empty(0, dtype=F64)).size
+        return StartGrid(GaborModel(sizes, 1, free_center=True), torch.empty(0, dtype=F64)).size
 
     assert n_compared(2, 9, 9) < n_compared(9, 9, 9) / 4
     params = planted(3, 8, seed=2)
@@ -544,7 +545,7 @@ def test_the_cut_of_the_batch_does_not_matter(monkeypatch):
     kernels = kernels + noise_like(kernels, 0.2, seed=8)[0]
     whole = fit(kernels)
     parts = FitResult.cat([fit(piece) for piece in kernels.split([1, 8, 7])])
-    monkeypatch.setitem(search._AT_ONCE, "cpu", 1)
+    monkeypatch.setitem(search.BATCH_BYTES, "cpu", 1)
     monkeypatch.setattr(api, "_PIECE", 600)
     for other in (parts, fit(kernels)):
         assert other.outcome == whole.outcome
@@ -695,7 +696,7 @@ def test_the_table_has_a_row_for_every_number(mixed):
 
 @pytest.fixture(scope="module")
 def photograph() -> Tensor:
-    return center_crop(camera(), 64)[None]
+    return center_crop(sample_image(), 64)[None]
 
 
 def shared_geometry(n_dims: int, n: int, channels: int = 1, **kwargs: Any) -> Gabor:

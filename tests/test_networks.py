@@ -3,6 +3,7 @@
 import copy
 import math
 import re
+from typing import get_args
 
 import pytest
 import torch
@@ -12,20 +13,17 @@ from torch import Tensor, nn
 from gaborium import GaborConv2d, MixedConv
 from gaborium.layers import GABOR_LAYERS, n_learned
 from gaborium.training.networks import (
-    FIRST_OUTPUTS,
-    FIRST_STARTS,
-    KINDS,
     NETWORKS,
-    EnergyClassifier,
     GridPool,
     PairEnergy,
     SmallCNN,
-    TextureClassifier,
     build_network,
     make_first_layer,
 )
+from gaborium.training.recipe import Start, Variant
 
 OUTPUTS = ("real", "energy")
+KINDS, FIRST_STARTS = get_args(Variant), get_args(Start)
 
 
 def layer_of(kind: str, **kwargs) -> nn.Module:
@@ -143,7 +141,6 @@ def test_first_layers_refuse_in_one_clear_line():
         ({"n_filters": 0}, "at least 1"),
         ({"kind": "mixed", "n_filters": 1}, "mixed: 2"),
         ({"kernel_size": 0}, "kernel_size"),
-        ({"kind": "gabor-fixed", "learn": ("sigma",)}, "learn"),
         ({"learn": ("size",)}, "'size'"),
     ):
         with pytest.raises(ValueError, match=re.escape(word)) as caught:
@@ -160,7 +157,7 @@ def test_first_layers_refuse_in_one_clear_line():
     [(1, (8, 8), 5, 1), (3, (24, 24), 7, 1), (1, (28, 28), 7, 1), (3, (64, 48), 11, 2)],
 )
 def test_images_of_all_sizes_give_logits(name, n_channels, size, kernel_size, stride):
-    output = FIRST_OUTPUTS[name]
+    output = NETWORKS[name].first_output
     first = layer_of(
         "gabor", in_channels=n_channels, kernel_size=kernel_size, stride=stride, output=output
     )
@@ -172,7 +169,7 @@ def test_images_of_all_sizes_give_logits(name, n_channels, size, kernel_size, st
 
 @pytest.mark.parametrize("name", NETWORKS)
 def test_waveforms_and_clips_give_logits(name):
-    output = FIRST_OUTPUTS[name]
+    output = NETWORKS[name].first_output
     for n_dims, size, kernel_size, stride in ((1, (8000,), 65, 4), (3, (8, 16, 16), 5, 1)):
         first = layer_of(
             "mixed", n_dims=n_dims, kernel_size=kernel_size, stride=stride, output=output
@@ -197,7 +194,7 @@ def test_what_lies_behind_depends_on_the_seed_and_not_on_the_first_layer():
 
 def test_building_does_not_touch_the_first_layer():
     first = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4))
-    first.out_channels = 4
+    first.in_channels, first.out_channels = 1, 4
     before = copy.deepcopy(first.state_dict())
     SmallCNN(first, 3, image_size=(24, 24))
     assert all(torch.equal(value, before[name]) for name, value in first.state_dict().items())
@@ -211,7 +208,7 @@ def test_every_kind_learns_to_tell_stripes_apart(name):
     images = images.repeat(8, 1, 1, 1) + 0.1 * torch.randn(16, 1, 24, 24)
     labels = torch.arange(2).repeat(8)
     for kind in KINDS:
-        first = layer_of(kind, start="random", output=FIRST_OUTPUTS[name])
+        first = layer_of(kind, start="random", output=NETWORKS[name].first_output)
         network = build_network(name, first=first, image_size=(24, 24), n_classes=2)
         optimizer = torch.optim.Adam(network.parameters(), 0.02)
         for _ in range(12):
@@ -224,117 +221,9 @@ def test_every_kind_learns_to_tell_stripes_apart(name):
 
 def test_grid_pooling_averages_whole_and_cut_cells():
     image = torch.arange(5.0).expand(1, 1, 5)
-    assert GridPool(3, 1)(image).flatten().tolist() == [0.5, 2.5, 4.0]
-    assert GridPool(9, 1)(image).flatten().tolist() == [0, 1, 2, 3, 4]
-    assert GridPool(1, 1)(image).flatten().tolist() == [2]
-
-
-def texture_of(channels=3, side=12, **options):
-    first = layer_of("gabor", output="energy", n_filters=channels)
-    return TextureClassifier(first, 4, image_size=(side, side), **options)
-
-
-def test_texture_statistics_are_strength_spread_and_flatness_of_each_cell():
-    energy = 100 * torch.rand(2, 3, 12, 12, dtype=torch.float64) + 20  # far above what is faint
-    found = texture_of().statistics(energy)
-    strength, spread, flatness = found[:, :81].view(2, 3, 3, 3, 3).unbind(1)
-    cell = energy[:, :, 8:, :4].flatten(2)
-    mean = cell.mean(2)
-    near = {"atol": 0.002, "rtol": 0.0}
-    torch.testing.assert_close(spread[:, :, 2, 0], (cell.std(2, correction=0) / mean).log(), **near)
-    torch.testing.assert_close(
-        flatness[:, :, 2, 0], (cell.log().mean(2).exp() / mean).log(), **near
-    )
-    # Compared with one another, cells and channels differ by the logarithms of their means.
-    difference = strength[:, 2, 2, 0] - strength[:, 0, 0, 1]
-    wanted = (mean[:, 2] / energy[:, 0, :4, 4:8].mean((1, 2))).log()
-    torch.testing.assert_close(difference, wanted, **near)
-    torch.testing.assert_close(strength.mean((1, 2, 3)), torch.zeros(2).double())
-
-
-def test_texture_statistics_end_with_the_correlations_of_logarithms():
-    energy = 100 * torch.rand(2, 4, 12, 12, dtype=torch.float64) + 20
-    energy[1, 2] = 3 * energy[1, 0] ** 2
-    found = texture_of(4).statistics(energy)[:, 4 * 39 :]
-    assert found.shape == (2, 6)
-    one, other = torch.triu_indices(4, 4, 1)
-    for image, numbers in zip(energy, found, strict=True):
-        wanted = torch.corrcoef(image.flatten(1).log())[one, other]
-        torch.testing.assert_close(numbers, wanted, atol=0.01, rtol=0)
-    assert found[1, 1] > 0.99
-    assert texture_of(1).statistics(energy[:, :1]).shape == (2, 39)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        half = texture_of(4).statistics(energy.float())
-    assert half.dtype == torch.float32
-    torch.testing.assert_close(half[:, 4 * 39 :], found.float(), atol=1e-4, rtol=0)
-
-
-def test_texture_statistics_hold_each_channel_beside_itself():
-    energy = 100 * torch.rand(2, 3, 12, 12, dtype=torch.float64) + 20
-    found = texture_of().statistics(energy)[:, 81:117].view(2, 3, 3, 4)  # distances, directions
-    logs = energy.log()
-    values = logs - logs.mean((2, 3), keepdim=True)
-    variance = values.square().mean((2, 3))
-    for i, k in enumerate((1, 2, 4)):
-        pairs = (
-            (values[..., k:], values[..., :-k]),
-            (values[..., k:, :-k], values[..., :-k, k:]),
-            (values[..., k:, :], values[..., :-k, :]),
-            (values[..., k:, k:], values[..., :-k, :-k]),
-        )
-        for j, (one, other) in enumerate(pairs):
-            wanted = (one * other).mean((2, 3)) / variance
-            torch.testing.assert_close(found[:, :, i, j], wanted, atol=0.01, rtol=0)
-    # Stripes come again after every fourth column, and are opposite half way.
-    stripes = (torch.arange(12) % 4 < 2).double().mul(9).add(1).expand(1, 3, 12, 12)
-    along = texture_of().statistics(stripes)[:, 81:117].view(1, 3, 3, 4)
-    torch.testing.assert_close(
-        along[0, 0, 1:, 0], torch.tensor([-1.0, 1.0]).double(), atol=0.01, rtol=0
-    )
-    torch.testing.assert_close(along[0, 0, :, 2], torch.ones(3).double(), atol=0.01, rtol=0)
-
-
-@pytest.mark.parametrize(
-    ("n_dims", "side", "n"), [(1, 9, 3), (1, 2, 1), (2, 4, 8), (3, 5, 39), (2, 1, 0)]
-)
-def test_channels_are_held_beside_themselves_as_far_as_there_is_room(n_dims, side, n):
-    first = make_first_layer(
-        "gabor", n_dims=n_dims, in_channels=1, n_filters=2, kernel_size=3, output="energy"
-    )
-    size = (side,) * n_dims
-    network = TextureClassifier(first, 4, image_size=size)
-    n_cells = math.prod(network.pool(torch.zeros(1, 2, *size)).shape[2:])
-    numbers = network.statistics(torch.rand(3, 2, *size, requires_grad=True))
-    assert numbers.shape == (3, 2 * 3 * n_cells + 2 * n + 1)
-    assert network(torch.rand(3, 1, *size)).shape == (3, 4)
-
-
-def test_texture_statistics_do_not_see_contrast_and_flatness_sees_gaps():
-    energy = torch.rand(2, 3, 12, 12) + 0.5
-    statistics = texture_of().statistics
-    torch.testing.assert_close(statistics(4 * energy), statistics(energy), atol=0.05, rtol=0)
-    # An even energy is flat; one that is in every other pixel alone is far from it.
-    assert statistics(torch.ones(1, 3, 12, 12))[:, 54:81].abs().max() < 1e-6
-    gaps = torch.ones(1, 3, 12, 12)
-    gaps[..., ::2] = 0.0
-    assert (statistics(gaps)[:, 54:81] < -1).all()
-
-
-def test_texture_statistics_have_a_gradient_where_nothing_varies():
-    energy = torch.full((1, 8, 9, 9), 0.5, requires_grad=True)
-    numbers = texture_of(8, 9).statistics(energy)
-    (numbers[0, 0] + numbers[0, 216:].sum()).backward()
-    assert energy.grad.isfinite().all()
-    assert energy.grad[0, 0, 0, 0] > 0
-    assert texture_of(8, 9).statistics(energy.detach().bfloat16()).dtype == torch.float32
-
-
-def test_texture_classifier_needs_two_images_to_train_and_one_to_tell():
-    network = texture_of()
-    assert network(torch.rand(2, 1, 12, 12)).shape == (2, 4)
-    with pytest.raises(ValueError, match=r"at least 2 images in training, got 1; take larger"):
-        network(torch.rand(1, 1, 12, 12))
-    assert network.eval()(torch.rand(1, 1, 12, 12)).shape == (1, 4)
+    assert GridPool(3)(image).flatten().tolist() == [0.5, 2.5, 4.0]
+    assert GridPool(9)(image).flatten().tolist() == [0, 1, 2, 3, 4]
+    assert GridPool(1)(image).flatten().tolist() == [2]
 
 
 def test_energy_of_pairs_is_what_a_gabor_layer_gives_and_has_a_gradient_at_zero():
@@ -348,31 +237,14 @@ def test_energy_of_pairs_is_what_a_gabor_layer_gives_and_has_a_gradient_at_zero(
 
 
 def test_networks_refuse_in_one_clear_line():
-    real, energy = layer_of("gabor"), layer_of("gabor", output="energy")
-    for call, word in (
-        (lambda: build_network("vgg", first=real, image_size=(28, 28), n_classes=3), "'cnn'"),
-        (lambda: build_network("cnn", first=real, image_size=(28, 28), n_classes=1), "at least 2"),
-        (
-            lambda: build_network("energy", first=real, image_size=(28, 28), n_classes=3),
-            "output='energy'",
-        ),
-        (
-            lambda: build_network(
-                "energy", first=nn.Conv2d(1, 8, 3), image_size=(9, 9), n_classes=3
-            ),
-            "got 'Conv2d'",
-        ),
-        (
-            lambda: build_network("cnn", first=nn.ReLU(), image_size=(28, 28), n_classes=3),
-            "out_channels",
-        ),
-        (
-            lambda: build_network("cnn", first=nn.Conv2d(1, 4, 9), image_size=(7, 7), n_classes=3),
-            "(7, 7)",
-        ),
-        (lambda: EnergyClassifier(energy, 3, image_size=(28, 28), grid=-1), "grid"),
-        (lambda: PairEnergy(nn.Conv2d(1, 3, 3)), "got 3"),
+    real, plain = layer_of("gabor"), nn.Conv2d(1, 8, 3)
+    for name, first, word in (
+        ("vgg", real, "kind must be one of 'cnn', 'energy', got 'vgg'"),
+        ("energy", real, "must be one of 'energy', got 'real'"),
+        ("energy", plain, "got 'real'"),
     ):
         with pytest.raises(ValueError, match=re.escape(word)) as caught:
-            call()
+            build_network(name, first=first, image_size=(28, 28), n_classes=3)
         assert "\n" not in str(caught.value)
+    with pytest.raises(ValueError, match="got 3"):
+        PairEnergy(nn.Conv2d(1, 3, 3))

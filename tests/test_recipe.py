@@ -1,4 +1,4 @@
-"""Recipes: what is legal, what is told about the rest, and that a file holds all of one."""
+"""Recipes: what is legal, what is said about the rest, and that a file holds all of one."""
 
 import dataclasses
 import inspect
@@ -7,11 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from gaborium.training.recipe import Recipe
+from gaborium.training import Recipe
 
 FULL = Recipe(
     data='a "quoted" path\\with\x7fé',
-    data_folder="/data",
     samples_per_class=10,
     network="energy",
     first_layer="mixed",
@@ -23,7 +22,7 @@ FULL = Recipe(
     learn=("orientation", "phase"),
     optimizer="natural",
     learning_rate=1e-5,
-    gabor_learning_rate=3.0,
+    gabor_learning_rate=0.5,
     schedule="cosine",
     weight_decay=1e-4,
     label_smoothing=0.1,
@@ -31,12 +30,9 @@ FULL = Recipe(
     batch_size=16,
     seeds=(4, 7),
     n_evaluations=2,
-    augmentation=("flip",),
-    corruption=("noise",),
     accelerator="cpu",
     devices=2,
     precision="bf16-mixed",
-    accumulate=2,
 )
 
 
@@ -57,66 +53,56 @@ def test_the_recipe_of_the_examples_compares_with_an_ordinary_layer():
 
 
 def test_what_is_left_out_has_its_default(tmp_path):
-    (tmp_path / "r.toml").write_text("# mine\nepochs = 3\nlearning_rate = 1\n")
-    recipe = Recipe.from_toml(tmp_path / "r.toml")
-    assert recipe == Recipe(epochs=3, learning_rate=1.0)
-    assert isinstance(recipe.learning_rate, float)
+    (tmp_path / "r.toml").write_text("# mine\nepochs = 3\nlearning_rate = 1\nseeds = [2]\n")
+    assert Recipe.from_toml(tmp_path / "r.toml") == Recipe(epochs=3, learning_rate=1, seeds=[2])
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "message"),
     [
-        ("epoch = 3", "has no field 'epoch'; there are data, "),
+        ("epoch = 3", "A field must be one of 'data', "),
         ("epochs = '3'", "epochs must be a whole number, got '3'."),
         ("epochs = 3.0", "epochs must be a whole number, got 3.0."),
         ("devices = true", "devices must be a whole number, got True."),
         ("learning_rate = '1e-3'", "learning_rate must be a number, got '1e-3'."),
         ("data = 3", "data must be a text, got 3."),
-        ("compare_with = 'free'", "compare_with must be a list of texts, got 'free'."),
-        ("seeds = [0, 'a']", "seeds must be a list of whole numbers, got [0, 'a']."),
-        ("seeds = 3", "seeds must be a list of whole numbers, got 3."),
+        ("compare_with = 'free'", "compare_with must be a list, got 'free'."),
+        ("seeds = [0, 'a']", "seeds must be a whole number, got 'a'."),
+        ("seeds = 3", "seeds must be a list, got 3."),
         ("epochs = 0", "epochs must be at least 1, got 0."),
+        ("samples_per_class = 0", "samples_per_class must be at least 1, got 0."),
         ("learning_rate = nan", "learning_rate must be at least 0, got nan."),
         ("learning_rate = inf", "learning_rate must be at least 0, got inf."),
         ("label_smoothing = 1.5", "label_smoothing must be at most 1, got 1.5."),
         ("seeds = [0, -1]", "seeds must be at least 0, got -1."),
         ("seeds = []", "seeds must hold at least one number, got none."),
         ("seeds = [1, 1]", "seeds must differ from one another, got [1, 1]."),
-        ("data = ''", "data must be the name of a data set, got an empty text."),
-        ("network = 'vgg'", "network must be one of 'cnn', 'energy', 'texture', got 'vgg'."),
-        ("augmentation = ['rotate']", "augmentation must be one of 'flip', 'shift', got 'rotate'"),
-        ("corruption = ['fuzz']", "corruption must be one of 'noise', "),
+        ("network = 'vgg'", "network must be one of 'cnn', 'energy', got 'vgg'."),
         ("compare_with = ['gabour']", "compare_with must be one of 'free', 'gabor', "),
-        ("epochs = ", "is no TOML file: "),
+        ("epochs = ", "Invalid value"),
         ("[epochs]\nn = 3", "epochs must be a whole number, got {'n': 3}."),
     ],
 )
-def test_an_illegal_recipe_is_told_in_a_line(tmp_path, text, told):
+def test_an_illegal_recipe_is_one_clear_line(tmp_path, text, message):
     path = tmp_path / "bad.toml"
     path.write_text(text)
-    with pytest.raises((TypeError, ValueError), match=re.escape(told)) as error:
+    with pytest.raises((TypeError, ValueError), match=re.escape(message)) as error:
         Recipe.from_toml(path)
     assert str(error.value).startswith(repr(str(path)))
     assert "\n" not in str(error.value)
 
 
-def test_a_file_that_cannot_be_read(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"^There is no recipe '.*none\.toml'\.$"):
-        Recipe.from_toml(tmp_path / "none.toml")
-    with pytest.raises(IsADirectoryError, match="is a folder"):
-        Recipe.from_toml(tmp_path)
-
-
 def test_replace_checks_as_a_new_recipe_does():
     assert Recipe().replace(epochs=3) == Recipe(epochs=3)
-    with pytest.raises(ValueError, match=r"^A recipe has no field 'epoch'"):
+    with pytest.raises(TypeError, match="'epoch'"):
         Recipe().replace(epoch=3)
     with pytest.raises(ValueError, match=r"^epochs must be at least 1"):
         Recipe().replace(epochs=0)
 
 
-def test_sides_are_told_once():
-    assert Recipe(first_layer="free", compare_with=("free", "gabor")).variants == ("free", "gabor")
+def test_variants_are_named_once():
+    recipe = Recipe(first_layer="free", compare_with=("free", "gabor"))
+    assert recipe.variants == ("free", "gabor")
     assert Recipe(compare_with=()).variants == ("gabor",)
 
 

@@ -1,11 +1,11 @@
 """How well does ``census`` agree with two passes by eye, and how Gabor-like are trained networks?
 
     python benchmarks/census/run.py                # benchmarks/results/census.json
-    python benchmarks/census/run.py --calibrate    # and the weights of the questions, made again
+    python benchmarks/census/run.py --calibrate    # and the weights of the stages, made again
 
 Filters of 15 networks were sorted by eye twice (``labels.csv``; GUIDE.md says how, ``sheets.py``
 draws the pictures). Half of them, chosen by a hash of network and number, and planted filters
-(``planted.py``) set the weights in ``gaborium.conversion.classes``; the other half judges. Beside
+(``planted.py``) set the weights in ``gaborium.conversion.census``; the other half judges. Beside
 it stands what the same numbers do on a network that took no part: weights made without it.
 """
 
@@ -31,14 +31,21 @@ from _report import RESULTS, ROOT, print_table, write_json
 from planted import planted
 
 from gaborium import Census, census
-from gaborium.conversion.classes import CLASSES, DEAD, QUESTIONS, Question, Term, probabilities
+from gaborium.conversion.census import (
+    CLASSES,
+    DEAD,
+    STAGES,
+    LogisticStage,
+    Weight,
+    probabilities,
+)
 
 LABELS = Path(__file__).resolve().parent / "labels.csv"
 PLANTED_WEIGHT = 0.2  # of a planted filter, beside 1 of one that both passes were certain of
-# The last question parts what is rare in networks, and rests on planted filters first of all.
+# The last stage parts what is rare in networks, and rests on planted filters first of all.
 WEIGHT_IN_LAST = 1.0
 RIDGE = 0.002
-# What each question looks at, in the order in which they are asked.
+# What each stage looks at, in the order in which they are asked.
 TERMS = {
     "noise": ("explained", "surround", "noise"),
     "gabor": ("third_bar", "selectivity", "crossing", "even"),
@@ -85,10 +92,10 @@ def main() -> None:
     judges = [one for one in labels if is_judge(one)]
     made = plant(options.n_planted, options.keep, seed=1)
     if options.calibrate:
-        questions = calibrate([sample_of(first, found), *made])
-        print("\n".join(as_code(question) for question in questions), flush=True)
+        stages = calibrate([sample_of(first, found), *made])
+        print("\n".join(as_code(stage) for stage in stages), flush=True)
     else:
-        questions = list(QUESTIONS)
+        stages = list(STAGES)
 
     results: dict[str, Any] = {
         "classes": CLASSES,
@@ -102,7 +109,7 @@ def main() -> None:
             [one.passes[0] for one in labels], [one.passes[1] for one in labels]
         ),
     }
-    answers = answers_of(judges, found, questions)
+    answers = answers_of(judges, found, stages)
     finals = [one.final for one in judges]
     results["judge"] = agreement(finals, answers) | {
         "confusion": confusion(finals, answers),
@@ -114,12 +121,12 @@ def main() -> None:
         ),
     }
     results["calibration"] = agreement(
-        [one.final for one in first], answers_of(first, found, questions)
+        [one.final for one in first], answers_of(first, found, stages)
     )
     results["left_out_network"] = left_out(labels, found, made)
     fresh = plant(options.n_planted, options.keep, seed=2)
     truth = [CLASSES[i] for part in fresh for i in part.shares.argmax(1).tolist()]
-    told = [CLASSES[i] for part in fresh for i in probabilities(part.numbers, questions).argmax(1)]
+    told = [CLASSES[i] for part in fresh for i in probabilities(part.numbers, stages).argmax(1)]
     results["planted"] = agreement(truth, told) | {"by_class": by_class(truth, told)}
     results["networks"] = {
         name: {
@@ -171,7 +178,7 @@ def counted(kernels: Tensor, name: str, keep: Path | None) -> Census:
     path = None if keep is None else keep / f"{name}.safetensors"
     if path is not None and path.is_file():
         one = Census.load(path)
-        # The questions may be others now; the numbers are the same.
+        # The stages may be others now; the numbers are the same.
         shares = probabilities(one.numbers)
         dead = one.numbers["strength"] <= DEAD
         chosen = shares.argmax(1).masked_fill(dead, CLASSES.index("noise"))
@@ -220,14 +227,14 @@ def plant(n: int, keep: Path | None, *, seed: int) -> list[Sample]:
 # -- calibration ------------------------------------------------------------------------------
 
 
-def calibrate(samples: Sequence[Sample]) -> list[Question]:
-    """Logistic regressions, one after the other, each on what earlier questions leave."""
+def calibrate(samples: Sequence[Sample]) -> list[LogisticStage]:
+    """Logistic regressions, one after the other, each on what earlier stages leave."""
     shares = torch.cat([sample.shares for sample in samples])
     weight = torch.cat([sample.weight.double() for sample in samples])
     is_planted = torch.cat([torch.full_like(s.weight, s.is_planted).bool() for s in samples])
-    rest, counts, questions = torch.ones_like(weight), weight, []
+    rest, counts, stages = torch.ones_like(weight), weight, []
     for label, names in TERMS.items():
-        terms = [Term(*split(name)) for name in names]
+        terms = [Weight(*split(name)) for name in names]
         x = torch.cat(
             [torch.stack([t.value(sample.numbers) for t in terms], 1) for sample in samples]
         )
@@ -236,18 +243,18 @@ def calibrate(samples: Sequence[Sample]) -> list[Question]:
         if label == list(TERMS)[-1]:
             counts = torch.where(is_planted, WEIGHT_IN_LAST, weight)
         slopes, constant = logistic(x[here], yes, (counts * rest)[here])
-        questions.append(
-            Question(
+        stages.append(
+            LogisticStage(
                 label,
                 round(constant, 2),
                 tuple(
-                    Term(term.number, round(slope, 2), term.less)
+                    Weight(term.number, round(slope, 2), term.minus)
                     for term, slope in zip(terms, slopes, strict=True)
                 ),
             )
         )
         rest = rest - shares[:, CLASSES.index(label)]
-    return questions
+    return stages
 
 
 def split(name: str) -> tuple[str, float, str]:
@@ -279,22 +286,22 @@ def logistic(x: Tensor, yes: Tensor, weight: Tensor) -> tuple[list[float], float
     return raw.tolist(), (constant.detach() - (mean * raw).sum()).item()
 
 
-def as_code(question: Question) -> str:
-    terms = [
-        f'Term("{term.number}", {term.weight:g}' + (f', "{term.less}")' if term.less else ")")
-        for term in question.terms
+def as_code(stage: LogisticStage) -> str:
+    weights = [
+        f'Weight("{term.number}", {term.weight:g}' + (f', "{term.minus}")' if term.minus else ")")
+        for term in stage.weights
     ]
-    return f'    Question("{question.label}", {question.constant:g}, ({", ".join(terms)},)),'
+    return f'    LogisticStage("{stage.label}", {stage.constant:g}, ({", ".join(weights)},)),'
 
 
 # -- agreement --------------------------------------------------------------------------------
 
 
 def answers_of(
-    labels: Sequence[Label], found: dict[str, Census], questions: Sequence[Question]
+    labels: Sequence[Label], found: dict[str, Census], stages: Sequence[LogisticStage]
 ) -> list[str]:
-    """Classes by the questions alone: the pictures that were sorted do not show dead weights."""
-    shares = probabilities(sample_of(labels, found).numbers, questions)
+    """Classes by the stages alone: the pictures that were sorted do not show dead weights."""
+    shares = probabilities(sample_of(labels, found).numbers, stages)
     return [CLASSES[i] for i in shares.argmax(1).tolist()]
 
 
@@ -306,9 +313,9 @@ def left_out(
     for network in found:
         own = [one for one in labels if one.network == network]
         others = [one for one in labels if one.network != network and not is_judge(one)]
-        questions = calibrate([sample_of(others, found), *made])
+        stages = calibrate([sample_of(others, found), *made])
         finals += [one.final for one in own]
-        answers += answers_of(own, found, questions)
+        answers += answers_of(own, found, stages)
     return agreement(finals, answers)
 
 

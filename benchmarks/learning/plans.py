@@ -10,9 +10,10 @@ from typing import Any
 
 import numpy as np
 import torch
+from texture import TextureClassifier
 
-from gaborium.training import Dataset, Recipe, load_dataset
-from gaborium.training.corruptions import KINDS as CORRUPTIONS
+from data import load
+from gaborium.training import Dataset, Recipe
 
 Rates = dict[str, float]
 
@@ -66,8 +67,10 @@ class Unit:
         n_seeds: networks to train of each.
         tuning: fields of the recipe that are others while rates are chosen, to save time.
         n_test: test images, evenly from all of them; ``None`` for all.
-        n_corrupted: test images, evenly from all of them, that the trained networks meet once more
-            with every corruption.
+        n_corrupted: test images, evenly from all of them, on which the trained networks are
+            measured again with every corruption.
+        network: class of the network, instead of the recipe's.
+        flip: whether training images are mirrored at random.
         similarity: whether to measure how much alike the filters become.
         tuned_as: another part of the same experiment, whose rates are taken.
         rate_factor: of all learning rates but those of Gabor parameters. A linear classifier of
@@ -84,6 +87,8 @@ class Unit:
     similarity: bool = False
     tuned_as: str = ""
     rate_factor: float = 1.0
+    network: type[torch.nn.Module] | None = None
+    flip: bool = False
 
     def rates(self, variant: Variant) -> tuple[Rates, ...]:
         """What the rates of a first layer are chosen from."""
@@ -131,10 +136,9 @@ def few() -> list[Unit]:
             recipe = replace(_BASE, data=data, **sizes)
             variants = ("free", "adam, bank", "natural, bank", *_FIXED, "mixed, bank")
             units.append(Unit(_few_name(data, n), recipe, variants, tuned_as=tuned_as))
-        corrupted = replace(recipe, corruption=CORRUPTIONS)
         variants = ("free", "adam, bank", "natural, bank", "fixed, bank", "mixed, bank")
-        name = f"{_few_name(data, n)}, corrupted"
-        units.append(Unit(name, corrupted, variants, n_test=2000, tuned_as=tuned_as))
+        name, sizes = f"{_few_name(data, n)}, corrupted", {"n_test": 2000, "n_corrupted": 2000}
+        units.append(Unit(name, recipe, variants, **sizes, tuned_as=tuned_as))
     return units
 
 
@@ -179,9 +183,10 @@ def starts() -> list[Unit]:
     mirrored = [
         Unit(
             f"{one.name}, mirrored",
-            replace(one.recipe, augmentation=("flip",), epochs=40),
+            replace(one.recipe, epochs=40),
             variants,
             tuned_as=one.name,
+            flip=True,
         )
         for one in held
     ]
@@ -190,6 +195,7 @@ def starts() -> list[Unit]:
         replace(mirrored[0].recipe, epochs=80),
         variants,
         tuned_as=held[0].name,
+        flip=True,
     )
     return [*units, *held, *mirrored, longer]
 
@@ -199,12 +205,19 @@ def textures() -> list[Unit]:
     # Photographs of 128 px hold waves that are longer than a small kernel; and 450 of them are
     # few beside 4500 numbers, by which a classifier must not be too sure.
     held = {"weight_decay": 1.0, "label_smoothing": 0.3, "epochs": 30}
-    large = replace(photographs, network="texture", n_filters=64, kernel_size=21, stride=4, **held)
-    patches = replace(_BASE, network="texture", data="brodatz", epochs=5, batch_size=64)
+    large = replace(photographs, n_filters=64, kernel_size=21, stride=4, **held)
+    patches = replace(_BASE, data="brodatz", epochs=5, batch_size=64)
     variants = ("free", *_LEARNED, *_FIXED)
     units = [
-        Unit("kth-tips, texture", large, variants, n_seeds=5),
-        Unit("brodatz, texture", patches, variants, n_seeds=5, rate_factor=3.0),
+        Unit("kth-tips, texture", large, variants, n_seeds=5, network=TextureClassifier),
+        Unit(
+            "brodatz, texture",
+            patches,
+            variants,
+            n_seeds=5,
+            rate_factor=3.0,
+            network=TextureClassifier,
+        ),
     ]
     # Energies alone, on the grid that is for objects.
     means = replace(photographs, network="energy", kernel_size=11, stride=2)
@@ -263,7 +276,7 @@ class Data:
     def test(self, name: str, n_test: int | None = None) -> Dataset:
         """All that there is to train on, and the test images."""
         if name not in self._loaded:
-            self._loaded[name] = load_dataset(name, None if name == "textures" else self.folder)
+            self._loaded[name] = load(name, self.folder)
         data = self._loaded[name]
         if n_test is None or n_test >= len(data.test_labels):
             return data

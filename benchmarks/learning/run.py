@@ -43,14 +43,15 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from _report import RESULTS, ROOT, print_table, provenance
+from augmentations import make_flip
+from corruptions import KINDS as CORRUPTIONS
+from corruptions import N_STRENGTHS, corrupt
 from plans import EXPERIMENTS, VARIANTS, Data, Unit, Variant
 
 from gaborium import Gabor1d, mel_bank
 from gaborium.files import write_text
 from gaborium.kernels import quadrature_pair
-from gaborium.training import Dataset, Mean, Recipe, Run, Trained, corrupt, load_trained, train
-from gaborium.training.corruptions import KINDS as CORRUPTIONS
-from gaborium.training.corruptions import N_STRENGTHS
+from gaborium.training import Dataset, Mean, Recipe, Run, Trained, load_trained, train
 
 TUNING_SEEDS = (1000, 1001)
 Line = dict[str, Any]
@@ -182,17 +183,20 @@ class Experiment:
         digest = hashlib.sha256(repr(recipe).encode()).hexdigest()[:8]
         name = "-".join(map(str, (*piece, digest)))
         place = self.checkpoints / name.replace(", ", "-").replace(" ", "-")
+        n_train = len(data.subset(recipe.samples_per_class, piece.seed).labels)
         result = train(
             recipe,
-            dataset=data,
+            data,
+            network=unit.network,
+            augment=make_flip(n_train) if unit.flip else None,
             start=_mel(recipe) if variant.mel else None,
             folder=place,
         )
         (run,) = result.runs
-        corrupted = run.corrupted
+        corrupted = {}
         if unit.n_corrupted and not tuning and not run.stopped:
             some = self.data.test(recipe.data, unit.n_corrupted)
-            corrupted = under_corruption(load_trained(place), some)
+            corrupted = under_corruption(load_trained(place, network=unit.network), some)
         shutil.rmtree(place)
         line = {
             **piece._asdict(),
@@ -205,7 +209,7 @@ class Experiment:
             "n_parameters": run.n_parameters,
             "seconds": run.seconds,
             "stopped": run.stopped,
-            "n_train": len(data.subset(recipe.samples_per_class, piece.seed).labels),
+            "n_train": n_train,
             "n_test": len(data.test_labels),
         }
         if corrupted:
@@ -241,9 +245,11 @@ class Experiment:
                 for name in (
                     *("data", "network", "samples_per_class", "n_filters", "kernel_size", "stride"),
                     *("epochs", "batch_size", "schedule", "weight_decay", "label_smoothing"),
-                    *("augmentation",),
                 )
             }
+            recipe["augmentation"] = ["flip"] if unit.flip else []
+            if unit.network is not None:
+                recipe["network"] = "texture"
             parts.append({"name": unit.name, "recipe": recipe, "variants": variants})
             _show(unit, variants)
         document = {
@@ -340,7 +346,7 @@ def under_corruption(trained: Trained, data: Dataset) -> dict[str, list[float]]:
         found[kind] = []
         for strength in range(1, N_STRENGTHS + 1):
             hits = 0
-            for rows in torch.arange(len(data.test_labels)).split(250):
+            for rows in torch.arange(len(data.test_labels)).split(256):
                 clean = data.test_images[rows] / 255
                 worse = corrupt(clean, kind, strength, seed=0, first=int(rows[0]))
                 scores = trained.network(trained.preprocess(worse))
@@ -372,7 +378,7 @@ def similarities(run: Run) -> list[float]:
 def _quick(unit: Unit) -> Unit:
     few = {"samples_per_class": 5, "epochs": 1}
     recipe = unit.recipe.replace(**few)
-    tuning = {**unit.tuning, **few, "corruption": ()}
+    tuning = {**unit.tuning, **few}
     return replace(
         unit,
         recipe=recipe,

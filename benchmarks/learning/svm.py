@@ -27,6 +27,7 @@ from plans import EXPERIMENTS, VARIANTS, Data
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from sklearn.svm import SVC
+from texture import TextureClassifier
 
 from gaborium.training import Dataset, Mean, load_trained, train
 
@@ -72,8 +73,8 @@ def main() -> None:
 def scores(recipe: Any, data: Dataset) -> tuple[float, dict[float, float]]:
     """Accuracy of the network, and of the machines on the numbers that its classifier has."""
     with tempfile.TemporaryDirectory() as folder:
-        result = train(recipe, dataset=data, folder=f"{folder}/run")
-        trained = load_trained(f"{folder}/run")
+        result = train(recipe, data, network=TextureClassifier, folder=f"{folder}/run")
+        trained = load_trained(f"{folder}/run", network=TextureClassifier)
     network: Any = trained.network
     with torch.no_grad():
         known, asked = (

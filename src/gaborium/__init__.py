@@ -15,7 +15,7 @@ _NAMES = {
     "bandwidth_from_sigma sigma_from_bandwidth suggest_kernel_size",
     "starts": "mel_bank",
     "layers": "GaborConv1d GaborConv2d GaborConv3d MixedConv",
-    "fitting": "FitResult FitShards Outcome fit fit_shards recover",
+    "fitting": "FitResult Outcome fit fit_shards recover",
     "conversion": "Census Conversion census convert",
     "training": "Recipe TrainResult train",
 }
@@ -28,12 +28,11 @@ if TYPE_CHECKING:
     from gaborium import optim as optim
     from gaborium import storage as storage
     from gaborium import training as training
-    from gaborium.conversion import Census as Census
-    from gaborium.conversion import Conversion as Conversion
-    from gaborium.conversion import census as census
-    from gaborium.conversion import convert as convert
+    from gaborium.conversion.census import Census as Census
+    from gaborium.conversion.census import census as census
+    from gaborium.conversion.convert import Conversion as Conversion
+    from gaborium.conversion.convert import convert as convert
     from gaborium.fitting import FitResult as FitResult
-    from gaborium.fitting import FitShards as FitShards
     from gaborium.fitting import Outcome as Outcome
     from gaborium.fitting import fit as fit
     from gaborium.fitting import fit_shards as fit_shards

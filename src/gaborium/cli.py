@@ -20,9 +20,7 @@ from gaborium import __version__
 from gaborium.errors import require
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
-    from gaborium.diagnostics import SetUp
+    from gaborium.diagnostics import TrainingSetup
 
 _BAD_INPUT = 2
 _INTERRUPTED = 130
@@ -208,7 +206,7 @@ def fit(
         from gaborium.files import new_folder
         from gaborium.fitting import FitResult
         from gaborium.fitting import fit as fit_kernels
-        from gaborium.kernel_files import read_kernels
+        from gaborium.readers import read_kernels
         from gaborium.report import write_report
 
     torch.set_num_threads(1)  # as in recover
@@ -259,10 +257,10 @@ def fit(
 
 
 def census(
-    source: str,
+    source: Path,
     /,
     *,
-    layer: str | None = None,
+    key: str | None = None,
     n_dims: Literal[1, 2, 3] = 2,
     n_starts: int = 12,
     name: str = "census",
@@ -276,10 +274,10 @@ def census(
 
     Args:
         source: A .npy, .npz, .safetensors, .pt, .pth or .onnx file, or a folder of images; axes
-            are (filters, height, width) or (filters, channels, height, width). Or a network:
-            transformers:NAME, timm:NAME, or a folder of save_pretrained. Nothing is unpickled.
-        layer: Name of the layer to take instead of the first convolution, as "conv1"; in a file
-            also that of an array, as "conv1.weight".
+            are (filters, height, width) or (filters, channels, height, width); nothing is
+            unpickled. Or a Python file whose setup() returns a network.
+        key: Name of the layer to take instead of the first convolution, as "conv1"; in a file
+            also the name of an array, as "conv1.weight".
         n_dims: Spatial dimensions of a kernel in a file.
         n_starts: Candidates that the fit follows for each filter at most.
         name: Name of the run.
@@ -295,37 +293,24 @@ def census(
         import torch
 
         from gaborium.conversion import census as look_at
-        from gaborium.conversion import find_first_conv, load_network, names_network
         from gaborium.files import new_folder
-        from gaborium.kernel_files import read_kernels
+        from gaborium.readers import read_layer
         from gaborium.report import write_report
 
     torch.set_num_threads(1)  # as in recover
-    if names_network(source):
-        _refuse(census, {"n_dims": n_dims}, _OF_FILES)
-        with console.status(_plain(f"Loading {source}")):
-            found_layer, conv = find_first_conv(load_network(source), layer)
-        shown, kernels = source, cast("Tensor", conv.weight).detach()
-        n_dims = cast("Literal[1, 2, 3]", kernels.ndim - 2)
-        facts = {"network": source, "layer": found_layer}
-    else:
-        with _called("key (--key)", "--layer"):
-            found = read_kernels(source, key=layer, n_dims=n_dims)
-        shown, kernels = found.name, found.values
-        facts = {
-            "file": found.name,
-            **({"array": found.key} if found.key else {}),
-            "SHA-256": found.sha256,
-        }
+    conv, found = read_layer(source, key=key, n_dims=n_dims)
+    shown, kernels = found.name, conv.weight.detach()
+    n_dims = cast("Literal[1, 2, 3]", kernels.ndim - 2)
+    facts = {
+        "file": found.name,
+        **({"array": found.key} if found.key else {}),
+        "SHA-256": found.sha256,
+    }
     facts |= {
-        "shape": " × ".join(map(str, kernels.shape)),
+        "shape": " × ".join(map(str, found.values.shape)),
         "command": _command(),
         "starts": str(n_starts),
     }
-    if kernels.ndim >= n_dims + 2:
-        kernels = kernels.flatten(0, -n_dims - 2)
-    else:
-        kernels = kernels.reshape(-1, *kernels.shape[-n_dims:])
     with new_folder(out / name, overwrite=overwrite) as folder:
         with _progress(console) as on_progress:
             result = look_at(kernels, n_dims=n_dims, n_starts=n_starts, on_progress=on_progress)
@@ -336,10 +321,10 @@ def census(
 
 
 def convert(
-    source: str,
+    source: Path,
     /,
     *,
-    layer: str | None = None,
+    key: str | None = None,
     images: Path | None = None,
     max_images: int = 64,
     threshold: float = 0.8,
@@ -359,11 +344,10 @@ def convert(
     result.json, result.csv, report.html, and a figure as PDF, SVG and PNG.
 
     Args:
-        source: Weights of a network or of a layer: .safetensors, .pt, .pth, .npz or .npy. Or a
-            network: transformers:NAME, timm:NAME, or a folder of save_pretrained. Nothing is
-            unpickled.
-        layer: Name of the layer to take instead of the first convolution, as "conv1"; in a file
-            also that of an array, as "conv1.weight".
+        source: Weights of a network or of a layer: .safetensors, .pt, .pth, .npz or .npy; nothing
+            is unpickled. Or a Python file whose setup() returns a network.
+        key: Name of the layer to take instead of the first convolution, as "conv1"; in a file
+            also the name of an array, as "conv1.weight".
         images: A photograph, or a folder of them. With it the responses to these images are kept,
             and not the kernels; the images are brought to mean 0 and deviation 1.
         max_images: Photographs to take of a folder.
@@ -389,25 +373,18 @@ def convert(
         import torch
 
         from gaborium.conversion import convert as convert_layer
-        from gaborium.conversion import load_network, names_network
         from gaborium.files import new_folder, write_tensors
-        from gaborium.kernel_files import LayerFile, read_layer
+        from gaborium.readers import read_layer
         from gaborium.report import write_report
         from gaborium.storage import save_layer
 
     torch.set_num_threads(1)  # as in recover
-    if names_network(source):
-        _refuse(convert, {"stride": stride, "padding": padding, "n_dims": n_dims}, _OF_FILES)
-        with console.status(_plain(f"Loading {source}")):
-            found = LayerFile.of(load_network(source), source, layer)
-    else:
-        with _called("key (--key)", "--layer"):
-            found = read_layer(source, key=layer, n_dims=n_dims, stride=stride, padding=padding)
-    calibrate = None if images is None else _calibration(images, max_images, found.layer)
+    conv, found = read_layer(source, key=key, n_dims=n_dims, stride=stride, padding=padding)
+    calibrate = None if images is None else _calibration(images, max_images, conv)
     with new_folder(out / name, overwrite=overwrite) as folder:
         with console.status("Looking for Gabor functions"), _called("filters", "--filters"):
             conversion = convert_layer(
-                found.layer,
+                conv,
                 calibrate=calibrate,
                 threshold=threshold,
                 filters=filters or None,
@@ -415,10 +392,10 @@ def convert(
             )
         with console.status("Writing the report"):
             facts = {
-                "file" if found.sha256 else "network": found.name,
-                "array": found.key,
-                "shape": " × ".join(map(str, found.layer.weight.shape)),
-                **({"SHA-256": found.sha256} if found.sha256 else {}),
+                "file": found.name,
+                **({"array": found.key} if found.key else {}),
+                "shape": " × ".join(map(str, conv.weight.shape)),
+                "SHA-256": found.sha256,
                 **({"images": f"{len(calibrate)} from {images}"} if calibrate else {}),
                 "command": _command(),
                 "starts": str(n_starts),
@@ -431,12 +408,12 @@ def convert(
                 weights,
                 {"name": "gaborium.weights", "format": 1, "file": found.name, "array": found.key},
             )
-            write_report(conversion, folder, kernels=found.layer.weight.detach(), facts=facts)
+            write_report(conversion, folder, kernels=conv.weight.detach(), facts=facts)
     _print_report(console, conversion, found.name)
-    for key in sorted(set(weights) - set(found.arrays)):
+    for added in sorted(set(weights) - set(found.arrays)):
         console.print(
             _plain(
-                f"weights.safetensors has {key!r}, a bias that keeps the responses' means; a "
+                f"weights.safetensors has {added!r}, a bias that keeps the responses' means; a "
                 "network that takes these weights needs one in this layer."
             )
         )
@@ -507,13 +484,15 @@ def diagnose(
     console = require("rich.console", extra="cli", purpose="Commands").Console()
     is_script = file is not None and file.suffix == ".py"
     if file is not None:
+        if kernel_size is not None:
+            raise ValueError(
+                f"--kernel-size is an option of the experiment; leave it out with {file}."
+            )
         given = dict(locals())
         options = {name: given[name] for name in _EXPERIMENT}
         _refuse(diagnose, options, f"of the built-in experiment; leave it out with {file}")
     if file is None or is_script:
         _refuse(diagnose, {"key": key, "n_dims": n_dims}, "of a file of kernels")
-    if is_script and kernel_size is not None:
-        raise ValueError("--kernel-size is no option of a script; set it in setup().")
     if file is not None and not is_script and steps != _default(diagnose, "steps"):
         raise ValueError("--steps is no option of a file of kernels, which does not train.")
     _check_experiment(
@@ -529,16 +508,22 @@ def diagnose(
 
         from gaborium.diagnostics import diagnose as examine
         from gaborium.files import new_folder
+        from gaborium.readers import read_layer, run_setup, script_errors
         from gaborium.report import write_report
-        from gaborium.setup_files import look_at_filters, one_line, read_layer, run_setup
 
     facts: dict[str, str] = {}
-    with new_folder(out / name, overwrite=overwrite, marker="diagnosis.json") as folder:
+    with new_folder(out / name, overwrite=overwrite) as folder:
         if file is not None and not is_script:
             torch.set_num_threads(1)  # as in recover
             with console.status("Looking at the filters"):
-                layer, facts = read_layer(file, key=key, kernel_size=kernel_size, n_dims=n_dims)
-                result = look_at_filters(layer, facts.get("layer", ""))
+                layer, found = read_layer(file, key=key, n_dims=n_dims)
+                facts = {
+                    "file": found.name,
+                    **({"array": found.key} if found.key else {}),
+                    "shape": " × ".join(map(str, found.values.shape)),
+                    "SHA-256": found.sha256,
+                }
+                result = _diagnosis_of_filters(layer)
         else:
             if file is not None:
                 setup = run_setup(file)
@@ -552,7 +537,7 @@ def diagnose(
                      "phase": phase if len(phase) > 1 else phase[0]},
                 )  # fmt: skip
             facts |= {"steps": f"{steps} in each trial"}
-            guard = one_line(file, ours=True) if file is not None else nullcontext()
+            guard = script_errors(file) if file is not None else nullcontext()
             with console.status("Looking at the gradients") as status, guard:
                 result = examine(
                     setup.module,
@@ -573,7 +558,6 @@ def train(
     /,
     *,
     data: str | None = None,
-    data_folder: str | None = None,
     samples_per_class: int | None = None,
     network: str | None = None,
     first_layer: str | None = None,
@@ -593,13 +577,9 @@ def train(
     batch_size: int | None = None,
     seeds: tuple[int, ...] | None = None,
     n_evaluations: int | None = None,
-    augmentation: tuple[str, ...] | None = None,
-    corruption: tuple[str, ...] | None = None,
     accelerator: str | None = None,
     devices: int | None = None,
     precision: str | None = None,
-    accumulate: int | None = None,
-    download: bool = False,
     tensorboard: bool = False,
     name: str = "train",
     out: Path = Path("runs"),
@@ -613,12 +593,10 @@ def train(
 
     Args:
         recipe: A recipe as a TOML file. The options below stand above what it says.
-        data: "textures", "digits", "fashion-mnist", "mnist", "cifar10", "kth-tips", "brodatz",
-            "spoken-digits", a folder of images, or an .npz file.
-        data_folder: Where the files of a named data set are.
+        data: "textures", "digits", "mnist", "fashion-mnist", "cifar10", a folder of images, or an
+            .npz file.
         samples_per_class: Training images of each class; by default all.
-        network: "cnn", "energy": a linear classifier on pooled Gabor energy, or "texture": one on
-            its mean, spread, flatness and correlations.
+        network: "cnn", or "energy": a linear classifier on pooled Gabor energy.
         first_layer: "gabor", "gabor-fixed", "mixed" or "free".
         compare_with: First layers to train the same network with, for comparison.
         n_filters: Filters of the first layer.
@@ -636,14 +614,9 @@ def train(
         batch_size: Images of one step at most.
         seeds: A network is trained for each.
         n_evaluations: How often at most the test images are looked at during a run.
-        augmentation: What is done to training images by chance: "flip", "shift".
-        corruption: Kinds under which accuracy is measured: "noise", "blur", "contrast", "fog",
-            "pixelate".
         accelerator: "auto", "cpu", "cuda" or "mps".
         devices: Processes on this machine, with a device each.
         precision: "32-true", "64-true" or "bf16-mixed".
-        accumulate: Parts in which each batch goes through the network.
-        download: Fetch what is missing in data_folder from where it was published.
         tensorboard: Write for TensorBoard too, where it is installed.
         name: Name of the run.
         out: Folder of all runs.
@@ -671,7 +644,7 @@ def train(
     for package in ("jinja2", "matplotlib"):
         require(package, extra="report", purpose="Reports")
     with console.status("Loading the images"):
-        dataset = load_dataset(chosen.data, chosen.data_folder, download=download)
+        dataset = load_dataset(chosen.data)
     folder = out / name
     try:
         with _training_progress(console, chosen) as progress:
@@ -686,19 +659,30 @@ def train(
     except KeyboardInterrupt:
         _say(f"Interrupted; the same command goes on from the last checkpoint in {folder}.")
         sys.exit(_INTERRUPTED)
-    if int(os.environ.get("RANK", "0")):
-        return  # of several processes that torchrun started, the first one tells
+    if int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0"))):
+        return  # only the first of several processes reports
     with console.status("Writing the report"):
         write_report(result, folder, facts={"command": _command()})
     _print_report(console, result)
     _print_end(console, folder, begun)
 
 
-_OF_FILES = "of a file; the layer of a network tells it"
 _EXPERIMENT = (
     *("image", "orientation", "wavelength", "phase", "sigma", "aspect_ratio"),
     *("start_orientation", "padding", "crop", "max_images", "loss", "learning_rate", "momentum"),
 )
+
+
+def _diagnosis_of_filters(layer: Any) -> Any:
+    """What is wrong with the filters of a layer, without inputs and a loss."""
+    from gaborium.diagnostics import Diagnosis, TrainingSetup, health
+
+    found = health(layer)
+    nothing = "A file of kernels holds no inputs, no targets and no loss."
+    skipped = dict.fromkeys(("gradients", "landscapes", "step limit", "trials"), nothing)
+    setup = TrainingSetup(layer, cast("Any", None), None, None)
+    nan = (math.nan, math.nan)
+    return Diagnosis(found.findings, {"health": found}, skipped, [], nan, setup)
 
 
 def _refuse(command: Any, given: Mapping[str, Any], why: str) -> None:
@@ -724,7 +708,7 @@ def _experiment(
     orientation: float,
     start_orientation: float,
     fields: dict[str, Any],
-) -> tuple[SetUp, dict[str, str]]:
+) -> tuple[TrainingSetup, dict[str, str]]:
     """The set-up of the built-in experiment, and how it was made."""
     from gaborium.experiments import planted_setup
     from gaborium.params import Gabor2d
@@ -792,10 +776,10 @@ def _photographs(
     image: Path | None, crop: int, max_images: int, *, alike: bool = True
 ) -> list[tuple[str, Any]]:
     """Names and pixels, cut to one size so that they make a batch, or each as it is."""
-    from gaborium.images import camera, center_crop, read_images
+    from gaborium.readers import center_crop, read_images, sample_image
 
     if image is None:
-        photographs = [("camera (scikit-image)", camera())]
+        photographs = [("camera (scikit-image)", sample_image())]
     else:
         photographs = read_images(image)
         if len(photographs) > max_images:
@@ -900,10 +884,11 @@ def _print_report(console: Any, result: Any, name: str = "") -> None:
         console.print(text(sentence), highlight=False)
     colors = {"severe": "bold red", "warning": "bold yellow", "note": "bold cyan"}
     for section in sections(result):
-        if not section.table and not section.tone and section.figures:
+        if not section.text and not section.table:
             continue
         console.print()
-        console.print(text(section.title, colors.get(section.tone, "bold")))
+        title = f"{section.title}  {section.tone.upper()}"
+        console.print(text(title, colors.get(section.tone, "bold")))
         for paragraph in section.text:
             _print_indented(console, paragraph)
         if section.table:

@@ -12,12 +12,12 @@ from torch import Tensor
 from gaborium.kernels import direction_and_slopes
 from gaborium.params import POSITIVE_FIELDS, RECORDS, Gabor, Waveform, unit_vector
 
-# Raw values are held within these bounds when they are read, so that a runaway step gives a useless
+# Raw values are clamped to these bounds when they are read, so that a runaway step gives a useless
 # kernel and not a NaN. Outside them a parameter has no gradient; inside, float32 does not overflow.
-_SHORTEST, _LONGEST = 1e-4, 1e10  # px
+_MIN_WAVELENGTH, _MAX_WAVELENGTH = 1e-4, 1e10  # px
 _BOUNDS = {
-    "angular_wave_vector": (-2 * math.pi / _SHORTEST, 2 * math.pi / _SHORTEST),
-    "log_wavelength": (math.log(_SHORTEST), math.log(_LONGEST)),
+    "angular_wave_vector": (-2 * math.pi / _MIN_WAVELENGTH, 2 * math.pi / _MIN_WAVELENGTH),
+    "log_wavelength": (math.log(_MIN_WAVELENGTH), math.log(_MAX_WAVELENGTH)),
     "log_sigma": (math.log(1e-8), math.log(1e8)),
     "log_aspect_ratio": (math.log(1e-6), math.log(1e6)),
     "center": (-1e4, 1e4),
@@ -25,6 +25,7 @@ _BOUNDS = {
 _BOUNDS |= dict.fromkeys(("orientation", "elevation", "phase"), (-1e8, 1e8))
 _BOUNDS |= dict.fromkeys(("amplitude", "even", "odd"), (-1e15, 1e15))
 _VECTORS = ("angular_wave_vector", "center")
+_WIDTHS = (("sigma",), ("sigma", "aspect_ratio"))  # in one dimension, in more
 _TINY = 1e-24  # squared length, below which a wave vector or coefficient pair has no direction
 
 
@@ -32,21 +33,21 @@ _TINY = 1e-24  # squared length, below which a wave vector or coefficient pair h
 class Coordinates:
     """A way of storing the fields of a record as unconstrained ("raw") tensors.
 
-    ``textbook`` keeps the formula's letters: angles, phase, amplitude and centre as they are, the
+    ``textbook`` keeps the formula's letters: angles, phase, amplitude and centre unchanged, the
     positive fields as logarithms. ``wavevector`` stores two groups of fields jointly: direction
-    and wavelength as ``angular_wave_vector`` (2πk in rad/px: there is no circle to cross, zero
-    frequency is an ordinary point, and a unit step turns the kernel about as much as a unit step
+    and wavelength as ``angular_wave_vector`` (2πk in rad/px: no angle wraps around, zero
+    frequency is an ordinary point, and a unit step changes the kernel about as much as a unit step
     of the others), amplitude and phase as the linear coefficients ``even`` and ``odd``.
 
-    A group is stored jointly only when its fields learn together or not at all: a wave vector
-    cannot move while its length is frozen. In 1-D there is no direction to store.
+    A group is stored jointly only if all its fields learn or none does: a wave vector cannot move
+    while its length is frozen. In 1-D there is no direction to store.
 
     Args:
         n_dims: 1, 2 or 3.
         joint_wave: direction and wavelength are stored as ``angular_wave_vector``.
         joint_phase: amplitude and phase are stored as ``even`` and ``odd``.
         min_wavelength: px; wavelengths stay above it: ``λ² = raw² + min²``. ``None``: no bound.
-            The nearer a wavelength is to it, the smaller is its gradient.
+            The closer a wavelength is to it, the smaller is its gradient.
 
     Example:
         >>> from gaborium import Gabor2d
@@ -78,13 +79,13 @@ class Coordinates:
         record = RECORDS[n_dims]
         learned = set(record.field_names() if learn is None else learn)
 
-        def together(fields: set[str]) -> bool:
+        def is_joint(fields: set[str]) -> bool:
             return name == "wavevector" and (fields <= learned or not fields & learned)
 
         return cls(
             n_dims,
-            joint_wave=n_dims > 1 and together({*record.angle_names, "wavelength"}),
-            joint_phase=together({"amplitude", "phase"}),
+            joint_wave=n_dims > 1 and is_joint({*record.angle_names, "wavelength"}),
+            joint_phase=is_joint({"amplitude", "phase"}),
             min_wavelength=min_wavelength,
         )
 
@@ -115,7 +116,9 @@ class Coordinates:
         """Raw tensors that hold ``params``; geometry and coefficients keep their own shapes."""
         fields = params.as_dict()
         # A blob is stored as a wave of 1e10 px, which still has a direction.
-        frequency = self._unbound(fields["wavelength"].clamp(_SHORTEST, _LONGEST).reciprocal())
+        frequency = self._unbound(
+            fields["wavelength"].clamp(_MIN_WAVELENGTH, _MAX_WAVELENGTH).reciprocal()
+        )
         raw = {name: fields[name] for name in (*params.angle_names, "amplitude", "phase", "center")}
         raw |= {f"log_{name}": fields[name].log() for name in POSITIVE_FIELDS if name in fields}
         raw["log_wavelength"] = -frequency.log()
@@ -124,14 +127,14 @@ class Coordinates:
         if self.joint_phase:
             raw["even"] = fields["amplitude"] * fields["phase"].cos()
             raw["odd"] = fields["amplitude"] * fields["phase"].sin()
-        return _held({name: raw[name] for name in self.raw_fields()})
+        return _clamped({name: raw[name] for name in self.raw_fields()})
 
     def from_raw(self, raw: Mapping[str, Tensor]) -> Gabor:
-        """The record that the raw tensors mean."""
-        raw = _held(raw)
+        """The record of the raw tensors."""
+        raw = _clamped(raw)
         record = RECORDS[self.n_dims]
         fields = {name: value for name, value in raw.items() if name in record.field_names()}
-        for name in ("sigma", "aspect_ratio")[: 1 if self.n_dims == 1 else 2]:
+        for name in _WIDTHS[self.n_dims > 1]:
             fields[name] = raw[f"log_{name}"].exp()
         if self.joint_wave:
             k = self._wave_vector(raw)
@@ -155,11 +158,11 @@ class Coordinates:
         return record(**{name: fields[name] for name in record.field_names()})
 
     def waveform(self, raw: Mapping[str, Tensor]) -> Waveform:
-        """What the kernels are made of, by a way on which no gradient is ever infinite.
+        """The waveform of the raw tensors, with gradients that are never infinite.
 
-        Going through the record would divide by the wave vector's length and the amplitude.
+        Through the record they would be divided by the wave vector's length and the amplitude.
         """
-        raw = _held(raw)
+        raw = _clamped(raw)
         if self.joint_wave:
             k = self._wave_vector(raw)
             squared = k.square().sum(-1, keepdim=True)
@@ -179,13 +182,13 @@ class Coordinates:
         return Waveform(direction, k, sigma, ratio, even, odd, raw["center"])
 
     def slopes(self, raw: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-        """Derivatives of the waveform, in closed form: by raw tensor, then by what they change.
+        """Derivatives of the waveform's fields with respect to the raw tensors, in closed form.
 
-        Each has shape ``(*batch, c, d)``: c components of the raw tensor, d of the waveform's
-        field; 1 for what is no vector. As in ``waveform``, none is infinite, and all are 0 where a
-        raw value is out of bounds.
+        By raw tensor, then by field, each of shape ``(*batch, c, d)``: c components of the raw
+        tensor, d of the field; 1 for scalars. They are never infinite, and 0 where a raw value is
+        out of bounds.
         """
-        given, raw = raw, _held(raw)
+        given, raw = raw, _clamped(raw)
         slopes: dict[str, dict[str, Tensor]] = {}
         if self.joint_wave:
             slopes["angular_wave_vector"] = self._slopes_of_wave_vector(raw["angular_wave_vector"])
@@ -196,10 +199,10 @@ class Coordinates:
             for name, turn in turns.items():
                 slopes[name] = {"direction": turn, "wave_vector": frequency * turn}
             unbound = (-raw["log_wavelength"]).exp().unsqueeze(-1)
-            # The slope of the bound is the third power of what it multiplies a frequency with.
+            # The bound multiplies a frequency by a factor, and its slope by the factor's cube.
             fall = -unbound * (frequency / unbound) ** 3
             slopes["log_wavelength"] = {"wave_vector": fall * direction}
-        for name in ("sigma", "aspect_ratio")[: 1 if self.n_dims == 1 else 2]:
+        for name in _WIDTHS[self.n_dims > 1]:
             slopes[f"log_{name}"] = {name: raw[f"log_{name}"].exp().unsqueeze(-1)}
         if self.joint_phase:
             one = torch.ones_like(raw["even"]).unsqueeze(-1)
@@ -224,7 +227,7 @@ class Coordinates:
         """Derivatives of direction and wave vector, ``(*batch, d, d)``: columns, components."""
         one, free = _unit_matrix(raw), raw / (2 * math.pi)
         squared = free.square().sum(-1, keepdim=True)
-        least = self._shortest(raw) ** 2
+        least = self._min_wavelength(raw) ** 2
         bound = (1 + squared * least).rsqrt()
         k = free * bound
         still = k.square().sum(-1, keepdim=True) < _TINY
@@ -250,13 +253,13 @@ class Coordinates:
         k = raw["angular_wave_vector"] / (2 * math.pi)
         if self.min_wavelength is None:
             return k
-        return k * (1 + k.square().sum(-1, keepdim=True) * self._shortest(k) ** 2).rsqrt()
+        return k * (1 + k.square().sum(-1, keepdim=True) * self._min_wavelength(k) ** 2).rsqrt()
 
     def _bound(self, frequency: Tensor) -> Tensor:
-        """``1/f² = 1/raw² + min_wavelength²``: smooth, and never reaches the limit."""
+        """``1/f² = 1/raw² + min_wavelength²``: smooth, and never at the limit."""
         if self.min_wavelength is None:
             return frequency
-        return frequency * (1 + (frequency * self._shortest(frequency)).square()).rsqrt()
+        return frequency * (1 + (frequency * self._min_wavelength(frequency)).square()).rsqrt()
 
     def _unbound(self, frequency: Tensor) -> Tensor:
         """The inverse of ``_bound``; the limit itself is stored as a point just short of it."""
@@ -265,12 +268,12 @@ class Coordinates:
         room = 1 - (frequency * self.min_wavelength).square()
         return frequency * room.clamp_min(1e-6).rsqrt()
 
-    def _shortest(self, like: Tensor) -> float:
-        """``min_wavelength``, and room for what rounding takes away."""
+    def _min_wavelength(self, like: Tensor) -> float:
+        """``min_wavelength``, and room for rounding."""
         return (self.min_wavelength or 0.0) * (1 + 8 * torch.finfo(like.dtype).eps)
 
 
-def _held(raw: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _clamped(raw: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: value.clamp(*_BOUNDS[name]) for name, value in raw.items()}
 
 

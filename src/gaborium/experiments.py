@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gaborium.diagnostics import SetUp
+from gaborium.diagnostics import TrainingSetup
 from gaborium.errors import as_sizes, one_of
 from gaborium.fitting import FitResult, recover
 from gaborium.kernels import gabor, orientation_basin
@@ -271,7 +271,7 @@ def planted_setup(
     learning_rate: float = 1.0,
     momentum: float = 0.0,
     padding: int = 0,
-) -> SetUp:
+) -> TrainingSetup:
     """One descent of the experiment as a set-up to diagnose: a layer that learns its orientation.
 
     Args:
@@ -302,7 +302,7 @@ def planted_setup(
     layer, inputs = _orientation_layer(start, size, padding), batch.float()
     targets = F.conv2d(inputs, gabor(target, size).to(inputs), padding=padding)
     optimizer = torch.optim.SGD(layer.parameters(), lr=learning_rate, momentum=momentum)
-    return SetUp(layer, _rmse if loss == "rmse" else F.mse_loss, inputs, targets, optimizer)
+    return TrainingSetup(layer, _rmse if loss == "rmse" else F.mse_loss, inputs, targets, optimizer)
 
 
 def _rmse(output: Tensor, target: Tensor) -> Tensor:

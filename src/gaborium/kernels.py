@@ -326,6 +326,18 @@ def quadrature_partner(wave: Waveform) -> Waveform:
     return wave._replace(even=wave.odd, odd=-wave.even)
 
 
+def inner_products(kernels: Tensor, others: Tensor) -> Tensor:
+    """Inner product of each filter ``(F, members, n)`` with each ``(G, members, n)``: ``(F, G)``.
+
+    Two members are a quadrature pair; pairs are compared at the phase at which they agree best.
+    """
+    products = kernels.flatten(1) @ others.flatten(1).T
+    if kernels.shape[1] == 2:
+        (even, odd), (other_even, other_odd) = kernels.unbind(1), others.unbind(1)
+        products = torch.hypot(products, even @ other_odd.T - odd @ other_even.T)
+    return products
+
+
 def with_unit_amplitude(wave: Waveform) -> Waveform:
     """The same waves with amplitude 1; a silent one has no phase, and gets 0."""
     squared = wave.even.square() + wave.odd.square()

@@ -526,8 +526,8 @@ def _plot_surface(found: Landscape, width: float) -> Figure:
         place = figure.add_subplot()
         # A square root, so that minima show next to a steep rise.
         image = place.pcolormesh(
-            x, y, found.values.nan_to_num(posinf=math.nan).numpy(), cmap=SEQUENTIAL, shading="nearest",
-            rasterized=True, norm=colors.PowerNorm(0.5),
+            x, y, found.values.nan_to_num(posinf=math.nan).numpy(), cmap=SEQUENTIAL,
+            shading="nearest", rasterized=True, norm=colors.PowerNorm(0.5),
         )  # fmt: skip
         if worse.any():
             place.contourf(x, y, worse, levels=[0.5, 1.5], colors="none", hatches=["////"])

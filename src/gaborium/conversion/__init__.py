@@ -1,18 +1,15 @@
-"""Trained layers and Gabor layers: what the filters of a first layer are, and converting it.
+"""Trained layers and Gabor layers: the classes of a first layer's filters, and its conversion.
 
-``census`` says of every filter what it is: ``measures`` has the numbers, ``classes`` the questions
-that are put to them, ``pairs`` who belongs to whom. ``first_conv`` finds the layer and replaces it;
-``convert`` does so with the Gabor functions nearest to its filters. ``load_network`` gets trained
-networks by name.
+``features`` has the numbers that describe a filter, ``census`` makes classes of them.
+``first_conv`` finds the layer and replaces it; ``convert`` replaces it by the Gabor functions
+nearest to its filters.
 """
 
-from gaborium.conversion.classes import CLASSES
-from gaborium.conversion.conversion import Conversion, convert
-from gaborium.conversion.filter_census import Census, census
+from gaborium.conversion.census import CLASSES, Census, Pair, census
+from gaborium.conversion.convert import Conversion, convert
+from gaborium.conversion.features import NUMBERS
 from gaborium.conversion.first_conv import find_first_conv, replace_first_conv
-from gaborium.conversion.measures import NUMBERS
 from gaborium.conversion.named_networks import load_network, names_network
-from gaborium.conversion.pairs import Pair
 
 __all__ = [
     "CLASSES",

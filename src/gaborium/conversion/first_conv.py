@@ -10,12 +10,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from gaborium.layers import GABOR_LAYERS, MixedConv
+from gaborium.layers import GABOR_LAYERS, PLAIN_LAYERS, MixedConv
 
-_PLAIN = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-_CONVOLUTIONS = (*_PLAIN, *GABOR_LAYERS, MixedConv)
-_LISTED = 8  # names in a message before "and more"
+_CONVOLUTIONS = (*PLAIN_LAYERS.values(), *GABOR_LAYERS, MixedConv, *_TRANSPOSED)
 
 
 def find_first_conv(
@@ -24,16 +22,16 @@ def find_first_conv(
     """The first convolution of a network, as a layer that a Gabor layer can replace.
 
     Convention:
-        - with ``inputs`` the first is the one that is executed first, in a copy that is run;
-          without, the one that was registered first, which is the same wherever layers are written
-          down in the order in which they run
+        - with ``inputs`` a copy of the network is run, and the first is the one executed first;
+          without, the one registered first, which is the same in networks that register their
+          layers in the order in which they run them
         - the first one counts, suitable or not: a 1 x 1 convolution at the start is an error and
-          not passed over, since what follows it does not see the image
+          not skipped, since the layers after it do not see the image
 
     Args:
         module: any network, or a convolution itself.
         name: of the layer, as ``module.get_submodule`` takes it, to choose it yourself.
-        inputs: a batch, or a tuple or dict of what ``module`` is called with.
+        inputs: a batch, or a tuple or dict of the arguments of ``module``.
 
     Returns:
         The layer's name in ``module``, ``""`` for the module itself, and the layer:
@@ -51,14 +49,28 @@ def find_first_conv(
     """
     if not isinstance(module, nn.Module):
         raise TypeError(f"module must be an nn.Module, got {type(module).__name__}.")
+    known = [at for at, part in module.named_modules() if _is_convolution(part)]
     if name is not None:
-        found = name, _named(module, name)
+        if name not in dict(module.named_modules(remove_duplicate=False)):
+            raise ValueError(
+                f"{type(module).__name__} has no layer {name!r}; its first convolutions are "
+                f"{known[:8]}."
+            )
     elif inputs is not None:
-        found = _first_executed(module, inputs)
-    else:
-        found = _first_registered(module)
-    _check(module, *found)
-    return found
+        known = _executed(module, inputs)
+    if name is None and not known:
+        done = "holds" if inputs is None else "executed"
+        raise ValueError(
+            f"{type(module).__name__} {done} no convolution (nn.Conv1d, nn.Conv2d or nn.Conv3d); "
+            "name the layer to take."
+        )
+    place = known[0] if name is None else name
+    layer = module.get_submodule(place)
+    problem = _problem(layer)
+    if problem:
+        what = f"{place or type(module).__name__!r} ({type(layer).__name__})"
+        raise ValueError(f"{what} {problem}; or name another layer to take.")
+    return place, layer
 
 
 def replace_first_conv(
@@ -72,15 +84,15 @@ def replace_first_conv(
 
     Args:
         module: any network; it is not changed.
-        replacement: the new layer, which is put in as it is; or a function that makes it from
+        replacement: the new layer, which is used itself; or a function that makes it from
             a copy of the old one, as ``lambda conv: GaborConv2d(conv.in_channels, ...)``.
         name: of the layer to replace, as for ``find_first_conv``.
         inputs: as for ``find_first_conv``.
 
     Returns:
-        The copy. The new layer has the old one's training mode; device and dtype are as it brings
-        them. Where a network holds the old layer in several places, all are replaced. If
-        ``module`` is itself the convolution, the new layer.
+        The copy. The new layer has the old one's training mode, and its own device and dtype.
+        Where a network holds the old layer in several places, all are replaced. If ``module`` is
+        itself the convolution, the new layer.
 
     Raises:
         TypeError: ``replacement`` is neither, or makes no module.
@@ -94,77 +106,55 @@ def replace_first_conv(
         >>> type(mine[0]).__name__, type(network[0]).__name__
         ('GaborConv2d', 'Conv2d')
     """
-    found, _ = find_first_conv(module, name, inputs=inputs)
+    place, _ = find_first_conv(module, name, inputs=inputs)
     result = copy.deepcopy(module)
-    old = result.get_submodule(found)
-    if not isinstance(replacement, nn.Module) and not callable(replacement):
+    old: Any = result.get_submodule(place)
+    is_function = callable(replacement) and not isinstance(replacement, nn.Module)
+    new: Any = replacement(old) if is_function else replacement
+    if not isinstance(new, nn.Module):
         raise TypeError(
             "replacement must be a layer, or a function that makes one from the old, got "
-            f"{type(replacement).__name__}."
+            f"{type(new).__name__}."
         )
-    new = replacement if isinstance(replacement, nn.Module) else replacement(old)
-    if not isinstance(new, nn.Module):
-        raise TypeError(f"replacement must make an nn.Module, got {type(new).__name__}.")
-    _check_fit(old, new, found)
+    what = f"The layer in place of {place or type(old).__name__!r}"
+    for attribute in ("in_channels", "out_channels"):
+        wanted = getattr(old, attribute)
+        given = getattr(new, attribute, wanted)
+        if given != wanted:
+            raise ValueError(f"{what} must have {attribute}={wanted} like the old, got {given}.")
+    weight = getattr(new, "weight", None)
+    if isinstance(weight, torch.Tensor) and weight.ndim > 2 and weight.ndim != old.weight.ndim:
+        raise ValueError(
+            f"{what} must convolve in {old.weight.ndim - 2} dimensions like the old, got "
+            f"{weight.ndim - 2}."
+        )
     new.train(old.training)
     if old is result:
         return new
-    for place in [
-        name for name, part in result.named_modules(remove_duplicate=False) if part is old
-    ]:
-        parent, _, last = place.rpartition(".")
-        setattr(result.get_submodule(parent), last, new)
+    for at, part in list(result.named_modules(remove_duplicate=False)):
+        if part is old:
+            parent, _, last = at.rpartition(".")
+            setattr(result.get_submodule(parent), last, new)
     return result
 
 
-# -- finding ----------------------------------------------------------------------------------
-
-
-def _named(module: nn.Module, name: str) -> nn.Module:
-    try:
-        return module.get_submodule(name)
-    except AttributeError:
-        known = [at or "''" for at, part in module.named_modules() if _is_convolution(part)]
-        more = f" and {len(known) - _LISTED} more" if len(known) > _LISTED else ""
-        raise ValueError(
-            f"{type(module).__name__} has no layer {name!r}; its convolutions are "
-            f"{', '.join(known[:_LISTED]) or 'none'}{more}."
-        ) from None
-
-
-def _first_registered(module: nn.Module) -> tuple[str, nn.Module]:
-    for name, part in module.named_modules():
-        if _is_convolution(part):
-            return name, part
-    raise ValueError(
-        f"{type(module).__name__} holds no convolution (nn.Conv1d, nn.Conv2d or nn.Conv3d); name "
-        "the layer to take instead."
-    )
-
-
-def _first_executed(module: nn.Module, inputs: Any) -> tuple[str, nn.Module]:
-    """Run a copy, in evaluation mode, so that neither statistics nor hooks' records change."""
+def _executed(module: nn.Module, inputs: Any) -> list[str]:
+    """Names of the convolutions in the order in which a copy in evaluation mode runs them."""
     trial = copy.deepcopy(module).eval()
-    executed: list[str] = []
+    names: list[str] = []
     for name, part in trial.named_modules():
         if _is_convolution(part):
-            part.register_forward_pre_hook(lambda _, __, name=name: executed.append(name))
-    arguments = (inputs,) if not isinstance(inputs, (tuple, dict)) else inputs
+            part.register_forward_pre_hook(lambda _, __, name=name: names.append(name))
     with torch.no_grad():
-        if isinstance(arguments, dict):
-            trial(**arguments)
+        if isinstance(inputs, dict):
+            trial(**inputs)
         else:
-            trial(*arguments)
-    if not executed:
-        raise ValueError(
-            f"{type(module).__name__} executed no convolution layer with these inputs; name the "
-            "layer to take."
-        )
-    return executed[0], module.get_submodule(executed[0])
+            trial(*inputs if isinstance(inputs, tuple) else (inputs,))
+    return names
 
 
 def _is_convolution(part: nn.Module) -> bool:
-    return isinstance(part, (*_CONVOLUTIONS, *_TRANSPOSED)) or _is_quantized(part)
+    return isinstance(part, _CONVOLUTIONS) or _is_quantized(part)
 
 
 def _is_quantized(part: nn.Module) -> bool:
@@ -173,51 +163,21 @@ def _is_quantized(part: nn.Module) -> bool:
     return "quantized" in kind.__module__ and "Conv" in kind.__name__
 
 
-# -- judging ----------------------------------------------------------------------------------
-
-
-def _check(module: nn.Module, name: str, layer: nn.Module) -> None:
-    what = f"{name or type(module).__name__!r} ({type(layer).__name__})"
-    advice = "name another layer to take"
+def _problem(layer: Any) -> str:
+    """Why no Gabor layer can replace this layer, or an empty text."""
     if not _is_convolution(layer):
-        raise ValueError(
-            f"{what} is no convolution; expected nn.Conv1d, nn.Conv2d or nn.Conv3d: {advice}."
-        )
+        return "is no convolution; expected nn.Conv1d, nn.Conv2d or nn.Conv3d"
     if isinstance(layer, _TRANSPOSED):
-        raise ValueError(f"{what} is a transposed convolution, which spreads pixels; {advice}.")
+        return "is a transposed convolution, which spreads pixels"
     if _is_quantized(layer):
-        raise ValueError(
-            f"{what} is quantised, and has no kernels that learn; take the network before it was "
-            "quantised."
-        )
-    if isinstance(layer, nn.modules.lazy.LazyModuleMixin) and layer.has_uninitialized_params():
-        raise ValueError(f"{what} has no shape yet; run the network once on a batch.")
-    weight: Any = layer.weight
-    if weight.is_complex():
-        raise ValueError(f"{what} is complex, and Gabor layers are real; {advice}.")
-    if not weight.is_floating_point():
-        raise ValueError(
-            f"{what} holds {weight.dtype}, expected real floating kernels; take the network before "
-            "it was quantised."
-        )
-    size = tuple(weight.shape[2:])
+        return "is quantised, and its kernels do not learn; take the network before that"
+    if any(isinstance(v, nn.UninitializedParameter) for v in layer.parameters()):
+        return "has no shape yet; run the network once on a batch"
+    if layer.weight.is_complex():
+        return "is complex, and Gabor layers are real"
+    if not layer.weight.is_floating_point():
+        return f"holds {layer.weight.dtype}; take the network before it was quantised"
+    size = tuple(layer.weight.shape[2:])
     if math.prod(size) == 1:
-        raise ValueError(
-            f"{what} has kernels of {' x '.join(map(str, size))} px, in which there is no wave; "
-            f"{advice}."
-        )
-
-
-def _check_fit(old: Any, new: Any, name: str) -> None:
-    what = f"The layer in place of {name or type(old).__name__!r}"
-    wanted = {"in_channels": old.in_channels, "out_channels": old.out_channels}
-    for attribute, number in wanted.items():
-        given = getattr(new, attribute, number)
-        if given != number:
-            raise ValueError(f"{what} must have {attribute}={number} like the old, got {given}.")
-    weight = getattr(new, "weight", None)
-    if isinstance(weight, torch.Tensor) and weight.ndim > 2 and weight.ndim != old.weight.ndim:
-        raise ValueError(
-            f"{what} must convolve in {old.weight.ndim - 2} dimensions like the old, got "
-            f"{weight.ndim - 2}."
-        )
+        return f"has kernels of {' x '.join(map(str, size))} px, in which there is no wave"
+    return ""

@@ -2,14 +2,13 @@
 
 from gaborium.diagnostics.causes import Finding, Severity
 from gaborium.diagnostics.diagnosis import Diagnosis, diagnose
-from gaborium.diagnostics.filters import Duplicate, Health, health, reseed
+from gaborium.diagnostics.filters import Duplicate, Health, health, reinitialize_filters
 from gaborium.diagnostics.gradients import GradientCheck, ParameterCheck, check_gradients
-from gaborium.diagnostics.information import Identifiability, identifiability
+from gaborium.diagnostics.identifiability import Identifiability, identifiability
 from gaborium.diagnostics.landscape import Landscape, Minimum, landscape
-from gaborium.diagnostics.losses import OutputLoss
-from gaborium.diagnostics.mending import replace_by_gabor
 from gaborium.diagnostics.recorder import Recorder, watch
-from gaborium.diagnostics.setups import SetUp
+from gaborium.diagnostics.remedies import rebuild_layer, replace_by_gabor
+from gaborium.diagnostics.sandbox import OutputLoss, TrainingSetup
 from gaborium.diagnostics.step_size import StepLimit, step_limit
 
 __all__ = [
@@ -24,16 +23,17 @@ __all__ = [
     "OutputLoss",
     "ParameterCheck",
     "Recorder",
-    "SetUp",
     "Severity",
     "StepLimit",
+    "TrainingSetup",
     "check_gradients",
     "diagnose",
     "health",
     "identifiability",
     "landscape",
+    "rebuild_layer",
+    "reinitialize_filters",
     "replace_by_gabor",
-    "reseed",
     "step_limit",
     "watch",
 ]

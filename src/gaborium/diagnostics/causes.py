@@ -114,6 +114,7 @@ NEW_OPTIMIZER = """\
 import torch
 optimizer = torch.optim.Adam(module.parameters(), lr=0.01)
 """
+SINGLE_PRECISION = "module = module.float()\n" + RENEW_OPTIMIZER
 CLEAR_OPTIMIZER = "if optimizer is not None:\n    optimizer.state.clear()\n"
 RECOVER = """\
 from gaborium import recover
@@ -140,14 +141,16 @@ _SLOWER, _FASTER = SCALE_RATE.format(factor=0.1), SCALE_RATE.format(factor=10)
 _TABLE = {
     "no gradient": _Row(_SEVERE, "{names} gets no gradient: {reason}."),
     "nan gradient": _Row(_SEVERE, "The gradient of {names} is NaN or infinite: {reason}."),
-    "stale cache": _Row(_SEVERE, "{reason}: a kernel computed earlier is still in use."),
+    "stale cache": _Row(_SEVERE, "The output does not follow {names}{reason}: a kernel is kept."),
     "wrong gradient": _Row(
-        _SEVERE,
-        "The gradient of {names} is not the derivative of the loss: for {worst} it is off by "
-        "{error} from finite differences in float64.",
+        _SEVERE, "The gradient of {names} is not the derivative of the loss: {reason}."
     ),
     "frozen": _Row(_NOTE, "{names} does not learn: {reason}.", RENEW_OPTIMIZER, 0.5),
-    "does not move": _Row(_SEVERE, "{names} gets a gradient, but does not move: {reason}."),
+    "does not move": _Row(
+        _SEVERE,
+        "{names} gets a gradient, but does not move: {reason}.",
+        SCALE_RATE.format(factor=1000),
+    ),
     "wrong unit": _Row(_WARNING, "{names} {reason}."),
     "off-centre grid": _Row(
         _SEVERE,
@@ -175,7 +178,7 @@ _TABLE = {
         "Curvature grows with their square, so a usual step is far too long.",
     ),
     "loss scale": _Row(_SEVERE, "The loss is too small for the step: {reason}."),
-    "vanishing step": _Row(_SEVERE, "The step is too short: {reason}."),
+    "vanishing step": _Row(_SEVERE, "The step is too short: {reason}.", SCALE_RATE),
     "dead filters": _Row(
         _WARNING, "Dead filters: {n} of {total}. Their kernels are zero compared with the others."
     ),

@@ -13,20 +13,24 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gaborium.diagnostics import units
-from gaborium.diagnostics.causes import CAUSES, CLEAR_OPTIMIZER, RECOVER, Finding, Severity, finding
+from gaborium.diagnostics.causes import CAUSES, CLEAR_OPTIMIZER, Finding, Severity, finding
 from gaborium.diagnostics.filters import health
 from gaborium.diagnostics.gradients import check_gradients
-from gaborium.diagnostics.information import identifiability
+from gaborium.diagnostics.identifiability import identifiability, recover_code, recover_options
 from gaborium.diagnostics.landscape import landscape
-from gaborium.diagnostics.losses import OutputLoss
-from gaborium.diagnostics.mending import convolution_of
-from gaborium.diagnostics.setups import Loss, SetUp
+from gaborium.diagnostics.remedies import convolution_of
+from gaborium.diagnostics.sandbox import (
+    Loss,
+    OutputLoss,
+    Sandbox,
+    TrainingSetup,
+    copied,
+    is_response,
+)
 from gaborium.diagnostics.step_size import step_limit
-from gaborium.diagnostics.trials import copied, seeded, tensors_of
-from gaborium.diagnostics.views import GaborLayer, recover_arguments, recover_options
+from gaborium.diagnostics.unit_checks import is_gabor_like
 from gaborium.fitting import FitResult, fit, recover
-from gaborium.layers import GABOR_LAYERS
+from gaborium.layers import GABOR_LAYERS, GaborLayer
 
 Progress = Callable[[str, int, int], None]  # what is looked at, parts done, parts in all
 
@@ -53,8 +57,8 @@ class Diagnosis:
         explained: share of the targets' variance that the outputs explain before and after that
             trial; NaN where outputs and targets differ in shape.
         setup: what was examined.
-        together: where no remedy is enough alone, findings whose remedies are, one after the
-            other.
+        combined_remedies: where no remedy is enough alone, findings whose remedies are enough one
+            after the other.
     """
 
     findings: list[Finding]
@@ -62,25 +66,25 @@ class Diagnosis:
     skipped: dict[str, str]
     losses: list[float]
     explained: tuple[float, float]
-    setup: SetUp
-    together: tuple[Finding, ...] = ()
+    setup: TrainingSetup
+    combined_remedies: tuple[Finding, ...] = ()
 
     @property
     def severe(self) -> list[Finding]:
         """The findings with which learning fails."""
         return [found for found in self.findings if found.severity is Severity.SEVERE]
 
-    def mended(self, finding: Finding | None = None) -> SetUp:
+    def with_remedy(self, finding: Finding | None = None) -> TrainingSetup:
         """A copy of the set-up with a remedy carried out.
 
         Args:
-            finding: whose remedy; by default those of ``together``, or else that of the first
+            finding: with the remedy; by default all ``combined_remedies``, or else the first
                 finding that has one.
 
         Raises:
             ValueError: there is no finding with a remedy.
         """
-        chosen = [finding] if finding is not None else list(self.together)
+        chosen = [finding] if finding is not None else list(self.combined_remedies)
         if not chosen:
             chosen = [found for found in self.findings if found.remedy][:1]
         if not chosen or not chosen[0].remedy:
@@ -96,7 +100,7 @@ class Diagnosis:
             "skipped": dict(self.skipped),
             "losses": list(self.losses),
             "explained": list(self.explained),
-            "together": [found.cause for found in self.together],
+            "combined_remedies": [found.cause for found in self.combined_remedies],
         }
 
     def __str__(self) -> str:
@@ -162,7 +166,7 @@ def diagnose(
         raise TypeError("data must be a tuple of inputs and targets.")
     if n_steps < 1:
         raise ValueError(f"n_steps must be at least 1, got {n_steps}.")
-    setup = SetUp(module, loss, *data, optimizer)
+    setup = TrainingSetup(module, loss, *data, optimizer)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # copies repeat what the caller's layer has said already
         return _Examination(setup, n_steps, seed, on_progress or (lambda *_: None)).result()
@@ -171,7 +175,7 @@ def diagnose(
 class _Examination:
     """The work of ``diagnose``: the questions, then the trials of remedies, then the order."""
 
-    def __init__(self, setup: SetUp, n_steps: int, seed: int, report: Progress) -> None:
+    def __init__(self, setup: TrainingSetup, n_steps: int, seed: int, report: Progress) -> None:
         self.setup, self.n_steps, self.seed, self.report = setup, n_steps, seed, report
         self.module = setup.module
         self.layers: dict[str, Any] = {
@@ -250,17 +254,18 @@ class _Examination:
         given = inputs if isinstance(inputs, tuple) else (inputs,)
         for name, part in self.module.named_modules():
             own = [n for n, _ in part.named_parameters(recurse=False)]
-            if isinstance(part, GABOR_LAYERS) or not any(map(units.is_gabor_like, own)):
+            if isinstance(part, GABOR_LAYERS) or not any(map(is_gabor_like, own)):
                 continue
             found = convolution_of(self.module, name, given)
-            if found is None or found.weight[0].numel() == 1:
+            if found is None or found["weight"][0].numel() == 1:
                 continue
-            result = fit(found.weight.detach().float(), n_dims=found.n_dims, center=True)
+            weight, n_dims = found["weight"], found["weight"].ndim - 2
+            result = fit(weight.float(), n_dims=n_dims, center=True)
             self.parts[f"fit{_of(name)}"] = result
             good = result.converged
             if not bool(good.any()):
                 return None
-            center = result.params.center[good].reshape(-1, found.n_dims)
+            center = result.params.center[good].reshape(-1, n_dims)
             middle = center.median(0).values
             spread = (center - middle).abs().amax()
             if middle.abs().amax() > _OFF_CENTRE and spread < 0.5 * middle.abs().amax():
@@ -324,19 +329,12 @@ class _Examination:
     @torch.no_grad()
     def _answer(self, module: nn.Module) -> Any:
         """What a copy of the module answers, under the same random numbers each time."""
-        with seeded(self.seed, [*module.parameters(), *tensors_of(self.setup.inputs)]):
-            return replace(self.setup, module=module, optimizer=None).output()
+        return Sandbox(module, self.setup.inputs, seed=self.seed).run(module).output
 
     @cached_property
     def regression(self) -> bool:
         """Whether the targets are responses."""
-        targets, output = self.setup.targets, self.output
-        return (
-            isinstance(targets, Tensor)
-            and isinstance(output, Tensor)
-            and targets.shape == output.shape
-            and targets.is_floating_point()
-        )
+        return is_response(self.output, self.setup.targets)
 
     def _identifiability(self) -> Any:
         return identifiability(self.module, self.setup.inputs, targets=self.setup.targets)
@@ -356,7 +354,7 @@ class _Examination:
         """Frozen fields whose values are not those of the responses."""
         present = layer.params.detach().to(torch.float64)
         difference = result.params.difference(present)
-        remedy = RECOVER.format(arguments=recover_arguments(layer))
+        remedy = recover_code(layer)
         for field, value in difference.items():
             if field in layer.learn or field == "center":
                 continue
@@ -470,7 +468,7 @@ class _Examination:
     ) -> tuple[bool, dict[str, float]]:
         """Whether learning goes better with a remedy, and how far it gets."""
         try:
-            mended = self.setup.mended(found.remedy)
+            mended = self.setup.with_remedy(found.remedy)
             with_it = mended.train(self.n_steps, seed=self.seed)
             explained = mended.explained()
         except Exception:  # somebody else's module may not bear it
@@ -509,10 +507,10 @@ class _Examination:
         return ()
 
 
-def _mended(setup: SetUp, findings: Sequence[Finding]) -> SetUp:
+def _mended(setup: TrainingSetup, findings: Sequence[Finding]) -> TrainingSetup:
     """A copy with remedies carried out one after the other."""
     for found in findings:
-        setup = setup.mended(found.remedy)
+        setup = setup.with_remedy(found.remedy)
     return setup
 
 

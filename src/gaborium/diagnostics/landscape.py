@@ -12,9 +12,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from gaborium.diagnostics.causes import RECOVER, Finding, Severity, by_severity, finding
-from gaborium.diagnostics.losses import LayerLoss, OutputLoss, Probe
-from gaborium.diagnostics.views import filter_moments, find_gabor_layer, recover_arguments
+from gaborium.diagnostics.causes import Finding, Severity, by_severity, finding
+from gaborium.diagnostics.identifiability import (
+    filter_statistics,
+    find_gabor_layer,
+    recover_code,
+)
+from gaborium.diagnostics.sandbox import LayerLoss, OutputLoss, Probe
 from gaborium.kernels import orientation_basin
 from gaborium.params import POSITIVE_FIELDS, UNITS, Gabor2d
 
@@ -394,9 +398,9 @@ class _GaborFields:
 
     def remedy(self, position: tuple[float, ...], *, exact: bool) -> str:
         """Code that sets the fields, by ``recover`` where it applies."""
-        arguments = recover_arguments(self.layer) if exact else None
-        if arguments is not None:
-            return RECOVER.format(arguments=arguments)
+        recovering = recover_code(self.layer) if exact else None
+        if recovering is not None:
+            return recovering
         code = (
             f"layer = module.get_submodule({self.layer_name!r})\nparams = layer.params.detach()\n"
         )
@@ -432,7 +436,7 @@ def _from_patches(loss: LayerLoss, varied: _Parameters | _GaborFields) -> _Funct
     layer, index = varied.layer, varied.index
     if (
         varied.layer_name
-        or not loss.is_squared_kind()
+        or not loss.is_squared
         or layer.output != "real"
         or any(step != 1 for step in layer.dilation)
         or loss.inputs.ndim != layer.n_dims + 2
@@ -441,7 +445,7 @@ def _from_patches(loss: LayerLoss, varied: _Parameters | _GaborFields) -> _Funct
     errors = (layer(loss.inputs) - loss.targets).detach().double().square()
     errors = errors.transpose(0, 1).flatten(1).mean(1).cpu()
     others = (errors.sum() - errors[index]).clamp_min(0)
-    patches = filter_moments(layer, index, loss.inputs, loss.targets)
+    patches = filter_statistics(layer, index, loss.inputs, loss.targets)
     n_rows = max(1, _BATCH // len(patches.mean))
 
     def squared_error(points: Tensor) -> Tensor:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from gaborium.diagnostics.causes import SET_RATE, Finding, Severity, by_severity, finding
-from gaborium.diagnostics.losses import LayerLoss, OutputLoss, Probe, duplicate
+from gaborium.diagnostics.sandbox import LayerLoss, OutputLoss, Probe, copied
 
 _DESCENT_STEPS = 200
 _CONE = 0.3  # slope ∝ distance^exponent: a cone below this exponent, a bowl above it
@@ -83,21 +84,14 @@ class StepLimit:
         return learning_rate * self.slopes[-1] / 2 if self.is_cone else 0.0
 
     @property
-    def n_steps(self) -> float | None:
-        """Steps to cross the basin at its steepest slope; ``None`` without an optimiser."""
-        if self.learning_rate is None:
-            return None
-        step = self.learning_rate if self.adaptive else self.travel(self.steepest)
-        return min(self.basin, 1.0) / step if step > 0 else math.inf
-
-    @property
     def findings(self) -> list[Finding]:
         """Faults of the loss' shape and of the optimiser's step."""
         return by_severity(_findings(self))
 
     def travel(self, slope: float) -> float:
-        """How far one step moves at a slope, what momentum adds to it included."""
-        return (self.learning_rate or 0.0) * slope / (1 - min(self.momentum, 1 - 1e-9))
+        """Length of one of the optimiser's steps at a slope, with what momentum adds to it."""
+        rate = self.learning_rate or 0.0
+        return rate if self.adaptive else rate * slope / (1 - min(self.momentum, 1 - 1e-9))
 
 
 def step_limit(
@@ -130,14 +124,14 @@ def step_limit(
     chosen, settings = _stepped(layer, optimizer)
     Probe(loss, layer)  # reports faults in their own precision
     if isinstance(loss, OutputLoss):
-        loss, layer = loss.double(), duplicate(layer).double()
+        loss, layer = loss.double(), copied(layer).double()
     probe = Probe(loss, layer)
     probe.learned = {name: value for name, value in probe.learned.items() if name in chosen}
     squared, is_smooth = None, False
-    if isinstance(loss, OutputLoss) and loss.has_outputs_like_targets(layer):
-        squared = Probe(loss.squared(), layer)
+    if isinstance(loss, OutputLoss) and loss.compares_responses(layer):
+        squared = Probe(OutputLoss(loss.inputs, loss.targets), layer)
         squared.learned = probe.learned
-        is_smooth = loss.is_squared_kind()
+        is_smooth = loss.is_squared
     there = _descend(squared or probe, probe.flat())
     if not is_smooth:  # other measures may have other minima
         there = min(
@@ -292,92 +286,73 @@ def _basin(
 
 def _findings(found: StepLimit) -> Iterator[Finding]:
     rate, momentum, basin = found.learning_rate, found.momentum, found.basin
-    measured: dict[str, Any] = {
-        "exponent": found.exponent,
-        "basin": basin,
-        "sharpness": found.sharpness,
-    }
-    if rate is None:
-        if found.is_cone:
-            consequence = "Descent with a fixed step cycles around it and never settles"
-            yield _cone(found, Severity.WARNING, consequence, measured)
-        return
-    measured |= {"learning_rate": rate, "momentum": momentum}
-    limit = found.momentum_limit(momentum)
-    safe = 1 / found.sharpness if 0 < found.sharpness < math.inf else None
-
+    numbers: dict[str, Any] = {"exponent": found.exponent, "basin": basin}
+    numbers["sharpness"] = found.sharpness
+    if rate is not None:
+        numbers |= {"learning_rate": rate, "momentum": momentum}
+    build: Any = partial(finding, **numbers)
+    travel = found.travel(found.slopes[-1] if found.is_cone else found.steepest)
     if found.is_cone:
-        thrown = rate if found.adaptive else found.travel(found.slopes[-1])
-        severity = Severity.SEVERE if thrown > basin else Severity.WARNING
-        end = "out of" if thrown > basin else "and cycles within"
-        yield _cone(
-            found,
-            Severity.NOTE if thrown < 1e-3 * basin else severity,
-            f"A step of {rate:g} passes it by {thrown:.3g}, {end} the basin of half-width "
-            f"{basin:.3g}",
-            measured | {"thrown": thrown},
-        )
-        if momentum > 0 and thrown > basin >= thrown * (1 - momentum):
-            yield _momentum(found, thrown, "one step alone would not leave it", 0.0, measured)
-    elif not found.adaptive and rate > limit:
-        reason = f"the largest with which descent settles at a curvature of {found.sharpness:.3g}"
-        yield finding("step too large", limit=limit, reason=reason, rate=repr(safe), **measured)
-    elif not found.adaptive and momentum > 0 and found.travel(found.steepest) > 8 * basin:
-        travel = found.travel(found.steepest)
-        yield _momentum(found, travel, "it passes the minimum many times", 0.5, measured)
-    if found.adaptive and rate > basin:
-        reason = "the basin's half-width, and this optimiser's steps all have about that length"
-        rate_then = repr(basin / 20)
-        yield finding("step too large", limit=basin, reason=reason, rate=rate_then, **measured)
+        severity = Severity.WARNING
+        consequence = "Descent with a fixed step cycles around it and never settles"
+        if rate is not None:
+            end = "out of" if travel > basin else "and cycles within"
+            consequence = f"A step of {rate:g} passes it by {travel:.3g}, {end} the basin of "
+            consequence += f"half-width {basin:.3g}"
+            severity = Severity.SEVERE if travel > basin else severity
+            severity = Severity.NOTE if travel < 1e-3 * basin else severity
+        yield build(
+            "cone at the minimum", severity=severity, consequence=consequence,
+            remedy=_squared_error(found), slope=found.slopes[-1], travel=travel,
+        )  # fmt: skip
+    if rate is None:
+        return
 
-    n_steps, steepest = found.n_steps or 0.0, found.steepest
+    settling = 1 / found.sharpness if found.sharpness > 0 else math.inf
+    limit = found.momentum_limit(momentum)
+    reason = f"the largest with which descent settles at a curvature of {found.sharpness:.3g}"
+    if found.adaptive:
+        limit, settling = basin, basin / 20
+        reason = "the basin's half-width, and this optimiser's steps all have about that length"
+    is_long = rate > limit and (found.adaptive or not found.is_cone)
+    if is_long:
+        yield build("step too large", limit=limit, reason=reason, rate=repr(settling))
+    alone = travel * (1 - momentum)
+    if momentum > 0 and found.is_cone and alone <= basin < travel:
+        yield build(
+            "momentum too large", travel=travel, times=f"{travel / basin:.1f}", new_momentum="0.0",
+            reason="one step alone would not leave it",
+        )  # fmt: skip
+    elif momentum > 0 and not found.is_cone and not is_long and travel > 8 * basin:
+        yield build(
+            "momentum too large", travel=travel, times=f"{travel / basin:.1f}", new_momentum="0.5",
+            reason="it passes the minimum many times", severity=Severity.WARNING, confidence=0.6,
+        )  # fmt: skip
+
+    steepest, crossing = found.steepest, found.travel(found.steepest)
+    n_steps = min(basin, 1.0) / crossing if crossing > 0 else math.inf
     is_faint = found.adaptive and steepest < 10 * found.epsilon
     if steepest > 0 and (n_steps > _MANY_STEPS or is_faint):
         reason = f"its gradient is {steepest:.3g} at most, and "
-        if is_faint:
-            reason += f"the optimiser adds an eps of {found.epsilon:g} to its size"
-        else:
-            reason += f"a step of {rate:g} needs {n_steps:.2g} steps to the minimum"
-        scaled = (
-            "unscaled = loss\n"
-            f"loss = lambda output, target: {1 / steepest!r} * unscaled(output, target)"
+        reason += (
+            f"the optimiser adds an eps of {found.epsilon:g} to its size"
+            if is_faint
+            else f"a step of {rate:g} needs {n_steps:.2g} steps to the minimum"
         )
-        remedy = scaled if is_faint or safe is None else SET_RATE.format(rate=safe)
-        yield finding(
-            "loss scale", reason=reason, remedy=remedy, n_steps=n_steps, steepest=steepest,
-            **measured,
-        )  # fmt: skip
+        remedy = SET_RATE.format(rate=settling)
+        if is_faint or not 0 < settling < math.inf:
+            remedy = (
+                "unscaled = loss\n"
+                f"loss = lambda output, target: {1 / steepest!r} * unscaled(output, target)"
+            )
+        yield build("loss scale", reason=reason, remedy=remedy, n_steps=n_steps, steepest=steepest)
 
 
-def _cone(
-    found: StepLimit, severity: Severity, consequence: str, measured: dict[str, Any]
-) -> Finding:
-    """With the squared error for a remedy, and a step that settles there."""
+def _squared_error(found: StepLimit) -> str:
+    """Code for the squared error in place of its root, with a step that settles."""
+    remedy = "distance = loss\nloss = lambda output, target: distance(output, target).square()\n"
     if found.has_targets:
         remedy = "import torch\nloss = torch.nn.functional.mse_loss\n"
-    else:
-        remedy = (
-            "distance = loss\nloss = lambda output, target: distance(output, target).square()\n"
-        )
     if found.learning_rate is not None and not found.adaptive and found.squared_sharpness > 0:
         remedy += SET_RATE.format(rate=1 / found.squared_sharpness)
-    return finding(
-        "cone at the minimum", severity=severity, consequence=consequence, remedy=remedy,
-        slope=found.slopes[-1], **measured,
-    )  # fmt: skip
-
-
-def _momentum(
-    found: StepLimit, travel: float, reason: str, momentum: float, measured: dict[str, Any]
-) -> Finding:
-    at_cone = found.is_cone
-    return finding(
-        "momentum too large",
-        severity=Severity.SEVERE if at_cone else Severity.WARNING,
-        confidence=0.7 if at_cone else 0.6,
-        travel=travel,
-        times=f"{travel / found.basin:.1f}",
-        reason=reason,
-        new_momentum=str(momentum),
-        **measured,
-    )
+    return remedy

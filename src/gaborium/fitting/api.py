@@ -1,46 +1,53 @@
-"""``fit`` and ``recover``: the two ways to put the question."""
+"""``fit`` and ``recover``: the two ways to ask for Gabor functions."""
 
 from __future__ import annotations
 
-import functools
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from itertools import zip_longest
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from gaborium.errors import as_sizes, one_of
-from gaborium.fitting.judgement import Evidence, judge
+from gaborium.fitting.judgement import FitStatistics, judge
+from gaborium.fitting.model import GaborModel
 from gaborium.fitting.result import FitResult
 from gaborium.fitting.robust import LOSSES, reweighted
 from gaborium.fitting.search import Search
-from gaborium.fitting.solver import Family, Target, misfit, without_offset
+from gaborium.fitting.solver import Target, misfit, without_offset
 from gaborium.fitting.start import StartGrid
 from gaborium.params import RECORDS
 from gaborium.patches import PatchStatistics, root_of
 
 _PIECE = 2**22  # numbers in the kernels that are held as a problem at a time
-_F = TypeVar("_F", bound=Callable[..., FitResult])
+# Options of the search: which values are good, and how that is said.
+_GOOD: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "n_dims": (lambda value: value in RECORDS, "1, 2 or 3"),
+    "n_starts": (lambda value: value >= 1, "at least 1"),
+    "max_iterations": (lambda value: value >= 1, "at least 1"),
+    "tolerance": (lambda value: value > 0, "positive"),
+    "dtype": (
+        lambda value: value in (torch.float32, torch.float64),
+        "torch.float32 or torch.float64",
+    ),
+}
 
 
-def _in_its_own_precision(function: _F) -> _F:
-    """Without a graph, and whatever autocast would make of matrix products around it."""
-
-    @functools.wraps(function)
-    def inner(*args: Any, **kwargs: Any) -> FitResult:
-        with (
-            torch.no_grad(),
-            torch.autocast("cpu", enabled=False),
-            torch.autocast("cuda", enabled=False),
-        ):
-            return function(*args, **kwargs)
-
-    return inner  # type: ignore[return-value]
+@contextmanager
+def _full_precision() -> Iterator[None]:
+    """Without a graph, and without the lower precision of autocast."""
+    with (
+        torch.no_grad(),
+        torch.autocast("cpu", enabled=False),
+        torch.autocast("cuda", enabled=False),
+    ):
+        yield
 
 
-@_in_its_own_precision
+@_full_precision()
 def fit(
     kernels: Tensor,
     *,
@@ -109,10 +116,14 @@ def fit(
     """
     one_of("geometry", geometry, ("pair", "filter"))
     one_of("loss", loss, LOSSES)
-    _check_search(n_starts, max_iterations, tolerance, dtype)
+    _check(
+        n_starts=n_starts,
+        max_iterations=max_iterations,
+        tolerance=tolerance,
+        dtype=dtype,
+        n_dims=n_dims,
+    )
     shared = geometry == "filter"
-    if n_dims not in RECORDS:
-        raise ValueError(f"n_dims must be 1, 2 or 3, got {n_dims}.")
     if not kernels.is_floating_point():
         raise ValueError(f"kernels must be floating, got {kernels.dtype}; use kernels.float().")
     if kernels.ndim < n_dims + shared or kernels.numel() == 0:
@@ -122,67 +133,73 @@ def fit(
         raise ValueError("metric goes with neither weights nor a robust loss; use one of them.")
     sizes = tuple(kernels.shape[-n_dims:])
     channels = kernels.shape[-n_dims - 1] if shared else 1
-    family = _family(sizes, channels, center, isotropic, offset, bounds)
+    model = _model(sizes, channels, center, isotropic, offset, bounds)
     flat = kernels.reshape(-1, channels, math.prod(sizes))
-    weight = None
+    weight = root = None
     if weights is not None:
         weight = _root_weights(weights, kernels, shared=shared, n_dims=n_dims)
-    root = None
     if metric is not None:
         metric = metric.detach().to(kernels.device, torch.float64)
         root = _root_of_metric(metric, channels * math.prod(sizes))
 
-    grid = StartGrid(family, flat.new_empty(0, dtype=dtype), metric)
+    grid = StartGrid(model, flat.new_empty(0, dtype=dtype), metric)
     rounding = 0.25 * torch.finfo(kernels.dtype).eps ** 2
     search = Search(grid, n_starts, max_iterations, tolerance, rounding)
     pieces = []
     for number in torch.arange(len(flat), device=flat.device).split(
         max(1, _PIECE // flat[0].numel())
     ):
-        y = flat[number].double()
-        w = weight if weight is None or len(weight) == 1 else weight[number]
-        if w is not None:
-            y = torch.where(w > 0, y, 0.0) * w
-        bad = ~y.isfinite().all(-1).all(-1) | (y == 0).all(-1).all(-1)
-        y = torch.where(bad[:, None, None], 1.0, y)
-        # In two steps: squares of very large or small numbers are beyond the range of floats.
-        size = y.abs().amax((-2, -1), keepdim=True)
-        scale = size * (y / size).square().mean((-2, -1), keepdim=True).sqrt()
-        y = y / scale
-        target = Target(y, None, w)
-        if root is not None:
-            target = Target((y.flatten(1) @ root.T).unsqueeze(1), root)
-        power = without_offset(target, family).square().sum((-2, -1))
-        bad |= ~(power > 1e-24 * target.y.square().sum((-2, -1)))  # only a constant
-        n_data = target.n_data()
-        noise = None
-        if loss == "squared":
-            best = search.best(target)
-            cost = best.solution.cost
-        else:
-            best, noise, trust = reweighted(target, search, loss)
-            # Pixels that are not believed count neither in what is explained nor in what is not.
-            believed = Target(target.y * trust, None, trust if w is None else trust * w)
-            power = without_offset(believed, family).square().sum((-2, -1))
-            cost = misfit(believed, family, best.solution.z)
-            n_data = (n_data / target.y[0].numel()) * trust.sum((-2, -1))
-        n_left = (n_data - family.n_parameters).clamp_min(1.0)
-        variance = cost / n_left
-        evidence = Evidence(
-            explained=1 - cost / power,
-            # Noise in the pixels would flatter the fit, too: a parameter explains as much of it as
-            # a pixel has.
-            share=1 - variance * n_data / power,
-            noise=variance if noise is None else noise,
-            n_left=n_left,
-            scale=scale[:, 0, 0],
-            bad=bad,
-        )
-        pieces.append(judge(family, target, best, evidence, shared=shared))
+        own = weight if weight is None or len(weight) == 1 else weight[number]
+        pieces.append(_fit_piece(flat[number].double(), own, root, search, loss, shared))
     return FitResult.cat(pieces)
 
 
-@_in_its_own_precision
+def _fit_piece(
+    y: Tensor, weight: Tensor | None, root: Tensor | None, search: Search, loss: str, shared: bool
+) -> FitResult:
+    """Fit kernels ``(batch, channels, pixels)``."""
+    model = search.model
+    if weight is not None:
+        y = torch.where(weight > 0, y, 0.0) * weight
+    bad = ~y.isfinite().all(-1).all(-1) | (y == 0).all(-1).all(-1)
+    y = torch.where(bad[:, None, None], 1.0, y)
+    # In two steps: squares of very large or small numbers are beyond the range of floats.
+    size = y.abs().amax((-2, -1), keepdim=True)
+    scale = size * (y / size).square().mean((-2, -1), keepdim=True).sqrt()
+    y = y / scale
+    target = Target(y, None, weight)
+    if root is not None:
+        target = Target((y.flatten(1) @ root.T).unsqueeze(1), root)
+    power = without_offset(target, model).square().sum((-2, -1))
+    bad |= ~(power > 1e-24 * target.power())  # only a constant
+    n_data = target.n_data()
+    noise = None
+    if loss == "squared":
+        best = search.best(target)
+        cost = best.solution.cost
+    else:
+        best, noise, trust = reweighted(target, search, loss)
+        # Pixels that are not trusted count neither as explained nor as unexplained.
+        trusted = Target(target.y * trust, None, trust if weight is None else trust * weight)
+        power = without_offset(trusted, model).square().sum((-2, -1))
+        cost = misfit(trusted, model, best.solution.z)
+        n_data = (n_data / target.y[0].numel()) * trust.sum((-2, -1))
+    n_left = (n_data - model.n_parameters).clamp_min(1.0)
+    variance = cost / n_left
+    statistics = FitStatistics(
+        explained=1 - cost / power,
+        # Noise in the pixels would flatter the fit: a parameter explains as much noise as a pixel
+        # has.
+        explained_signal=1 - variance * n_data / power,
+        noise=variance if noise is None else noise,
+        n_left=n_left,
+        scale=scale[:, 0, 0],
+        bad=bad,
+    )
+    return judge(model, target, best, statistics, shared=shared)
+
+
+@_full_precision()
 def recover(
     images: Tensor | Iterable[Tensor],
     responses: Tensor | Iterable[Tensor],
@@ -235,7 +252,7 @@ def recover(
         >>> round(result.params.wavelength.item(), 3)
         5.0
     """
-    _check_search(n_starts, max_iterations, tolerance)
+    _check(n_starts=n_starts, max_iterations=max_iterations, tolerance=tolerance)
     if isinstance(images, Tensor):
         images = [images]
     if isinstance(responses, Tensor):
@@ -252,7 +269,7 @@ def recover(
                     f"{tuple(image.shape)}."
                 )
             sizes = as_sizes("kernel_size", kernel_size, n_dims)
-            family = _family(sizes, image.shape[1], center, isotropic, False, bounds)
+            model = _model(sizes, image.shape[1], center, isotropic, False, bounds)
             _check_pair(image, response, n_dims)
             statistics = PatchStatistics(
                 sizes,
@@ -265,12 +282,12 @@ def recover(
         statistics.add(image, response)
     if statistics is None or statistics.count == 0:
         raise ValueError("recover needs at least one image, got none.")
-    return _solve_statistics(statistics, family, n_starts, max_iterations, tolerance)
+    return _solve_statistics(statistics, model, n_starts, max_iterations, tolerance)
 
 
 def _solve_statistics(
     statistics: PatchStatistics,
-    family: Family,
+    model: GaborModel,
     n_starts: int,
     max_iterations: int,
     tolerance: float,
@@ -288,12 +305,12 @@ def _solve_statistics(
     y = (c / scale.unsqueeze(-1)) @ inverse.T  # (filters, m)
     y = torch.where(bad.unsqueeze(-1), torch.ones_like(y), y)
     target = Target(y.unsqueeze(1), root)
-    best = Search(StartGrid(family, y, C), n_starts, max_iterations, tolerance).best(target)
+    best = Search(StartGrid(model, y, C), n_starts, max_iterations, tolerance).best(target)
     cost = best.solution.cost
 
     # Of the responses' variance (here 1) a free kernel explains |y|² and leaves noise; the Gabor
     # leaves |y - R K|² more. In each there is a known part of the noise, one per parameter.
-    n_free, n_parameters = len(root), family.n_parameters
+    n_free, n_parameters = len(root), model.n_parameters
     free_power = y.square().sum(-1)
     left = (1 - free_power).clamp_min(0.0)
     noise = left / max(1, count - n_free)
@@ -303,80 +320,69 @@ def _solve_statistics(
     # The best of all Gabor functions explains some of pure noise, too: it must be worth its
     # parameters (Bayesian information criterion).
     worth = -count * residual.log() > n_parameters * math.log(count)
-    evidence = Evidence(
+    fit_statistics = FitStatistics(
         explained=1 - residual,
-        share=torch.where(worth, gained / (gained + missed.clamp_min(0.0)), 0.0),
+        explained_signal=torch.where(worth, gained / (gained + missed.clamp_min(0.0)), 0.0),
         noise=residual / max(1, count - n_parameters),  # σ² / n
         n_left=torch.full_like(noise, max(1, n_free - n_parameters)),
         scale=scale,
         bad=bad,
     )
-    return judge(family, target, best, evidence, shared=True)
+    return judge(model, target, best, fit_statistics, shared=True)
 
 
-def _family(
+def _model(
     sizes: tuple[int, ...],
     n_channels: int,
     center: bool,
     isotropic: bool,
     offset: bool,
     bounds: Mapping[str, tuple[float, float]] | None,
-) -> Family:
-    """What is searched, with the ranges asked for as ranges of the solver's columns."""
-    bounds = bounds or {}
-    limits = _limits(bounds, center, isotropic)
-    family = Family(sizes, n_channels, center, isotropic, offset, limits)
-    low, high = family.bounds(torch.zeros(1, dtype=torch.float64))
+) -> GaborModel:
+    """What is searched, within ``bounds``."""
+    bounds, searched = bounds or {}, {"center": center, "aspect_ratio": not isotropic}
+    limits = []
+    for name, pair in bounds.items():
+        one_of("A name in bounds", name, ("wavelength", "sigma", "aspect_ratio", "center"))
+        limits.append(_limit(name, pair))
+        if not searched.get(name, True):
+            option = "center=True" if name == "center" else "isotropic=False"
+            raise ValueError(f"bounds of {name} need {option}: it is not searched.")
+    model = GaborModel(sizes, n_channels, center, isotropic, offset, tuple(limits))
+    low, high = model.bounds(torch.zeros(1, dtype=torch.float64))
     if (low > high).any():
         raise ValueError(
             f"bounds of {', '.join(bounds)} must leave something of what kernels of {sizes} px "
             f"can tell: wavelength from 2 px, sigma from 0.2 to {4 * max(sizes)} px, aspect_ratio "
             f"from 0.05 to 20, center within the kernel; got {dict(bounds)}."
         )
-    return family
+    return model
 
 
-def _limits(
-    bounds: Mapping[str, tuple[float, float]], center: bool, isotropic: bool
-) -> tuple[tuple[str, float, float], ...]:
-    """Ranges of fields as ranges of the solver's columns."""
-    limits = []
-    for name, pair in bounds.items():
-        one_of("A name in bounds", name, ("wavelength", "sigma", "aspect_ratio", "center"))
-        least = -math.inf if name == "center" else 0.0
-        try:
-            low, high = (float(value) for value in pair)
-        except (TypeError, ValueError):
-            low, high = math.nan, math.nan
-        if not (least <= low <= high and high > least and low < math.inf):
-            raise ValueError(
-                f"bounds of {name} must be (lowest, highest){'' if name == 'center' else ' > 0'}, "
-                f"got {pair}."
-            )
-        if (name == "center" and not center) or (name == "aspect_ratio" and isotropic):
-            option = "center=True" if name == "center" else "isotropic=False"
-            raise ValueError(f"bounds of {name} need {option}: it is not searched.")
-        if name == "wavelength":
-            # Without a longest wave a blob is in the range, and both signs lead there.
-            rates = (-math.inf if low == 0 else -1 / low) if high == math.inf else 1 / high
-            limits.append(("frequency", rates, math.inf if low == 0 else 1 / low))
-        elif name == "center":
-            limits.append((name, low, high))
-        else:
-            limits.append((name, math.log(low) if low else -math.inf, math.log(high)))
-    return tuple(limits)
+def _limit(name: str, pair: tuple[float, float]) -> tuple[str, float, float]:
+    """The range of a field as a range of the model's column."""
+    least = -math.inf if name == "center" else 0.0
+    try:
+        low, high = (float(value) for value in pair)
+    except (TypeError, ValueError):
+        low, high = math.nan, math.nan
+    if not (least <= low <= high and high > least and low < math.inf):
+        positive = "" if name == "center" else " > 0"
+        raise ValueError(f"bounds of {name} must be (lowest, highest){positive}, got {pair}.")
+    if name == "center":
+        return name, low, high
+    if name == "wavelength":
+        # Without a longest wave a blob is in the range, and both signs lead there.
+        slowest = (-math.inf if low == 0 else -1 / low) if high == math.inf else 1 / high
+        return "frequency", slowest, math.inf if low == 0 else 1 / low
+    return name, math.log(low) if low else -math.inf, math.log(high)
 
 
-def _check_search(
-    n_starts: int, max_iterations: int, tolerance: float, dtype: torch.dtype = torch.float64
-) -> None:
-    for name, value in (("n_starts", n_starts), ("max_iterations", max_iterations)):
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}.")
-    if not tolerance > 0:
-        raise ValueError(f"tolerance must be positive, got {tolerance}.")
-    if dtype not in (torch.float32, torch.float64):
-        raise ValueError(f"dtype must be torch.float32 or torch.float64, got {dtype}.")
+def _check(**options: Any) -> None:
+    for name, value in options.items():
+        is_good, expected = _GOOD[name]
+        if not is_good(value):
+            raise ValueError(f"{name} must be {expected}, got {value}.")
 
 
 def _root_weights(weights: Tensor, kernels: Tensor, *, shared: bool, n_dims: int) -> Tensor:

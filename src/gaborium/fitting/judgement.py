@@ -8,16 +8,25 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from gaborium.fitting.model import GaborModel
 from gaborium.fitting.result import FitResult, Outcome
-from gaborium.fitting.search import ALIKE, LITTLE, MUCH, NOT_ALL, Best
-from gaborium.fitting.solver import Family, Solution, Target
+from gaborium.fitting.search import (
+    EQUAL_COST_FACTOR,
+    MIN_EXPLAINED,
+    MIN_EXPLAINED_STRUCTURED,
+    SECOND_WAVE_SHARE,
+    Best,
+)
+from gaborium.fitting.solver import Target
 from gaborium.kernels import gabor_jacobian
-from gaborium.params import RECORDS, Gabor
+from gaborium.params import Gabor
 
-_WEAK = 1e-11  # eigenvalue of the scaled Fisher information that carries none
-# Standard deviation of who knows nothing: of a number between 0 and the period, or, of a positive
-# one, its own size.
-_IGNORANCE = {
+_MIN_EIGENVALUE = 1e-11  # of the scaled Fisher information; below, a direction has none
+_MAX_UNKNOWN_SHARE = 1e-3  # of a parameter in such directions, up to which it is determined
+_DISTINCT = 3.0  # standard errors by which the parameters of two kernels differ
+# Standard deviation without any knowledge: of a uniform number between 0 and the period; for a
+# positive parameter its own size.
+_MAX_ERROR = {
     "orientation": math.pi / math.sqrt(12),
     "elevation": math.pi / math.sqrt(12),
     "phase": 2 * math.pi / math.sqrt(12),
@@ -25,12 +34,12 @@ _IGNORANCE = {
 
 
 @dataclass(frozen=True)
-class Evidence:
-    """What is known about targets beside where their searches ended; all of shape ``(batch,)``.
+class FitStatistics:
+    """Variances and counts from which outcomes and errors follow; all of shape ``(batch,)``.
 
     Args:
         explained: share of the target's power that the kernel explains, for the user.
-        share: the same less what noise would add to it: share of what can be explained.
+        explained_signal: the same less what noise adds to it: share of what can be explained.
         noise: variance of the noise in the metric's coordinates.
         n_left: numbers in a target that are not used up by parameters.
         scale: what targets were divided by.
@@ -38,7 +47,7 @@ class Evidence:
     """
 
     explained: Tensor
-    share: Tensor
+    explained_signal: Tensor
     noise: Tensor
     n_left: Tensor
     scale: Tensor
@@ -46,59 +55,38 @@ class Evidence:
 
 
 def judge(
-    family: Family,
-    target: Target,
-    best: Best,
-    evidence: Evidence,
-    *,
-    shared: bool,
+    model: GaborModel, target: Target, best: Best, statistics: FitStatistics, *, shared: bool
 ) -> FitResult:
     """Turn ends into a result.
 
     Args:
-        family: what was searched.
+        model: what was searched.
         target: what for.
         best: the ends.
-        evidence: how far they explain it.
+        statistics: how well they explain it.
         shared: whether fields keep their channel axis.
     """
-    solution = best.solution
-    params = record_of(family, solution)  # (B, 1) and (B, C)
-    standard_error, correlation, names = _errors(family, params, target, evidence.noise)
-    n_left, cost = evidence.n_left, solution.cost
-    first = target.y.square().sum((-2, -1)) - cost
+    solution, bad = best.solution, statistics.bad
+    params = model.record(solution.z, solution.coefficients)  # (B, 1) and (B, C)
+    standard_error, correlation, names = _errors(model, params, target, statistics.noise)
     for name, error in standard_error.items():
         if name != "center":
-            limit = _IGNORANCE.get(name, params.as_dict()[name])
+            limit = _MAX_ERROR.get(name, params.as_dict()[name])
             standard_error[name] = torch.where(error > limit, torch.inf, error)
-    _doubt(family, params, best, n_left, standard_error)
-    scale = evidence.scale.double().unsqueeze(-1)
+    _mark_ambiguous(model, params, best, statistics.n_left, standard_error)
+    scale = statistics.scale.double().unsqueeze(-1)
     params = params.replace(amplitude=params.amplitude * scale)
     standard_error["amplitude"] = standard_error["amplitude"] * scale
 
-    unknown = torch.stack(
-        [error.isinf().flatten(1).any(1) for error in standard_error.values()]
-    ).any(0)
-    off = ~(evidence.share >= torch.where(best.structured, NOT_ALL, LITTLE))
-    off |= best.structured & (best.second > MUCH * first) | best.other
-    code = torch.where(unknown, 3, 4)
-    for number, mask in ((2, off), (1, ~solution.converged), (0, evidence.bad)):
-        code = torch.where(mask, number, code)
-    by_code = (
-        *(Outcome.BAD_INPUT, Outcome.STALLED, Outcome.OFF_MODEL),
-        *(Outcome.NOT_IDENTIFIABLE, Outcome.CONVERGED),
-    )
-
     def masked(value: Tensor) -> Tensor:
-        flat = torch.where(
-            evidence.bad.reshape(-1, *[1] * (value.ndim - 1)), torch.nan, value.double()
-        )
-        return flat if shared or flat.ndim < 2 else flat[:, 0]
+        nothing = bad.reshape(-1, *[1] * (value.ndim - 1))
+        value = torch.where(nothing, torch.nan, value.double())
+        return value if shared or value.ndim < 2 else value[:, 0]
 
     return FitResult(
         params=type(params)(**{name: masked(v) for name, v in params.as_dict().items()}),
-        outcome=tuple(by_code[i] for i in code.tolist()),
-        explained_variance=masked(evidence.explained),
+        outcome=_outcomes(target, best, statistics, standard_error),
+        explained_variance=masked(statistics.explained),
         standard_error={name: masked(value) for name, value in standard_error.items()},
         correlation=correlation,
         names=names,
@@ -106,88 +94,79 @@ def judge(
     )
 
 
-def record_of(family: Family, solution: Solution) -> Gabor:
-    """Geometry ``(batch, 1)``, phase and amplitude ``(batch, channels)``, in float64."""
-    z, coefficients = solution.z.double(), solution.coefficients.double()
-    columns = family.columns
-    frequency, center = z[:, columns["frequency"]], z[:, columns["center"] :]
-    fields = {name: z[:, columns[name]] for name in family.angle_names}
-    fields |= {
-        "wavelength": frequency.abs().reciprocal(),
-        "sigma": z[:, columns["sigma"]].exp(),
-        "aspect_ratio": z[:, columns["aspect_ratio"]].exp(),
-        "center": center,
-    }
-    record = RECORDS[family.n_dims]
-    fields = {
-        name: value[:, None] for name, value in fields.items() if name in record.field_names()
-    }
-    amplitude = coefficients[..., :2].norm(dim=-1)
-    phase = torch.atan2(coefficients[..., 1], coefficients[..., 0])
-    wave = record(**fields, phase=phase, amplitude=amplitude)
-    # The solver counts the phase from the kernel's middle, a record from the envelope's centre.
-    k = wave.direction * frequency[:, None, None]
-    phase = phase + 2 * math.pi * (k * center[:, None]).sum(-1)
-    # A wave that runs backwards is the same one with the opposite phase: cos(-φ + ψ) = cos(φ - ψ).
-    phase = torch.where(frequency[:, None] < 0, -phase, phase)
-    whole = wave.replace(phase=phase).canonical().as_dict()
-    return record(
-        **{name: v if name in ("phase", "amplitude") else v[:, :1] for name, v in whole.items()}
-    )
+def _outcomes(
+    target: Target, best: Best, statistics: FitStatistics, standard_error: dict[str, Tensor]
+) -> tuple[Outcome, ...]:
+    power_of_first = target.power() - best.solution.cost
+    least = torch.where(best.structured, MIN_EXPLAINED_STRUCTURED, MIN_EXPLAINED)
+    off = ~(statistics.explained_signal >= least) | best.other
+    off |= best.structured & (best.second > SECOND_WAVE_SHARE * power_of_first)
+    unknown = [error.isinf().flatten(1).any(1) for error in standard_error.values()]
+    code = torch.full_like(off, 0, dtype=torch.long)
+    outcomes = [Outcome.CONVERGED]
+    for outcome, mask in (  # a later one overrides an earlier one
+        (Outcome.NOT_IDENTIFIABLE, torch.stack(unknown).any(0)),
+        (Outcome.OFF_MODEL, off),
+        (Outcome.STALLED, ~best.solution.converged),
+        (Outcome.BAD_INPUT, statistics.bad),
+    ):
+        code = torch.where(mask, len(outcomes), code)
+        outcomes.append(outcome)
+    return tuple(outcomes[i] for i in code.tolist())
 
 
-def _doubt(
-    family: Family,
+def _mark_ambiguous(
+    model: GaborModel,
     params: Gabor,
     best: Best,
     n_left: Tensor,
     standard_error: dict[str, Tensor],
 ) -> None:
-    """Where another kernel fits as well, what differs between the two is not determined.
+    """Where another kernel fits equally well, parameters that differ are not determined.
 
-    As well means: to what noise does to misfits. Where more than noise is left, the model is wrong,
-    and says nothing about which of two poor fits is the right one.
+    Equally well means: within what noise does to misfits. Where more than noise is left, the model
+    is wrong and cannot decide between two poor fits.
     """
     rival, cost = best.rival, best.solution.cost
-    alike = rival.cost - cost <= ALIKE * cost / n_left
-    doubtful = (alike | (best.structured & rival.cost.isfinite())).nonzero().flatten()
-    if len(doubtful) == 0:
+    equal = rival.cost - cost <= EQUAL_COST_FACTOR * cost / n_left
+    ambiguous = (equal | (best.structured & rival.cost.isfinite())).nonzero().flatten()
+    if len(ambiguous) == 0:
         return
-    other = record_of(family, rival.pick(doubtful))
-    difference = params[doubtful.tolist()].difference(other)
+    other = rival.select(ambiguous)
+    difference = params[ambiguous.tolist()].difference(model.record(other.z, other.coefficients))
     for name, error in standard_error.items():
-        far = difference[name].abs() > 3 * error[doubtful]
-        if far.shape != error[doubtful].shape:  # compared channel by channel, where none differs
+        far = difference[name].abs() > _DISTINCT * error[ambiguous]
+        if far.shape != error[ambiguous].shape:  # compared per channel, although all have the same
             far = far.any(1, keepdim=True)
-        error[doubtful] = torch.where(far, torch.inf, error[doubtful])
+        error[ambiguous] = torch.where(far, torch.inf, error[ambiguous])
 
 
 def _errors(
-    family: Family, params: Gabor, target: Target, noise: Tensor
+    model: GaborModel, params: Gabor, target: Target, noise: Tensor
 ) -> tuple[dict[str, Tensor], Tensor, tuple[str, ...]]:
     """Standard errors and correlations, from the Fisher information at the solution."""
-    slopes = gabor_jacobian(params, family.sizes)
-    C, d = family.n_channels, family.n_dims
+    C, d = model.n_channels, model.n_dims
+
+    def by_channel(slope: Tensor) -> list[Tensor]:
+        alone = [torch.zeros_like(slope) for _ in range(C)]
+        for channel, column in enumerate(alone):
+            column[:, channel] = slope[:, channel]
+        return alone
+
     columns: dict[str, Tensor] = {}  # each (B, C, pixels)
-    for name, slope in slopes.items():
+    for name, slope in gabor_jacobian(params, model.sizes).items():
         if name in ("phase", "amplitude"):
-            for channel in range(C):
-                alone = torch.zeros_like(slope)
-                alone[:, channel] = slope[:, channel]
+            for channel, alone in enumerate(by_channel(slope)):
                 columns[f"{name}[{channel}]"] = alone.flatten(2)
         elif name == "center":
-            if family.free_center:
+            if model.free_center:
                 for axis in range(d):
                     columns[f"center[{axis}]"] = slope[:, :, axis].flatten(2)
-        elif name != "aspect_ratio" or family.columns[name] in family.free:
+        elif name != "aspect_ratio" or model.columns[name] in model.free:
             columns[name] = slope.flatten(2)
-    names = tuple(columns)
-    rows = [*columns.values()]
-    if family.offset:
-        one = torch.zeros_like(rows[0])
-        for channel in range(C):
-            rows.append(one.clone())
-            rows[-1][:, channel] = 1.0
+    names, rows = tuple(columns), [*columns.values()]
+    if model.offset:
+        rows += by_channel(torch.ones_like(rows[0]))
     J = torch.stack(rows, 1)  # (B, p, C, pixels)
     if target.root is not None:
         J = J.flatten(2) @ target.root.double().T
@@ -199,11 +178,11 @@ def _errors(
     silent = size <= 1e-12 * size.amax(-1, keepdim=True)
     safe = torch.where(silent, 1.0, size)
     values, vectors = torch.linalg.eigh(F / (safe.unsqueeze(-1) * safe.unsqueeze(-2)))
-    weak = values < _WEAK
+    weak = values < _MIN_EIGENVALUE
     inverse = torch.where(weak, 0.0, 1 / torch.where(weak, 1.0, values))
     covariance = (vectors * inverse.unsqueeze(-2)) @ vectors.mT
     # A parameter that takes part in a direction without information is not determined.
-    free = (vectors.square() * weak.unsqueeze(-2)).sum(-1) > 1e-3
+    free = (vectors.square() * weak.unsqueeze(-2)).sum(-1) > _MAX_UNKNOWN_SHARE
     spread = covariance.diagonal(dim1=-2, dim2=-1).clamp_min(0.0).sqrt()
     error = torch.where(
         free | silent, torch.inf, spread / safe * noise.double().unsqueeze(-1).sqrt()
@@ -212,15 +191,15 @@ def _errors(
     correlation = covariance / (unit.unsqueeze(-1) * unit.unsqueeze(-2))
     correlation = correlation[:, : len(names), : len(names)]
 
-    found = dict(zip(names, error.unbind(-1), strict=False))  # less the offsets
-    nothing = torch.zeros_like(error[:, 0])
+    errors = dict(zip(names, error.unbind(-1), strict=False))  # less the offsets
+    zero = torch.zeros_like(error[:, 0])
     result = {}
     for name in params.field_names():
         if name in ("phase", "amplitude"):
-            result[name] = torch.stack([found[f"{name}[{i}]"] for i in range(C)], -1)
+            result[name] = torch.stack([errors[f"{name}[{i}]"] for i in range(C)], -1)
         elif name == "center":
-            parts = [found.get(f"center[{i}]", nothing) for i in range(d)]
+            parts = [errors.get(f"center[{i}]", zero) for i in range(d)]
             result[name] = torch.stack(parts, -1).unsqueeze(1)
         else:
-            result[name] = found.get(name, nothing).unsqueeze(-1)
+            result[name] = errors.get(name, zero).unsqueeze(-1)
     return result, correlation, names

@@ -16,8 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from gaborium.fitting.model import GaborModel
 from gaborium.fitting.search import Best, Search
-from gaborium.fitting.solver import Family, Solution, Target, kernels_of
+from gaborium.fitting.solver import Solution, Target, kernels_of
 
 LOSSES = ("squared", "huber", "cauchy")
 _TUNING = {"huber": 1.345, "cauchy": 2.385}  # 95 % efficient where the noise is normal after all
@@ -39,11 +40,11 @@ def reweighted(target: Target, search: Search, loss: str) -> tuple[Best, Tensor,
         right standard errors in the metric of ``target``, ``(batch,)``; and those last weights,
         between 0 and 1, ``(batch, channels, pixels)``.
     """
-    family, y = search.family, target.y
+    model, y = search.model, target.y
     own = torch.ones_like(y) if target.weight is None else target.weight.expand_as(y)
     counted = own > 0
     # Residuals are looked at as the target weighs them: in units of each pixel's own noise.
-    difference, spread = _beside_neighbours(torch.where(counted, y / own, 0.0), family)
+    difference, spread = _beside_neighbours(torch.where(counted, y / own, 0.0), model)
     difference, spread = difference * own, spread * own
     scale = _spread(difference, counted)
     # Before anything is fitted, rather too little trust than too much.
@@ -60,7 +61,7 @@ def reweighted(target: Target, search: Search, loss: str) -> tuple[Best, Tensor,
         else:
             z = best.solution.z
             best = replace(best, solution=search.follow(here, z, everyone, search.tolerance))
-        now = own * _with_offset(family, best.solution)
+        now = own * _with_offset(model, best.solution)
         residual = y - now
         scale = _spread(residual, counted)
         trust = _trust(residual, loss, scale[:, None, None])
@@ -69,22 +70,22 @@ def reweighted(target: Target, search: Search, loss: str) -> tuple[Best, Tensor,
             break
         before = now
     assert best is not None
-    noise = _noise(residual / scale[:, None, None], loss, counted, family) * scale.square()
+    noise = _noise(residual / scale[:, None, None], loss, counted, model) * scale.square()
     return best, noise, torch.where(counted, last, 0.0)
 
 
-def _with_offset(family: Family, solution: Solution) -> Tensor:
-    kernels = kernels_of(family, solution.z, solution.coefficients)
-    return kernels + solution.coefficients[..., 2:3] if family.offset else kernels
+def _with_offset(model: GaborModel, solution: Solution) -> Tensor:
+    kernels = kernels_of(model, solution.z, solution.coefficients)
+    return kernels + solution.coefficients[..., 2:3] if model.offset else kernels
 
 
-def _beside_neighbours(kernels: Tensor, family: Family) -> tuple[Tensor, Tensor]:
+def _beside_neighbours(kernels: Tensor, model: GaborModel) -> tuple[Tensor, Tensor]:
     """Differences from the median of a pixel and its neighbours, and how much these spread.
 
     Both ``(batch, channels, pixels)``. Where the kernel waves, all differ, and none is wild.
     """
-    d = family.n_dims
-    around = kernels.unflatten(-1, family.sizes).flatten(0, 1).unsqueeze(1)
+    d = model.n_dims
+    around = kernels.unflatten(-1, model.sizes).flatten(0, 1).unsqueeze(1)
     # Replicate padding knows one to three axes, the reflecting one not single pixels.
     around = F.pad(around, (1, 1) * d, mode="replicate")
     for axis in range(2, 2 + d):
@@ -108,7 +109,7 @@ def _trust(residual: Tensor, loss: str, scale: Tensor) -> Tensor:
     return 1 / t.clamp_min(1.0) if loss == "huber" else 1 / (1 + t.square())
 
 
-def _noise(t: Tensor, loss: str, counted: Tensor, family: Family) -> Tensor:
+def _noise(t: Tensor, loss: str, counted: Tensor, model: GaborModel) -> Tensor:
     """Variance, in squared scales, that an estimate by this loss behaves as if it had."""
     c = _TUNING[loss]
     if loss == "huber":
@@ -117,7 +118,7 @@ def _noise(t: Tensor, loss: str, counted: Tensor, family: Family) -> Tensor:
         u = 1 + (t / c).square()
         force, slope = t / u, (2 - u) / u.square()
     n = counted.expand_as(t).sum((-2, -1))
-    left = (n - family.n_parameters).clamp_min(1)
+    left = (n - model.n_parameters).clamp_min(1)
     of_force = torch.where(counted, force.square(), 0.0).sum((-2, -1)) / left
     of_slope = torch.where(counted, slope, 0.0).sum((-2, -1)) / n
     return of_force / of_slope.square()

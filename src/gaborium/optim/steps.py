@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from gaborium.kernels import inner_products
 from gaborium.optim.family import KernelFamily
 from gaborium.optim.quadratic import Metric, Place, Quadratic, inner
 from gaborium.params import Gabor
@@ -222,11 +223,8 @@ def _of_no_use(alike: Tensor, alive: Tensor, free: Tensor) -> tuple[list[int], l
 
 def _alike(these: Place, those: Place, groups: int) -> Tensor:
     """Correlation of the responses of each filter with each, 0 to 1; of pairs at any phase."""
-    common = these.kernels.flatten(1) @ those.seen.flatten(1).T
-    if these.kernels.shape[1] == 2:
-        (even, odd), (even_seen, odd_seen) = these.kernels.unbind(1), those.seen.unbind(1)
-        common = torch.hypot(common, even @ odd_seen.T - odd @ even_seen.T)
-    common = common.abs() / (these.length[:, None] * those.length).clamp_min(1e-30)
+    common = inner_products(these.kernels, those.seen).abs()
+    common = common / (these.length[:, None] * those.length).clamp_min(1e-30)
     if groups > 1:  # they see other channels
         rows, columns = (torch.arange(n, device=common.device) * groups // n for n in common.shape)
         common = torch.where(rows[:, None] == columns, common, 0.0)

@@ -27,7 +27,7 @@ _SHARES = ("gabor", "explained_variance", "explained_response", "response_error"
 _COLUMNS = {
     "now": "now",
     "class": "class",
-    "why": "why",
+    "explanation": "explanation",
     "outcome": "outcome",
     "confidence": "confidence",
     "explained_variance": "kernel explained",
@@ -101,7 +101,7 @@ def census_report(result: Any, kernels: Any) -> Report:
         sentences.append(f"{counted(count, f'{kind} pair')}: {', '.join(pairs[:12])}{more}")
 
     def sections() -> list[Section]:
-        v1 = result.beside_v1() if gabors else {}
+        v1 = result.compare_with_v1() if gabors else {}
         compared = [[_V1[name], *(f"{one:.2f}" for one in both)] for name, both in v1.items()]
         order = [
             i

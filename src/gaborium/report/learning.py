@@ -121,8 +121,8 @@ def diagnosis_report(result: Any) -> Report:
         first, last = number(result.losses[0], 3), number(result.losses[-1], 3)
         steps = counted(len(result.losses) - 1, "step")
         sentences.append(f"The loss went from {first} to {last} in {steps}.")
-    if result.together:
-        numbers = [str(findings.index(found) + 1) for found in result.together]
+    if result.combined_remedies:
+        numbers = [str(findings.index(found) + 1) for found in result.combined_remedies]
         sentences.append(f"One remedy is not enough; those of {listing(numbers)} together are.")
 
     def sections() -> list[Section]:
@@ -146,7 +146,10 @@ def diagnosis_report(result: Any) -> Report:
                 _figures(result, {name: left.pop(name) for name in basis}),
                 code=found.remedy, tone=found.severity.name.lower(),
             ))  # fmt: skip
-        text = [f"Not examined: {name}. {why}" for name, why in result.skipped.items()]
+        text = []
+        for why in dict.fromkeys(result.skipped.values()):
+            names = [name for name, other in result.skipped.items() if other == why]
+            text.append(f"Not examined: {', '.join(names)}. {why}")
         text.append(
             "Remedies use the names with which `diagnose` was called: `module`, `loss`, `inputs`, "
             "`targets` and `optimizer`. All trials ran on copies."

@@ -73,8 +73,11 @@ class Report(NamedTuple):
     def json(self, facts: Mapping[str, str]) -> str:
         """The result with headline, facts and versions."""
         record = {"format": f"gaborium.{self.kind}", "version": 1, "facts": dict(facts)}
-        record |= {"versions": _versions(), "headline": self.headline, "result": self.record()}
-        return json.dumps(plain(record), allow_nan=False, ensure_ascii=False) + "\n"
+        record |= {"versions": _versions(), "headline": self.headline}
+        return (
+            json.dumps(plain({**self.record(), **record}), allow_nan=False, ensure_ascii=False)
+            + "\n"
+        )
 
     def html(self, title: str | None, facts: Mapping[str, str], figures: dict[str, Any]) -> str:
         """The page; ``figures`` receives its matplotlib figures by name."""
@@ -132,6 +135,7 @@ def saved(figure: Any, **options: Any) -> bytes:
     """A matplotlib figure as the content of a file."""
     buffer = io.BytesIO()
     figure.savefig(buffer, **options)
+    figure.set_layout_engine("none")  # it is laid out now
     return buffer.getvalue()
 
 

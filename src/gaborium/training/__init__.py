@@ -1,37 +1,31 @@
-"""Networks trained on real images, their Gabor layer beside the ordinary one.
+"""Networks trained on real images, with a Gabor first layer and with an ordinary one.
 
-``recipe`` says how, ``engine`` follows it on any number of processes, ``trainer`` is one run of it,
-with ``checkpoints`` and a ``journal`` that survive kills, and ``results`` is what comes out;
-``trained`` is the networks themselves.
-``datasets``, ``augmentations``, ``corruptions`` and ``networks`` are what it is made of.
+``recipe`` says how, ``datasets`` on what, ``networks`` which; ``trainer`` is the loop, and
+``results`` what it returns.
 """
 
-from gaborium.training.augmentations import augment
-from gaborium.training.checkpoints import Checkpoints, load_state, save_state
-from gaborium.training.corruptions import corrupt
-from gaborium.training.datasets import Dataset, load_dataset
-from gaborium.training.engine import train
-from gaborium.training.networks import build_network, make_first_layer
-from gaborium.training.recipe import Recipe
-from gaborium.training.results import Mean, Run, TrainResult
-from gaborium.training.trained import Inputs, Trained, load_trained
+from __future__ import annotations
 
-__all__ = [
-    "Checkpoints",
-    "Dataset",
-    "Inputs",
-    "Mean",
-    "Recipe",
-    "Run",
-    "TrainResult",
-    "Trained",
-    "augment",
-    "build_network",
-    "corrupt",
-    "load_dataset",
-    "load_state",
-    "load_trained",
-    "make_first_layer",
-    "save_state",
-    "train",
-]
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from gaborium.training.datasets import Dataset, load_dataset
+    from gaborium.training.networks import build_network, make_first_layer
+    from gaborium.training.recipe import Recipe
+    from gaborium.training.results import Mean, Run, Trained, TrainResult, load_trained
+    from gaborium.training.trainer import train
+
+__all__ = ["Dataset", "Mean", "Recipe", "Run", "TrainResult", "Trained", "build_network"]
+__all__ += ["load_dataset", "load_trained", "make_first_layer", "train"]
+
+
+def __getattr__(name: str) -> Any:
+    # Imported when first used, so that the command line can show a recipe without loading torch.
+    for module in (
+        ("recipe", "datasets", "networks", "results", "trainer") if name in __all__ else ()
+    ):
+        found = importlib.import_module(f"gaborium.training.{module}")
+        if name in vars(found):
+            return getattr(found, name)
+    raise AttributeError(f"module 'gaborium.training' has no attribute {name!r}")

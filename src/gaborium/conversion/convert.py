@@ -1,4 +1,4 @@
-"""The same network with Gabor functions in its first convolution, where they are good enough."""
+"""``convert``: a trained network with Gabor functions in its first convolution where they fit."""
 
 from __future__ import annotations
 
@@ -13,38 +13,33 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gaborium.conversion.features import geometry
 from gaborium.conversion.first_conv import find_first_conv, replace_first_conv
-from gaborium.conversion.measures import geometry
 from gaborium.fitting import FitResult, Outcome, fit
 from gaborium.layers import GABOR_LAYERS, LAYERS, MixedConv
-from gaborium.optim.quadratic import Metric
 from gaborium.params import Gabor, plain
 from gaborium.patches import patch_moments, sample_patches
 
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
-# A direction that no patch has must not become free to choose.
-_DAMPING = 1e-4
-_LONGEST = 4.0  # sizes of the kernel, of waves and envelopes
+_DAMPING = 1e-4  # added to the variance of pixels, for directions that no patch has
+_MAX_SIZE = 4.0  # wavelength and sigma, in sizes of the kernel
 
 
 @dataclass(frozen=True, eq=False)
 class Conversion:
-    """A converted network, and what the conversion cost.
+    """A converted network, and the errors of the conversion.
 
     Args:
         model: the network with Gabor filters, a copy.
         name: of the layer in it that was converted.
         is_gabor: which filters are Gabor functions now, boolean ``(filters,)``.
-        kernels: the fit of the kernels as they are, one entry per filter.
+        kernels: the fit of the original kernels, one entry per filter.
         responses: the fit of their responses to the images, if there were any.
-        response_error: root of the mean squared difference of each filter's responses to the
-            images before and after, over their standard deviation, ``(filters,)``; 0 where the
-            filter stayed.
-        output_error: the same of the network's outputs, all together; ``nan`` where they are no
-            tensor.
-        n_first_parameters: numbers that the layer can learn, before and after; those of a network
-            that was frozen count too.
-        threshold: what a filter's Gabor function had to explain; ``None`` where filters were named.
+        response_error: root mean squared change of each filter's responses to the images, over
+            their standard deviation, ``(filters,)``; 0 for filters that were not converted.
+        output_error: the same for all the network's outputs together; NaN if they are no tensor.
+        n_first_parameters: parameters of the layer before and after, frozen ones included.
+        threshold: the share that a Gabor function had to explain; ``None`` if filters were named.
     """
 
     model: nn.Module
@@ -83,20 +78,18 @@ class Conversion:
         )
 
     def to_table(self) -> list[dict[str, Any]]:
-        """A row per filter: whether it is a Gabor function now, what it explains, its geometry.
+        """A row per filter: whether it is a Gabor function now, the share explained, its geometry.
 
-        ``explained_variance`` is of the kernel by the Gabor function nearest to it,
-        ``explained_response`` of the responses by the one nearest to them; the geometry is that of
-        the Gabor function that replaces the filter, or would.
+        ``explained_variance`` is the kernel's share explained by the Gabor function nearest to it,
+        ``explained_response`` the responses' share; the geometry is that of the Gabor function
+        that replaces the filter, or would.
         """
-        rows = []
-        for i, (outcome, fields) in enumerate(
-            zip(self.fit.outcome, geometry(self.fit.params), strict=True)
-        ):
-            row = {
+        rows: list[dict[str, Any]] = []
+        for i, fields in enumerate(geometry(self.fit.params)):
+            row: dict[str, Any] = {
                 "filter": i,
                 "is_gabor": bool(self.is_gabor[i]),
-                "outcome": outcome.name,
+                "outcome": self.fit.outcome[i].name,
                 "explained_variance": self.kernels.explained_variance[i].item(),
             }
             if self.responses is not None and self.response_error is not None:
@@ -106,7 +99,7 @@ class Conversion:
         return rows
 
     def to_json(self, *, indent: int | None = None) -> str:
-        """All that was found as JSON text; infinities and missing numbers are inf and nan."""
+        """The whole report as JSON text; infinities and missing numbers are inf and nan."""
         document = {
             "name": self.name,
             "threshold": self.threshold,
@@ -134,28 +127,25 @@ def convert(
     """Replace the filters of a network's first convolution by Gabor functions.
 
     Convention:
-        - every filter keeps its place among the channels; those that no Gabor function explains
-          well enough stay as they are, in one ``MixedConv`` beside the Gabor functions
-        - with ``calibrate`` the error of the *responses* to these images is made small, otherwise
-          that of the kernels; the bias then takes care of what is left of each response's mean,
-          and batch norms of what became of the spread: a Gabor function that explains a share of
-          a response varies less
+        - every filter keeps its channel; filters that no Gabor function explains well enough stay
+          unchanged, in one ``MixedConv`` with the Gabor functions
+        - with ``calibrate`` the error of the *responses* to these images is minimised, otherwise
+          the error of the kernels; the bias then corrects each response's mean, and batch norms
+          the spread, since a Gabor function that explains a share of a response varies less
         - one geometry per filter, centre included, and an amplitude and a phase per channel
 
     Args:
         model: any network; it is not changed.
         calibrate: images as the network takes them, ``(batch, channels, *size)``, or an iterable
             of such batches.
-        threshold: share of a filter's variance (of its responses' where there are images) that
-            its Gabor function must explain, in [0, 1]; with 0 all filters are converted that are
-            not silent.
-        filters: which filters to convert, by number, whatever they explain; such as
+        threshold: share of a filter's variance (of its responses' if there are images) that
+            its Gabor function must explain, in [0, 1]; 0 converts all filters that are not silent.
+        filters: numbers of the filters to convert instead, such as
             ``census(model).filters("gabor")``.
         name: of the layer, as ``model.get_submodule`` takes it; by default the first convolution.
-        fold_norm: fold the batch norm that follows the layer into it first; it becomes an
-            identity. By default it is kept.
-        adapt_norms: with ``calibrate``, move the running statistics of all batch norms by as much
-            as the conversion moves their inputs' on these images.
+        fold_norm: first fold the batch norm after the layer into it; it becomes an identity.
+        adapt_norms: with ``calibrate``, change the running statistics of all batch norms by as
+            much as the conversion changes their inputs on these images.
         learn: fields that train later; by default all, the centre included.
         n_starts: of the search, as for ``fit``.
         seed: of the choice of patches.
@@ -189,37 +179,45 @@ def convert(
     layer: Any = whole.get_submodule(place)
     weight = _kernels(layer, place)
     n_dims = weight.ndim - 2
-    # An edge may also be an all but endless wave of all but endless amplitude, but that cannot be
-    # trained: a step that is nothing to one of them is far too much for the other.
-    longest = _LONGEST * max(weight.shape[2:])
+    # Very long waves of very large amplitude fit edges too, but train badly: no step suits both.
+    longest = _MAX_SIZE * max(weight.shape[2:])
     options: dict[str, Any] = {
         "bounds": {"wavelength": (0.0, longest), "sigma": (0.0, longest)},
         "n_dims": n_dims, "geometry": "filter", "center": True, "n_starts": n_starts,
     }  # fmt: skip
     kernels = responses = fit(weight, **options)
-    seen = None if calibrate is None else _Seen(whole, place, calibrate, seed)
-    if seen is not None:
-        responses = fit(weight, metric=seen.metric(), **options)
+    batches = (
+        [calibrate]
+        if isinstance(calibrate, Tensor)
+        else list(calibrate)
+        if calibrate is not None
+        else []
+    )
+    mean = covariance = None
+    if calibrate is not None:
+        mean, covariance = _input_moments(whole, place, batches, seed)
+        damping = _DAMPING * covariance.diagonal().mean()
+        metric = covariance + damping * torch.eye(len(mean), dtype=mean.dtype)
+        responses = fit(weight, metric=metric, **options)
     chosen = _chosen(responses, threshold, filters)
     result = whole
     if chosen.any():
-        new = _converted(layer, weight, responses.params, chosen, learn, seen)
+        new = _converted(layer, weight, responses.params, chosen, learn, mean)
         result = replace_first_conv(whole, new, place)
-        if seen is not None and adapt_norms:
-            _adapt_norms(whole, result, seen.batches)
+        if batches and adapt_norms:
+            _adapt_norms(whole, result, batches)
     converted: Any = result.get_submodule(place)
-    error = output_error = None
-    if seen is not None:
-        error = seen.error(weight, converted.weight.detach().cpu().double())
-        output_error = seen.output_error(model, result)
+    change = weight - converted.weight.detach().cpu().double()
     return Conversion(
         model=result,
         name=place,
         is_gabor=chosen,
         kernels=kernels,
-        responses=None if seen is None else responses,
-        response_error=error,
-        output_error=output_error,
+        responses=None if covariance is None else responses,
+        response_error=None
+        if covariance is None
+        else _spread(change, covariance) / _spread(weight, covariance).clamp_min(1e-150),
+        output_error=_output_error(model, result, batches) if batches else None,
         n_first_parameters=(_n_parameters(found), _n_parameters(converted)),
         threshold=threshold if filters is None else None,
     )
@@ -229,72 +227,62 @@ def _n_parameters(module: nn.Module) -> int:
     return sum(value.numel() for value in module.parameters())
 
 
-class _Seen:
-    """What a layer sees of some images: mean and covariance of its patches."""
+def _spread(kernels: Tensor, covariance: Tensor) -> Tensor:
+    """Standard deviation of the responses to patches of this covariance: ``(filters,)``."""
+    w = kernels.flatten(1)
+    return ((w @ covariance) * w).sum(1).clamp_min(0).sqrt()
 
-    def __init__(
-        self, network: nn.Module, name: str, images: Tensor | Iterable[Tensor], seed: int
-    ) -> None:
-        self.batches = [images] if isinstance(images, Tensor) else list(images)
-        if not self.batches:
-            raise ValueError("calibrate needs at least one batch of images, got none.")
-        inputs: list[Tensor] = []
-        trial = copy.deepcopy(network).eval()
-        trial.get_submodule(name).register_forward_pre_hook(
-            lambda _, arguments: inputs.append(arguments[0].detach())
+
+def _input_moments(
+    network: nn.Module, name: str, batches: Sequence[Tensor], seed: int
+) -> tuple[Tensor, Tensor]:
+    """Mean and covariance of the patches that a layer gets from some images."""
+    if not batches:
+        raise ValueError("calibrate needs at least one batch of images, got none.")
+    inputs: list[Tensor] = []
+    trial = copy.deepcopy(network).eval()
+    trial.get_submodule(name).register_forward_pre_hook(
+        lambda _, arguments: inputs.append(arguments[0].detach())
+    )
+    with torch.no_grad():
+        for batch in batches:
+            trial(batch)
+    if not inputs:
+        raise ValueError(f"The network does not run {name!r} on these images.")
+    layer: Any = network.get_submodule(name)
+    twin = LAYERS[layer.weight.ndim - 2](
+        *(layer.in_channels, 1, layer.kernel_size, layer.stride, layer.padding),
+        dilation=layer.dilation,
+        padding_mode=layer.padding_mode,
+    )
+    draw = torch.Generator().manual_seed(seed)
+    patches = torch.cat([sample_patches(twin, part, draw) for part in inputs]).cpu().double()
+    if not patches.isfinite().all():
+        raise ValueError("calibrate must lead to finite inputs, got NaN or infinity.")
+    (mean,), (second,) = patch_moments(patches)
+    covariance = second - mean.outer(mean)
+    if not covariance.diagonal().mean() > 1e-12 * second.diagonal().mean():
+        raise ValueError(
+            "calibrate must hold images with structure: on constant images all kernels of the "
+            "same sum respond equally."
         )
-        with torch.no_grad():
-            for batch in self.batches:
-                trial(batch)
-        if not inputs:
-            raise ValueError(f"The network does not run {name!r} on these images.")
-        layer: Any = network.get_submodule(name)
-        twin = LAYERS[layer.weight.ndim - 2](
-            *(layer.in_channels, 1, layer.kernel_size, layer.stride, layer.padding),
-            dilation=layer.dilation,
-            padding_mode=layer.padding_mode,
-        )
-        draw = torch.Generator().manual_seed(seed)
-        drawn = torch.cat([sample_patches(twin, part, draw) for part in inputs]).cpu().double()
-        if not drawn.isfinite().all():
-            raise ValueError("calibrate must lead to finite inputs, got NaN or infinity.")
-        mean, second = patch_moments(drawn)
-        self.mean = mean[0]
-        self.covariance = second[0] - self.mean.outer(self.mean)
-        if not self.covariance.diagonal().mean() > 1e-12 * second[0].diagonal().mean():
-            raise ValueError(
-                "calibrate must hold images with structure: in constant ones all kernels of the "
-                "same sum respond alike."
-            )
+    return mean, covariance
 
-    def metric(self) -> Tensor:
-        """The covariance, and a little of every pixel."""
-        return Metric.of(self.covariance[None], _DAMPING).covariance[0]
 
-    def shift(self, change: Tensor) -> Tensor:
-        """How much kernels ``(filters, channels, *size)`` change the responses' means."""
-        return change.flatten(1) @ self.mean
-
-    def error(self, weight: Tensor, new: Tensor) -> Tensor:
-        """Root mean squared difference of the responses over their deviation, ``(filters,)``."""
-        metric = Metric(self.covariance[None])
-        whole, left = (metric.length(k.flatten(1)[:, None]) for k in (weight, weight - new))
-        return left / whole.clamp_min(1e-150)
-
-    @torch.no_grad()
-    def output_error(self, old: nn.Module, new: nn.Module) -> float:
-        """The same of what two networks return, over all their outputs."""
-        left = power = 0.0
-        before, after = (copy.deepcopy(one).eval() for one in (old, new))
-        for batch in self.batches:
-            was, now = before(batch), after(batch)
-            if not isinstance(was, Tensor):
-                was, now = getattr(was, "logits", None), getattr(now, "logits", None)
-            if was is None or now is None:
-                return math.nan
-            left += (now - was).double().square().sum().item()
-            power += (was - was.mean(0)).double().square().sum().item()
-        return math.sqrt(left / power) if power > 0 else math.nan
+@torch.no_grad()
+def _output_error(old: nn.Module, new: nn.Module, batches: Sequence[Any]) -> float:
+    """Root mean squared difference of two networks' outputs over their standard deviation."""
+    left = power = 0.0
+    before, after = (copy.deepcopy(one).eval() for one in (old, new))
+    for batch in batches:
+        was, now = before(batch), after(batch)
+        if not isinstance(was, Tensor):
+            was, now = getattr(was, "logits", None), getattr(now, "logits", None)
+        if was is None or now is None:
+            return math.nan
+        left += (now - was).double().square().sum().item()
+        power += (was - was.mean(0)).double().square().sum().item()
+    return math.sqrt(left / power) if power > 0 else math.nan
 
 
 def _kernels(layer: Any, name: str) -> Tensor:
@@ -317,19 +305,18 @@ def _kernels(layer: Any, name: str) -> Tensor:
 
 
 def _folded(network: nn.Module, name: str) -> nn.Module:
-    """The network, with the batch norm behind a convolution folded into it."""
+    """The network, with the batch norm after a convolution folded into it."""
     conv: Any = network.get_submodule(name)
-    parts = [(at, part) for at, part in network.named_modules() if not any(part.children())]
-    behind = parts[[at for at, _ in parts].index(name) + 1 :]
-    norm: Any = None
-    for at, part in behind:
-        if isinstance(part, _NORMS) and part.num_features == conv.out_channels:
-            norm, place = part, at
-        break
-    if norm is None or norm.running_mean is None:
+    parts: list[tuple[str, Any]] = [
+        (at, part) for at, part in network.named_modules() if not any(part.children())
+    ]
+    after = [at for at, _ in parts].index(name) + 1
+    place, norm = [*parts, ("", None)][after]
+    is_foldable = isinstance(norm, _NORMS) and norm.num_features == conv.out_channels
+    if not is_foldable or norm.running_mean is None:
         raise ValueError(
-            f"fold_norm needs a batch norm with running statistics right behind {name!r}, and "
-            "there is none; leave it out."
+            f"fold_norm needs a batch norm with running statistics right after {name!r}, which "
+            "this network does not have; leave it out."
         )
     conv.weight, conv.bias = torch.nn.utils.fuse_conv_bn_weights(
         conv.weight,
@@ -346,19 +333,19 @@ def _folded(network: nn.Module, name: str) -> nn.Module:
 
 
 def _adapt_norms(old: nn.Module, new: nn.Module, batches: Sequence[Any]) -> None:
-    """Move running statistics by the change of what two networks' batch norms see."""
+    """Change running statistics as the batch norms' inputs change between two networks."""
     before, after = (_norm_inputs(one, batches) for one in (old, new))
     for name, (mean, variance) in before.items():
         norm: Any = new.get_submodule(name)
         new_mean, new_variance = after[name]
         norm.running_mean += new_mean - mean
-        # Differences and ratios, because the images' own statistics are those of a few.
+        # Differences and ratios, because a few images have other statistics than the training set.
         norm.running_var *= torch.where(variance > 0, new_variance / variance, 1.0)
 
 
 @torch.no_grad()
 def _norm_inputs(network: nn.Module, batches: Sequence[Any]) -> dict[str, tuple[Tensor, Tensor]]:
-    """Mean and variance of what each batch norm sees, where those before it use the batch's own."""
+    """Mean and variance of each batch norm's input, with the batch's statistics before it."""
     trial = copy.deepcopy(network).eval()
     norms = {
         name: part
@@ -367,23 +354,23 @@ def _norm_inputs(network: nn.Module, batches: Sequence[Any]) -> dict[str, tuple[
     }
     for norm in norms.values():
         norm.reset_running_stats()
-        norm.momentum = None  # all batches count alike
+        norm.momentum = None  # a plain mean over the batches
         norm.train()
     try:
         for batch in batches:
             trial(batch)
-    except ValueError as error:  # torch's, of a batch that has one value of a channel
+    except ValueError as error:  # torch's, for a batch with one value per channel
         warnings.warn(
             f"Batch norms keep their statistics, since {error}; calibrate with larger batches.",
             stacklevel=4,
         )
         return {}
-    seen: dict[str, Any] = {
+    moments: dict[str, Any] = {
         name: (norm.running_mean, norm.running_var)
         for name, norm in norms.items()
         if norm.num_batches_tracked
     }
-    return seen
+    return moments
 
 
 def _chosen(found: FitResult, threshold: float, filters: Sequence[int] | Tensor | None) -> Tensor:
@@ -409,12 +396,12 @@ def _converted(
     params: Gabor,
     chosen: Tensor,
     learn: Collection[str] | None,
-    seen: _Seen | None,
+    mean: Tensor | None,
 ) -> nn.Module:
-    """The layer with Gabor functions where they are chosen."""
+    """The layer with Gabor functions where they are chosen, on patches of this mean."""
     fields = {name: value[chosen] for name, value in params.as_dict().items()}
     bias = None if layer.bias is None else layer.bias.detach()
-    if seen is not None and bias is None:
+    if mean is not None and bias is None:
         bias = layer.weight.new_zeros(len(weight))
     with warnings.catch_warnings():  # an envelope that the kernel cuts was cut before
         warnings.simplefilter("ignore")
@@ -428,17 +415,13 @@ def _converted(
             start=type(params)(**fields),
         )
     if bias is not None:
-        if seen is not None:
+        if mean is not None:
             change = torch.zeros_like(weight)
             change[chosen] = weight[chosen] - gabor.weight.detach().cpu().double()
-            bias = bias + seen.shift(change).to(bias)
+            bias = bias + (change.flatten(1) @ mean).to(bias)
         gabor.bias = nn.Parameter(bias[chosen].clone())
     if chosen.all():
         return gabor
-    numbers = torch.cat([chosen.nonzero().flatten(), (~chosen).nonzero().flatten()])
-    return MixedConv(
-        gabor,
-        layer.weight.detach()[~chosen],
-        free_bias=None if bias is None else bias[~chosen],
-        order=numbers.argsort(),
-    )
+    order = torch.cat([chosen.nonzero().flatten(), (~chosen).nonzero().flatten()]).argsort()
+    free_bias = None if bias is None else bias[~chosen]
+    return MixedConv(gabor, layer.weight.detach()[~chosen], free_bias=free_bias, order=order)

@@ -31,7 +31,7 @@ def is_gabor_like(name: str) -> bool:
     return bool(words(name) & (named - {"offset"}))
 
 
-def suspect(
+def check_unit(
     name: str, value: Tensor, extent: float, turned: Callable[[float], bool]
 ) -> Finding | None:
     """What looks wrong with a parameter's unit, if anything.

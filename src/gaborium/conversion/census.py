@@ -1,0 +1,592 @@
+"""``census``: how Gabor-like is the first layer of a network, filter by filter?
+
+The numbers in ``features`` describe a filter. Six logistic stages turn them into a class: "Is it
+noise? If not, is it a Gabor function? If not, ..." Each stage weighs at most four numbers; a filter
+that no stage takes is ``other``. A class's probability is the product along the stages.
+
+The weights come from filters of trained networks that were sorted by eye in two passes, and from
+planted filters for classes that are rare in networks. ``benchmarks/census/run.py`` makes them, and
+measures the agreement on filters that set no weight.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gaborium import starts
+from gaborium.conversion.features import NUMBERS, geometry, measure
+from gaborium.conversion.first_conv import find_first_conv
+from gaborium.files import read_tensors, write_tensors
+from gaborium.fitting import FitResult, fit
+from gaborium.fitting.result import fit_from_tensors, fit_tensors
+from gaborium.kernels import bandwidth_from_sigma, gabor
+from gaborium.params import plain
+
+CLASSES = ("gabor", "edge", "blob", "centre-surround", "colour-contrast", "other", "noise")
+DEAD = 1e-6  # norm relative to the layer's median, below which weights are rounding
+_CHUNK = 64  # filters between two calls of on_progress
+_MIN_CORRELATION = 0.9  # of two filters that belong together
+_PHASE_TOLERANCE = math.radians(22.5)  # of duplicates, negatives and quadrature partners
+_FAINT = 0.01  # norm relative to the layer's median, below which an explanation mentions it
+_NEXT_CLASS = 0.15  # probability from which an explanation names the next class
+_COLOURED = 0.5  # opponency from which an explanation calls stripes coloured
+
+
+class Weight(NamedTuple):
+    """The weight of a number, or of the difference of two, in a ``LogisticStage``."""
+
+    number: str
+    weight: float
+    minus: str = ""
+
+    def value(self, numbers: Mapping[str, Tensor]) -> Tensor:
+        """The number or the difference, which is to be weighted."""
+        value = numbers[self.number]
+        return value - numbers[self.minus] if self.minus else value
+
+
+class LogisticStage(NamedTuple):
+    """Whether a filter is of a class, given that no earlier stage has taken it."""
+
+    label: str
+    constant: float
+    weights: tuple[Weight, ...]
+
+    def logit(self, numbers: Mapping[str, Tensor]) -> Tensor:
+        """Logarithm of the odds: ``(filters,)``."""
+        parts = [weight.weight * weight.value(numbers) for weight in self.weights]
+        return self.constant + torch.stack(parts).sum(0)
+
+
+# Made by benchmarks/census/run.py --calibrate.
+# fmt: off
+STAGES: tuple[LogisticStage, ...] = (
+    LogisticStage("noise", -0.94, (
+        Weight("explained", -1.53), Weight("surround", -7.21), Weight("noise", 5.1),
+    )),
+    LogisticStage("gabor", -8.87, (
+        Weight("third_bar", 7.83), Weight("selectivity", 6.29), Weight("crossing", -4.1),
+        Weight("even", 4.23),
+    )),
+    LogisticStage("colour-contrast", -0.49, (
+        Weight("opponency", 8.46), Weight("constant", -5.58), Weight("one_colour", -4.73),
+        Weight("oriented_luminance", -6.72),
+    )),
+    LogisticStage("edge", 0.71, (
+        Weight("selectivity", 7.01), Weight("third_bar", -7.88), Weight("blob", -8.59, "gabor"),
+        Weight("even", -5.07),
+    )),
+    LogisticStage("blob", 0.7, (
+        Weight("third_bar", -7.65), Weight("constant", 5.61), Weight("crossing", -4.09),
+    )),
+    LogisticStage("centre-surround", 4.2, (Weight("surround", 14, "two_waves"),)),
+)
+# fmt: on
+
+# Percentages are written as numbers' own format, and get their space in ``explain``.
+_EXPLANATIONS = {
+    "gabor": "The third bar has {third_bar:.0%} of the strength of the first, in one orientation "
+    "(selectivity {selectivity:.2f}){color}; a Gabor function explains {gabor:.0%}.",
+    "gabor, many bars": "{bars:.0f} bars of alternating sign lie within the kernel, in one "
+    "orientation (selectivity {selectivity:.2f}){color}; a Gabor function explains {gabor:.0%}.",
+    "edge": "Two sides of opposite sign and no stripes: a third bar would have {third_bar:.0%} of "
+    "the strength of the first. A Gaussian explains {blob:.0%}, with a wave it is {gabor:.0%}.",
+    "blob": "One patch: a Gaussian explains {blob:.0%}, and a Gabor function's third bar would "
+    "have {third_bar:.0%} of the strength of the first.",
+    "blob, constant": "One sign nearly everywhere: {constant:.0%} of the power is in the "
+    "channels' means, and a Gaussian explains {blob:.0%}.",
+    "centre-surround": "A centre within a ring of the other sign explains {surround:.0%} (a "
+    "Gaussian {blob:.0%}, two waves {two_waves:.0%}), and no orientation stands out (selectivity "
+    "{selectivity:.2f}).",
+    "colour-contrast": "Colours against each other: the mean of the channels holds "
+    "{luminance:.0%} of the power, and oriented patterns in it {oriented_luminance:.0%}.",
+    "other": "Structure (signal-to-noise ratio {snr:.1f}) of no other class: a Gabor function "
+    "explains {gabor:.0%}, a Gaussian {blob:.0%}, a centre with its surround {surround:.0%}.",
+    "other, crossing": "Two waves that cross explain {two_waves:.0%}, one Gabor function "
+    "{gabor:.0%}; the weaker has {crossing:.0%} of the power of the stronger.",
+    "noise": "Little more than noise: the floor of its spectrum is {noise:.0%} of the floor with "
+    "its pixels in random order. A Gabor function explains {gabor:.0%}, of which {explained:.0%} "
+    "are more than its parameters would explain of noise.",
+    "noise, dead": "Its weights are zero, or rounding compared with the others'.",
+}
+
+
+def probabilities(
+    numbers: Mapping[str, Tensor], stages: Sequence[LogisticStage] = STAGES
+) -> Tensor:
+    """Of each class in the order of ``CLASSES``: ``(filters, classes)``, rows that sum to 1."""
+    left = torch.ones_like(numbers["explained"])
+    result = {}
+    for stage in stages:
+        share = stage.logit(numbers).sigmoid()
+        result[stage.label] = left * share
+        left = left * (1 - share)
+    result["other"] = left
+    return torch.stack([result[label] for label in CLASSES], -1)
+
+
+class Pair(NamedTuple):
+    """Two filters that are the same except for their sign, place or phase.
+
+    Args:
+        first: number of one filter.
+        second: number of the other, higher.
+        kind: ``"duplicate"``, ``"negative"`` or ``"quadrature"``.
+        similarity: correlation of the two once sign, place and phase are aligned, 0 to 1.
+    """
+
+    first: int
+    second: int
+    kind: str
+    similarity: float
+
+
+@dataclass(frozen=True, eq=False)
+class Census:
+    """The class of every filter of a layer.
+
+    Args:
+        labels: one of ``CLASSES`` for each filter: ``"gabor"``, ``"edge"``, ``"blob"``,
+            ``"centre-surround"``, ``"colour-contrast"``, ``"other"`` or ``"noise"``.
+        probability: ``(filters, classes)`` in the order of ``CLASSES``; rows sum to 1.
+        numbers: the numbers that decide, each ``(filters,)``; ``NUMBERS`` explains them.
+        fit: the Gabor function nearest to each filter, with one geometry for its channels.
+        pairs: filters that are negatives, duplicates or quadrature partners of others.
+        name: of the layer in the network, empty for kernels.
+    """
+
+    labels: tuple[str, ...]
+    probability: Tensor
+    numbers: dict[str, Tensor]
+    fit: FitResult
+    pairs: tuple[Pair, ...]
+    name: str = ""
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __repr__(self) -> str:
+        """A line: how many filters, and of which classes."""
+        counts = ", ".join(f"{n} {label}" for label, n in self.counts.items() if n)
+        return f"Census({len(self)} filters: {counts})"
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Filters of each class, in the order of ``CLASSES``."""
+        counts = Counter(self.labels)
+        return {label: counts[label] for label in CLASSES}
+
+    @property
+    def confidence(self) -> Tensor:
+        """Probability of the class that each filter got: ``(filters,)``, in [0, 1]."""
+        chosen = torch.tensor([CLASSES.index(label) for label in self.labels])
+        return self.probability.gather(1, chosen.unsqueeze(1)).squeeze(1)
+
+    def filters(self, label: str) -> list[int]:
+        """The numbers of the filters of a class.
+
+        Raises:
+            ValueError: there is no such class.
+        """
+        if label not in CLASSES:
+            raise ValueError(f"label must be one of {', '.join(CLASSES)}, got {label!r}.")
+        return [i for i, own in enumerate(self.labels) if own == label]
+
+    def share(self, label: str = "gabor") -> float:
+        """Filters of a class as a share of all that are not noise; NaN if all are noise.
+
+        Raises:
+            ValueError: there is no such class.
+        """
+        alive = len(self) - self.counts["noise"] if label != "noise" else len(self)
+        return len(self.filters(label)) / alive if alive else math.nan
+
+    def explain(self, index: int) -> str:
+        """Why filter ``index`` got its class: a sentence or two with the numbers that decided."""
+        index = range(len(self))[index]
+        n = {name: value[index].item() for name, value in self.numbers.items()}
+        label = kind = self.labels[index]
+        variants = {
+            "gabor, many bars": round(n["bars"]) > 2,
+            "blob, constant": n["constant"] > 0.5,
+            "other, crossing": n["crossing"] > 0.1,
+            "noise, dead": n["strength"] <= DEAD,
+        }
+        kind = next((v for v, yes in variants.items() if yes and v.startswith(label)), label)
+        color = ", in colour" if n["opponency"] > _COLOURED else ""
+        n |= {"luminance": 1 - n["opponency"], "explained": max(0.0, n["explained"])}
+        sentence = _EXPLANATIONS[kind].format(**n, color=color).replace("%", " %")
+        if DEAD < n["strength"] < _FAINT:
+            sentence += f" Its weights are faint: {n['strength']:.1g} of the layer's median."
+        probability = dict(zip(CLASSES, self.probability[index].tolist(), strict=True))
+        del probability[label]
+        other = max(probability, key=lambda name: probability[name])
+        if probability[other] >= _NEXT_CLASS:
+            sentence += f" Next is {other}, at {probability[other]:.2f}."
+        return sentence
+
+    def distribution(self) -> dict[str, Tensor]:
+        """Geometry of the filters that are Gabor functions, to compare layers or cells by.
+
+        Returns:
+            ``filter`` (their numbers), ``orientation`` (rad; not in 1-D), ``wavelength`` (px),
+            ``bandwidth`` (octaves at half height, infinite for waves of less than 0.19 cycles in
+            a standard deviation), and ``n_x`` and ``n_y``: cycles in a standard deviation of the
+            envelope along the wave and across it. Each ``(gabor filters,)``.
+
+        Reference:
+            Ringach (2002), J. Neurophysiol. 88(1), doi:10.1152/jn.2002.88.1.455, has (n_x, n_y)
+            of macaque V1; ``compare_with_v1`` compares.
+        """
+        chosen = self.filters("gabor")
+        fields = {
+            name: value.flatten()[chosen]
+            for name, value in self.fit.params.as_dict().items()
+            if name in ("orientation", "wavelength", "sigma")
+        }
+        bandwidth = bandwidth_from_sigma(fields.pop("sigma"), fields["wavelength"])
+        result = {"filter": torch.tensor(chosen, dtype=torch.int64)} | fields
+        result["bandwidth"] = bandwidth
+        return result | {name: self.numbers[name][chosen] for name in ("n_x", "n_y")}
+
+    def compare_with_v1(self) -> dict[str, tuple[float, float]]:
+        """The Gabor functions of the layer compared with cells of macaque V1, in a few numbers.
+
+        Convention:
+            - receptive fields are measured in degrees and filters in pixels; shapes, directions
+              and the spread of sizes can be compared
+            - V1's bandwidth follows from its ``n_x``, as for a Gabor function
+
+        Returns:
+            The layer's number and V1's: medians of ``n_x``, ``n_y`` and ``bandwidth``; ``within``,
+            the share within the region of (n_x, n_y) that holds 95 % of V1's cells; ``cardinal``,
+            the share within 22.5 degrees of horizontal or vertical, 0.5 if directions are even;
+            and ``octaves``, the standard deviation of the wavelengths. NaN where the layer has no
+            Gabor function. Empty for filters that are not two-dimensional.
+
+        Reference:
+            ``gaborium.starts`` names the publications.
+
+        Example:
+            >>> from gaborium import Gabor2d, census, gabor
+            >>> result = census(gabor(Gabor2d.of(wavelength=[4.0, 5.0], sigma=2.0), 11))
+            >>> for name, (layer, v1) in result.compare_with_v1().items():
+            ...     print(f"{name}: {layer:.2f}, V1 {v1:.2f}")
+            n_x: 0.45, V1 0.35
+            n_y: 0.45, V1 0.42
+            bandwidth: 1.30, V1 1.70
+            within: 1.00, V1 0.95
+            cardinal: 1.00, V1 0.58
+            octaves: 0.16, V1 0.83
+        """
+        if self.fit.params.n_dims != 2:
+            return {}
+        of = self.distribution()
+        n_x, n_y = (10**mean for mean in starts.V1_WIDTH_MEAN)
+        bandwidth = bandwidth_from_sigma(torch.tensor(n_x), torch.tensor(1.0)).item()
+        inside = starts.v1_distance(of["n_x"], of["n_y"]) <= starts.v1_radius(0.95)
+        angle = of["orientation"] % (math.pi / 2)
+        cardinal = torch.minimum(angle, math.pi / 2 - angle) <= math.pi / 8
+        octaves = of["wavelength"].log2()
+        spread = (octaves - octaves.mean()).square().mean().sqrt().item()
+        return {
+            "n_x": (_median(of["n_x"]), n_x),
+            "n_y": (_median(of["n_y"]), n_y),
+            "bandwidth": (_median(of["bandwidth"]), bandwidth),
+            "within": (inside.double().mean().item(), 0.95),
+            "cardinal": (cardinal.double().mean().item(), starts.V1_CARDINAL),
+            "octaves": (spread, starts.V1_FREQUENCY_STD),
+        }
+
+    def to_table(self) -> list[dict[str, object]]:
+        """One row per filter: class, confidence, numbers, geometry of the fit, explanation."""
+        return [
+            {"filter": i, "class": label, "confidence": self.confidence[i].item()}
+            | {name: value[i].item() for name, value in self.numbers.items()}
+            | fields
+            | {"explanation": self.explain(i)}
+            for i, (label, fields) in enumerate(
+                zip(self.labels, geometry(self.fit.params), strict=True)
+            )
+        ]
+
+    def to_json(self, *, indent: int | None = None) -> str:
+        """The whole census as JSON text; infinities and missing numbers are inf and nan."""
+        document = {
+            "name": self.name,
+            "classes": CLASSES,
+            "counts": self.counts,
+            "labels": self.labels,
+            "probability": self.probability.tolist(),
+            "numbers": {name: value.tolist() for name, value in self.numbers.items()},
+            "explanations": [self.explain(i) for i in range(len(self))],
+            "pairs": [pair._asdict() for pair in self.pairs],
+            "distribution": {k: v.tolist() for k, v in self.distribution().items()},
+            "v1": {
+                name: {"layer": layer, "v1": v1}
+                for name, (layer, v1) in self.compare_with_v1().items()
+            },
+            "fit": json.loads(self.fit.to_json()),
+        }
+        return json.dumps(plain(document), indent=indent, allow_nan=False)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the census into a safetensors file, all or nothing.
+
+        Args:
+            path: the file, in a folder that exists; an existing file is replaced.
+
+        Raises:
+            ImportError: safetensors is not installed.
+            OSError: it cannot be written there. An existing file stays.
+
+        Example:
+            >>> from tempfile import TemporaryDirectory
+            >>> from gaborium import Gabor2d, census, gabor
+            >>> result = census(gabor(Gabor2d.of(wavelength=[4.0, 5.0], sigma=3.0), 11))
+            >>> with TemporaryDirectory() as folder:
+            ...     result.save(f"{folder}/census.safetensors")
+            ...     Census.load(f"{folder}/census.safetensors")
+            Census(2 filters: 2 gabor)
+        """
+        tensors, metadata = fit_tensors(self.fit)
+        tensors |= {f"numbers.{name}": value for name, value in self.numbers.items()}
+        tensors["probability"] = self.probability
+        metadata |= {
+            "name": "gaborium.census",
+            "format": 1,
+            "labels": self.labels,
+            "pairs": [list(pair) for pair in self.pairs],
+            "model": self.name,
+        }
+        write_tensors(path, tensors, metadata)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Census:
+        """Read a census that ``save`` wrote, and verify its checksum.
+
+        Args:
+            path: the file.
+
+        Returns:
+            The census, with its tensors on the CPU.
+
+        Raises:
+            ImportError: safetensors is not installed.
+            OSError: the file cannot be read.
+            ValueError: it is cut off or damaged, is no saved census, or has a newer format.
+        """
+        tensors, metadata = read_tensors(path, kind="census")
+        try:
+            return cls(
+                labels=tuple(metadata["labels"]),
+                probability=tensors["probability"],
+                numbers={name: tensors[f"numbers.{name}"] for name in NUMBERS},
+                fit=fit_from_tensors(tensors, metadata),
+                pairs=tuple(Pair(*pair) for pair in metadata["pairs"]),
+                name=metadata["model"],
+            )
+        except LookupError as error:
+            raise ValueError(
+                f"{os.fspath(path)!r} has no {error} that this version knows; update gaborium."
+            ) from None
+
+
+def census(
+    kernels: Tensor | nn.Module,
+    *,
+    layer: str | None = None,
+    inputs: Any = None,
+    n_dims: int = 2,
+    n_starts: int = 12,
+    on_progress: Callable[[str, int, int], None] | None = None,
+) -> Census:
+    """Sort the filters of a layer into classes, and explain each.
+
+    A Gabor function fits blobs and edges, too, so a good fit is not a class. Every filter is also
+    measured in other ways: how many bars of the fitted wave are within the kernel, how much a
+    Gaussian, a centre with its surround or two crossing waves explain, how its power is shared
+    between colours and orientations, and how far it rises above its own pixels in random order.
+    Six logistic stages decide by these numbers.
+
+    Convention:
+        - ``gabor`` has at least three visible bars of alternating sign and one orientation, grey
+          or in colour; ``edge`` two bars; ``blob`` one patch of one sign, round or long, or
+          only a constant; ``centre-surround`` a patch within a ring of the other sign;
+          ``colour-contrast`` colours against each other without an oriented lightness; ``other``
+          clear structure outside these classes; ``noise`` no structure, or no weights
+        - neither sign nor scale, neither the order of the channels nor flips and transposition
+          change a class
+        - lightness is the mean of the channels
+
+    Args:
+        kernels: ``(filters, channels, *kernel_size)``, or ``(filters, *kernel_size)`` of one
+            channel; or a network, whose first convolution is used. It is not changed.
+        layer: name of the layer in a network, to choose it yourself.
+        inputs: arguments of a network, to find the layer that is executed first.
+        n_dims: spatial dimensions of a kernel; ignored for networks.
+        n_starts: of the fit, candidates that are followed for each filter at most.
+        on_progress: called with a word for the task, how far it is, and of how many.
+
+    Returns:
+        The record, with tensors in float64.
+
+    Raises:
+        TypeError: ``kernels`` is neither, or complex or not floating.
+        ValueError: a network holds no convolution, or one that is transposed, quantised, complex
+            or of 1 x 1 pixels; kernels have too few axes, no or one pixel, or are not finite.
+
+    Example:
+        >>> from gaborium import Gabor2d, gabor
+        >>> shapes = Gabor2d.of(wavelength=[5.0, 1e9], sigma=[3.0, 2.0])
+        >>> result = census(gabor(shapes, 11))
+        >>> result.labels
+        ('gabor', 'blob')
+        >>> print(result.explain(1))
+        One patch: a Gaussian explains 100 %, and a Gabor function's third bar would have 0 % of
+        the strength of the first.
+    """
+    name = ""
+    if isinstance(kernels, nn.Module):
+        name, found = find_first_conv(kernels, layer, inputs=inputs)
+        if not isinstance(found.weight, Tensor):
+            raise TypeError(f"{name!r} has no weight that is a tensor.")
+        kernels, n_dims = found.weight.detach(), found.weight.ndim - 2
+    elif layer is not None or inputs is not None:
+        raise ValueError("layer and inputs choose the layer of a network; leave them out.")
+    w = _checked(kernels, n_dims)
+    fits: list[FitResult] = []
+    numbers: list[dict[str, Tensor]] = []
+    for piece in w.split(_CHUNK):
+        if on_progress is not None:
+            on_progress("Looking at filters", sum(map(len, fits)), len(w))
+        result = fit(piece, n_dims=n_dims, geometry="filter", center=True, n_starts=n_starts)
+        fits.append(result)
+        numbers.append(measure(piece, result, n_dims=n_dims))
+    if on_progress is not None:
+        on_progress("Looking at filters", len(w), len(w))
+    whole = {key: torch.cat([part[key] for part in numbers]) for key in numbers[0]}
+    norm = w.double().flatten(1).norm(dim=1)
+    median = norm.median()
+    whole["strength"] = norm / torch.where(median > 0, median, 1.0)
+    probability = probabilities(whole)
+    dead = whole["strength"] <= DEAD
+    probability[dead] = torch.eye(len(CLASSES), dtype=probability.dtype)[CLASSES.index("noise")]
+    labels = tuple(CLASSES[i] for i in probability.argmax(1).tolist())
+    result = FitResult.cat(fits)
+    return Census(labels, probability, whole, result, _find_pairs(w, labels, result, n_dims), name)
+
+
+def _checked(kernels: Tensor, n_dims: int) -> Tensor:
+    """Kernels ``(filters, channels, *size)`` on the CPU, or an error that says what is wrong."""
+    if not isinstance(kernels, Tensor):
+        raise TypeError(
+            f"census needs kernels as a tensor or a network, got {type(kernels).__name__}."
+        )
+    if n_dims not in (1, 2, 3):
+        raise ValueError(f"n_dims must be 1, 2 or 3, got {n_dims}.")
+    if kernels.is_complex():
+        raise TypeError("kernels are complex, and Gabor functions real; give .real or .abs().")
+    if kernels.is_quantized or not kernels.is_floating_point():
+        raise TypeError(
+            f"kernels must be real and floating, got {kernels.dtype}; take the network before it "
+            "was quantised, or dequantise them."
+        )
+    shape = tuple(kernels.shape)
+    if kernels.ndim not in (n_dims + 1, n_dims + 2) or kernels.numel() == 0:
+        raise ValueError(
+            f"kernels must be (filters, channels, *kernel_size) or (filters, *kernel_size) with "
+            f"{n_dims} axes of size and not empty, got shape {shape}."
+        )
+    if math.prod(shape[-n_dims:]) == 1:
+        raise ValueError(f"kernels of shape {shape} have one pixel, in which there is no wave.")
+    w = kernels.detach().cpu()
+    w = w.unsqueeze(1) if w.ndim == n_dims + 1 else w
+    bad = (~w.isfinite()).flatten(1).any(1).nonzero().flatten().tolist()
+    if bad:
+        raise ValueError(
+            f"{len(bad)} of {len(w)} filters hold NaN or infinity, the first is filter {bad[0]}; "
+            "was the network trained to the end?"
+        )
+    return w
+
+
+def _median(values: Tensor) -> float:
+    """The median, halfway between the two middle values of an even number; NaN if empty."""
+    return values.double().quantile(0.5).item() if len(values) else math.nan
+
+
+# -- pairs ------------------------------------------------------------------------------------
+
+
+def _find_pairs(
+    kernels: Tensor, labels: Sequence[str], result: FitResult, n_dims: int
+) -> tuple[Pair, ...]:
+    """All pairs of a layer, the most similar first; noise has no partners.
+
+    Two Gabor functions are compared as they were fitted, both moved to the middle: by their
+    correlation at the best phase, and by that phase. All other filters are compared at the
+    shift of whole pixels that fits best; they have no phase and no quadrature.
+    """
+    waves = [i for i, label in enumerate(labels) if label == "gabor"]
+    others = [i for i, label in enumerate(labels) if label not in ("gabor", "noise")]
+    pairs = _pairs_of_waves(waves, result, tuple(kernels.shape[-n_dims:]))
+    pairs += _pairs_of_kernels(others, kernels.double(), n_dims)
+    return tuple(sorted(pairs, key=lambda pair: (-pair.similarity, pair.first, pair.second)))
+
+
+def _pairs_of_waves(chosen: list[int], result: FitResult, sizes: tuple[int, ...]) -> list[Pair]:
+    if len(chosen) < 2:
+        return []
+    params = result[chosen].params
+    params = params.replace(center=torch.zeros_like(params.center))
+    # Twice the size, so that a moved envelope is not cut.
+    wide = tuple(2 * size + 1 for size in sizes)
+    even = gabor(params, wide).flatten(1)
+    odd = gabor(params.replace(phase=params.phase + math.pi / 2), wide).flatten(1)
+    norm = (even.square() + odd.square()).sum(1).div(2).sqrt().clamp_min(1e-300)
+    even, odd = even / norm.unsqueeze(1), odd / norm.unsqueeze(1)
+    # A wave and its reverse are one: two waves agree in cos(φ₁ - φ₂), and nearly so where their
+    # directions are half a turn apart, in cos(φ₁ + φ₂). The larger of both counts.
+    real = 0.5 * (even @ even.T + odd @ odd.T), 0.5 * (even @ even.T - odd @ odd.T)
+    imaginary = 0.5 * (odd @ even.T - even @ odd.T), 0.5 * (odd @ even.T + even @ odd.T)
+    x, y = torch.stack(real), torch.stack(imaginary)
+    size, sense = torch.hypot(x, y).max(0)
+    phase = torch.atan2(y, x).abs().gather(0, sense.unsqueeze(0))[0]
+    targets = {"duplicate": 0.0, "quadrature": math.pi / 2, "negative": math.pi}
+    return [
+        Pair(chosen[i], chosen[j], kind, min(1.0, size[i, j].item()))
+        for i, j in (size.triu(1) > _MIN_CORRELATION).nonzero().tolist()
+        for kind, target in targets.items()
+        if abs(phase[i, j].item() - target) <= _PHASE_TOLERANCE
+    ]
+
+
+def _pairs_of_kernels(chosen: list[int], kernels: Tensor, n_dims: int) -> list[Pair]:
+    if len(chosen) < 2:
+        return []
+    axes, w = tuple(range(-n_dims, 0)), kernels[chosen]
+    padded = [2 * size for size in w.shape[-n_dims:]]
+    w = w / w.flatten(1).norm(dim=1).reshape(-1, *[1] * (w.ndim - 1)).clamp_min(1e-300)
+    spectra = torch.fft.rfftn(w, s=padded, dim=axes)
+    # Amplitude spectra bound the correlation at every shift.
+    bound = F.normalize(torch.fft.fftn(w, s=padded, dim=axes).abs().flatten(1), dim=1)
+    pairs = []
+    for i, j in ((bound @ bound.T).triu(1) > _MIN_CORRELATION).nonzero().tolist():
+        product = (spectra[i] * spectra[j].conj()).sum(0)
+        shifted = torch.fft.irfftn(product, s=padded).flatten()
+        best = shifted[shifted.abs().argmax()].item()
+        if abs(best) > _MIN_CORRELATION:
+            kind = "duplicate" if best > 0 else "negative"
+            pairs.append(Pair(chosen[i], chosen[j], kind, min(1.0, abs(best))))
+    return pairs

@@ -1,0 +1,432 @@
+"""How well inputs determine a layer's parameters: Fisher information, and what reduces it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gaborium.diagnostics.causes import RECOVER, Finding, by_severity, finding
+from gaborium.diagnostics.sandbox import check_inputs
+from gaborium.layers import GABOR_LAYERS, GaborLayer
+from gaborium.optim.jacobian import kernels_and_slopes
+from gaborium.params import POSITIVE_FIELDS
+from gaborium.patches import PatchStatistics
+
+_KNOWN = 1e-6  # share of the response's power: smaller changes count as not visible
+_TRADE = 0.9  # correlation of two estimates, above which they trade off
+_ILL = 100.0  # factor by which the condition may exceed that on white input
+_BORDER = 0.1  # by which the border's share of the power may exceed its share of the patches
+_ANGLES = 16  # orientations, over half a turn
+_BRIGHT = 20.0  # root mean square of inputs that look like images from 0 to 255
+
+
+@dataclass(frozen=True, eq=False)
+class Identifiability:
+    """How well known inputs determine the learned parameters of each filter of a layer.
+
+    The Fisher information belongs to responses ``conv(input, kernel) + bias`` with white noise.
+    For the conditions, parameters are scaled to comparable units: rad, the logarithm of positive
+    fields and of the amplitude, and for a centre the share of sigma.
+
+    Args:
+        names: the learned parameters: fields of the record, with the channel if each channel has
+            its own value, such as ``"phase[2]"``; n of them, for each of F filters.
+        information: ``(F, n, n)``, in the parameters' own units.
+        bounds: Cramér-Rao bounds on the standard deviation of unbiased estimates, ``(F, n)``, in
+            the parameters' own units; infinite where the responses do not depend on a parameter.
+        correlation: of the estimates, ``(F, n, n)``; NaN where one has no bound.
+        condition: of the information, ``(F,)``; infinite if it is singular.
+        white_bounds: on white input of the same power, ``(F, n)``.
+        white_condition: on white input, ``(F,)``.
+        noise: standard deviation of the responses' noise for which the bounds hold, ``(F,)``.
+        border_area: share of patches that reach into the padding.
+        border_power: the largest share of the responses' power that comes from such patches, over
+            all orientations that the filter may take, ``(F,)``.
+        mean_share: share of the responses' power that comes from the image's mean, ``(F,)``.
+        input_rms: root mean square of the inputs.
+        has_zeros: whether the inputs are padded, with zeros.
+        remedies: code, by cause, or by parameter if that is not identifiable.
+    """
+
+    names: tuple[str, ...]
+    information: Tensor
+    bounds: Tensor
+    correlation: Tensor
+    condition: Tensor
+    white_bounds: Tensor
+    white_condition: Tensor
+    noise: Tensor
+    border_area: float
+    border_power: Tensor
+    mean_share: Tensor
+    input_rms: float
+    has_zeros: bool
+    remedies: dict[str, str]
+
+    @property
+    def trade_offs(self) -> list[list[tuple[str, str, float]]]:
+        """For each filter the pairs of parameters whose estimates correlate above 0.9."""
+        found = []
+        for table in self.correlation:
+            pairs = (table.abs() > _TRADE).triu(1).nonzero().tolist()
+            found.append([(self.names[i], self.names[j], table[i, j].item()) for i, j in pairs])
+        return found
+
+    def not_identifiable(self, index: int) -> tuple[str, ...]:
+        """Parameters of one filter on which the responses do not depend."""
+        unknown = self.bounds[index].isinf().tolist()
+        return tuple(name for name, lost in zip(self.names, unknown, strict=True) if lost)
+
+    @property
+    def findings(self) -> list[Finding]:
+        """Faults of the inputs, or of the choice of what is learned."""
+        return by_severity(_findings(self))
+
+
+def identifiability(
+    layer: nn.Module,
+    inputs: Tensor,
+    *,
+    noise: float | None = None,
+    targets: Tensor | None = None,
+) -> Identifiability:
+    """Compute how well inputs determine the parameters of a Gabor layer, in closed form.
+
+    Args:
+        layer: a Gabor layer with a real output, or a module whose first layer it is.
+        inputs: ``(batch, channels, *size)``, as the layer receives them.
+        noise: standard deviation of the noise on the responses; by default the deviation of the
+            responses from ``targets``, and without targets 1.
+        targets: responses, of the layer's outputs' shape. The present parameters should be near
+            the right ones, because their error counts as noise.
+
+    Raises:
+        ValueError: there is no Gabor layer, its output is an energy or a quadrature pair, its
+            kernels are dilated, no field of the record is learned, or shapes do not agree.
+
+    Example:
+        >>> from gaborium import Gabor2d, GaborConv2d
+        >>> edge = Gabor2d.of(orientation=0.5, wavelength=6.0, sigma=2.5)
+        >>> layer = GaborConv2d(1, 1, 15, start=edge, learn=("orientation", "wavelength"))
+        >>> found = identifiability(layer, torch.randn(1, 1, 64, 64), noise=0.1)
+        >>> found.names, found.bounds.shape, found.findings
+        (('orientation', 'wavelength'), torch.Size([1, 2]), [])
+    """
+    layer_name, inner = find_gabor_layer(layer)
+    if inner is None:
+        raise ValueError(f"There is no Gabor layer in this {type(layer).__name__}.")
+    _check(inner, inputs, noise, targets)
+    names, slopes = field_slopes(inner)
+    units = _units(inner, names)
+    kernels = inner.weight.detach().double().flatten(1).cpu()
+    deviation = torch.full((inner.n_filters,), noise or 1.0, dtype=torch.float64)
+    if noise is None and targets is not None:
+        with torch.no_grad():
+            error = (inner(inputs) - targets).double().square()
+        deviation = error.transpose(0, 1).flatten(1).mean(1).sqrt().cpu()
+    rows = []
+    for index, kernel in enumerate(kernels):
+        padded = filter_statistics(inner, index, inputs)
+        inside = filter_statistics(inner, index, inputs, padded=False)
+        row = _judge(inner, kernel, slopes[index], units[index], padded)
+        row["border_power"] = _border_power(inner, index, padded, inside)
+        rows.append(row)
+    found = {key: torch.stack([row[key] for row in rows]) for key in rows[0]}
+    border = 1 - inside.count / padded.count
+    return Identifiability(
+        names=names,
+        information=found["information"] / deviation.clamp_min(1e-30)[:, None, None].square(),
+        bounds=found["bounds"] * deviation[:, None],
+        correlation=found["correlation"],
+        condition=found["condition"],
+        white_bounds=found["white_bounds"] * deviation[:, None],
+        white_condition=found["white_condition"],
+        noise=deviation,
+        border_area=border,
+        border_power=found["border_power"],
+        mean_share=found["mean_share"],
+        input_rms=inputs.detach().double().square().mean().sqrt().item(),
+        has_zeros=inner.padding_mode == "zeros" and border > 0,
+        remedies=_remedies(layer_name, inner, names, inputs, has_targets=targets is not None),
+    )
+
+
+def _check(layer: GaborLayer, inputs: Tensor, noise: float | None, targets: Tensor | None) -> None:
+    check_inputs(layer, inputs)
+    if inputs.ndim != layer.n_dims + 2 or inputs.shape[1] != layer.in_channels:
+        raise ValueError(
+            f"inputs must be (batch, {layer.in_channels} channels, {layer.n_dims} axes), got "
+            f"shape {tuple(inputs.shape)}."
+        )
+    if any(step != 1 for step in layer.dilation):
+        raise ValueError(f"The kernels must not be dilated, got dilation={layer.dilation}.")
+    if noise is not None and not 0 < noise < math.inf:
+        raise ValueError(f"noise must be a positive standard deviation, got {noise}.")
+    if not inputs.isfinite().all():
+        raise ValueError("inputs must be finite, got NaN or infinity.")
+    if targets is not None:
+        with torch.no_grad():
+            shape = layer(inputs).shape
+        if targets.shape != shape:
+            raise ValueError(
+                f"targets must have the outputs' shape {tuple(shape)}, got {tuple(targets.shape)}."
+            )
+
+
+# -- a Gabor layer as the diagnoses see it ------------------------------------------------------
+
+
+def find_gabor_layer(module: nn.Module) -> tuple[str, GaborLayer | None]:
+    """The first Gabor layer in a module, and its name; ``""`` is the module itself."""
+    for name, part in module.named_modules():
+        if isinstance(part, GABOR_LAYERS):
+            return name, part
+    return "", None
+
+
+def filter_statistics(
+    layer: GaborLayer,
+    index: int,
+    inputs: Tensor,
+    targets: Tensor | None = None,
+    *,
+    padded: bool = True,
+) -> PatchStatistics:
+    """Statistics of one filter's patches, and of its targets less its bias."""
+    n_inputs = layer.in_channels // layer.groups
+    group = index // (layer.out_channels // layer.groups)
+    own = inputs[:, group * n_inputs : (group + 1) * n_inputs].detach().double()
+    answer = None
+    if targets is not None:
+        answer = targets[:, index : index + 1].detach().double()
+        if layer.bias is not None:
+            answer = answer - layer.bias[index].detach().double()
+    statistics = PatchStatistics(
+        layer.kernel_size, n_channels=n_inputs, n_outputs=int(targets is not None),
+        stride=layer.stride,
+    )  # fmt: skip
+    statistics.add(layer.padded(own) if padded else own, answer)
+    return statistics
+
+
+def field_slopes(layer: GaborLayer) -> tuple[tuple[str, ...], Tensor]:
+    """Derivatives of each filter's kernel by its learned fields, in float64.
+
+    Returns:
+        The parameters' names, such as ``"sigma"``, ``"center_x"`` or ``"phase[2]"``, and the
+        derivatives ``(filters, parameters, channels · pixels)``, in the parameters' own units.
+
+    Raises:
+        ValueError: the layer's output is an energy or a quadrature pair, or it learns no field.
+    """
+    if layer.output != "real":
+        raise ValueError(
+            f"This needs a layer with output='real', whose responses are linear in one kernel; "
+            f"got output={layer.output!r}."
+        )
+    params = layer.params.detach().to(torch.float64)
+    learned = {name: value for name, value in params.as_dict().items() if name in layer.learn}
+    if not learned:
+        raise ValueError("The layer learns no field of its record; give it learn=(...).")
+    names = []
+    for field, value in learned.items():
+        channels = [f"[{c}]" if value.shape[1] > 1 else "" for c in range(value.shape[1])]
+        axes = [f"_{axis}" for axis in "xyz"[: layer.n_dims]] if field == "center" else [""]
+        names += [f"{field}{axis}{channel}" for channel in channels for axis in axes]
+
+    coordinates = layer.raw_coordinates
+
+    def raw(flat: Tensor) -> Tensor:
+        """All raw numbers of the filters, summed over filters, which share none."""
+        parts = flat.split([value[0].numel() for value in learned.values()], 1)
+        fields = {n: p.reshape(v.shape) for p, (n, v) in zip(parts, learned.items(), strict=True)}
+        whole = coordinates.to_raw(params.replace(**fields))
+        return torch.cat([value.flatten(1) for value in whole.values()], 1).sum(0)
+
+    flat = torch.cat([value.flatten(1) for value in learned.values()], 1)
+    by_field = torch.autograd.functional.jacobian(raw, flat)  # (raw, filters, fields)
+    whole = coordinates.to_raw(params)
+    _, by_raw = kernels_and_slopes(layer, whole, list(whole))
+    slopes = torch.einsum("rfp,fmrn->fpmn", by_field, by_raw).flatten(2)
+    return tuple(names), slopes.cpu()
+
+
+def recover_options(layer: GaborLayer) -> dict[str, Any] | None:
+    """The further arguments of ``recover`` for a layer; ``None`` if it has none for it."""
+    if layer.groups > 1 or layer.padding_mode != "zeros" or layer.dc != "keep" or layer.unit_norm:
+        return None
+    options: dict[str, Any] = {}
+    if any(step != 1 for step in layer.stride):
+        options["stride"] = tuple(layer.stride)
+    if isinstance(layer.padding, str) or any(layer.padding):
+        options["padding"] = layer.padding
+    return options
+
+
+def recover_code(layer: GaborLayer) -> str | None:
+    """Code that sets the parameters of a module, which is this layer, by ``recover``."""
+    options = recover_options(layer)
+    if options is None:
+        return None
+    return RECOVER.format(arguments="".join(f", {n}={value!r}" for n, value in options.items()))
+
+
+# -- one filter ---------------------------------------------------------------------------------
+
+
+def _units(layer: GaborLayer, names: tuple[str, ...]) -> Tensor:
+    """The unit in which each parameter is compared with others, ``(filters, parameters)``."""
+    fields = layer.params.detach().to(torch.float64).expand().as_dict()
+    columns = []
+    for name in names:
+        field, _, channel = name.rstrip("]").partition("[")
+        unit = torch.ones_like(fields["sigma"])
+        if field in (*POSITIVE_FIELDS, "amplitude"):
+            unit = fields[field].abs()
+        elif field.startswith("center"):
+            unit = fields["sigma"]
+        # A blob's wavelength is infinite, a silent channel's amplitude is 0.
+        unit = torch.where(unit.isfinite() & (unit > 0), unit, 1.0)
+        columns.append(unit[:, int(channel or 0)])
+    return torch.stack(columns, 1).cpu()
+
+
+def _judge(
+    layer: GaborLayer, kernel: Tensor, J: Tensor, unit: Tensor, patches: PatchStatistics
+) -> dict[str, Tensor]:
+    """Information about one filter, for noise of standard deviation 1."""
+    # A learned bias absorbs the mean, which then carries no information.
+    C = patches.covariance if layer.bias is not None else patches.second_moment
+    scaled = J * unit[:, None]
+    covariance, condition = _inverse(scaled @ C @ scaled.T, kernel @ C @ kernel)
+    # White input of the same power has the same variance in every pixel, and no mean.
+    power = C.diagonal().mean()
+    white, white_condition = _inverse(power * scaled @ scaled.T, power * kernel.square().sum())
+    deviation = covariance.diagonal().sqrt()
+    total = kernel @ patches.second_moment @ kernel
+    return {
+        "information": J @ C @ J.T * patches.count,
+        "bounds": deviation * unit / math.sqrt(patches.count),
+        "correlation": covariance / deviation.outer(deviation),
+        "condition": condition,
+        "white_bounds": white.diagonal().sqrt() * unit / math.sqrt(patches.count),
+        "white_condition": white_condition,
+        "mean_share": (patches.mean @ kernel).square() / total.clamp_min(1e-300),
+    }
+
+
+def _inverse(information: Tensor, power: Tensor) -> tuple[Tensor, Tensor]:
+    """Covariance of the estimates, infinite for unknown ones, and the condition."""
+    values, vectors = torch.linalg.eigh(information)
+    known = values > _KNOWN * power
+    inverse = torch.where(known, values.clamp_min(1e-300).reciprocal(), 0.0)
+    covariance = (vectors * inverse) @ vectors.T
+    lost = vectors[:, ~known].square().sum(1) > 1e-4
+    covariance[lost, :] = covariance[:, lost] = math.inf
+    condition = values[-1] / values[0] if known.all() else values.new_tensor(math.inf)
+    return covariance, condition
+
+
+def _border_power(
+    layer: GaborLayer, index: int, padded: PatchStatistics, inside: PatchStatistics
+) -> Tensor:
+    """The border's largest share of the responses' power, over all orientations of the filter.
+
+    At its present orientation the filter may not see the edge that the padding makes.
+    """
+    params = layer.params.detach().to(torch.float64)
+    fields = {n: v[index].expand(_ANGLES, *v.shape[1:]) for n, v in params.as_dict().items()}
+    if "orientation" in fields:
+        angles = torch.arange(_ANGLES, dtype=torch.float64) * (math.pi / _ANGLES)
+        fields["orientation"] = fields["orientation"] + angles[:, None].to(params.device)
+    turned = layer.raw_coordinates.to_raw(type(params)(**fields))
+    kernels = layer.kernels_at(turned).flatten(1).cpu()
+    whole, rest = (
+        ((kernels @ patches.second_moment) * kernels).sum(1) * patches.count
+        for patches in (padded, inside)
+    )
+    return (1 - rest / whole.clamp_min(1e-300)).clamp(0, 1).max()
+
+
+# -- findings -----------------------------------------------------------------------------------
+
+
+def _remedies(
+    layer_name: str,
+    layer: GaborLayer,
+    names: tuple[str, ...],
+    inputs: Tensor,
+    *,
+    has_targets: bool,
+) -> dict[str, str]:
+    axes = (0, *range(2, inputs.ndim))
+    scale, mean = "scale = inputs.std()\n", f".mean({axes}, keepdim=True)\n"
+    remedies = {"image scale": scale, "image mean": ""}
+    for name in ("inputs", "targets") if has_targets else ("inputs",):
+        remedies["image scale"] += f"{name} = {name} / scale\n"
+        remedies["image mean"] += f"{name} = {name} - {name}{mean}"
+    border = layer.border()[::-1]  # after and before, first axis first
+    cuts = []
+    for axis, stride in enumerate(layer.stride):
+        last, first = (-(-n // stride) for n in border[2 * axis : 2 * axis + 2])
+        cuts.append(f"{first}:{-last or None}")
+    inner = f"[..., {', '.join(cuts)}]"
+    remedies["zero padding"] = (
+        f"whole = loss\nloss = lambda output, target: whole(output{inner}, target{inner})\n"
+    )
+    remedies["ill-conditioned input"] = ("" if layer_name else recover_code(layer)) or ""
+    prefix = layer_name and layer_name + "."
+    for parameter in names:
+        field = "center" if parameter.startswith("center") else parameter.partition("[")[0]
+        remedies[parameter] = "".join(
+            f'module.get_parameter("{prefix}{raw}").requires_grad_(False)\n'
+            for raw, fields in layer.raw_coordinates.raw_fields().items()
+            if field in fields
+        )
+    return remedies
+
+
+def _findings(found: Identifiability) -> Iterator[Finding]:
+    if found.input_rms > _BRIGHT:
+        remedy = found.remedies["image scale"]
+        yield finding("image scale", remedy=remedy, input_rms=found.input_rms)
+    for index in range(len(found.bounds)):
+        location = (str(index),)
+        lost = found.not_identifiable(index)
+        if lost:
+            remedy = "".join(dict.fromkeys(found.remedies[name] for name in lost))
+            yield finding(
+                "not identifiable", lost, remedy=remedy, n_lost=float(len(lost)),
+                filter=float(index),
+            )  # fmt: skip
+        condition, white = found.condition[index].item(), found.white_condition[index].item()
+        if _ILL * white < condition < math.inf:
+            yield finding(
+                "ill-conditioned input",
+                location,
+                remedy=found.remedies["ill-conditioned input"],
+                filter=str(index),
+                condition=condition,
+                white_condition=white,
+            )
+        border = found.border_power[index].item()
+        if found.has_zeros and border > found.border_area + _BORDER:
+            yield finding(
+                "zero padding",
+                location,
+                remedy=found.remedies["zero padding"],
+                filter=str(index),
+                border_power=border,
+                border_area=found.border_area,
+            )
+        mean = found.mean_share[index].item()
+        if mean > 0.5:
+            remedy = found.remedies["image mean"]
+            yield finding("image mean", location, remedy=remedy, filter=str(index), mean_share=mean)
+        for one, other, r in found.trade_offs[index]:
+            yield finding("trade-off", (one, other), filter=str(index), correlation=r)
