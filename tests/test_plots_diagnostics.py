@@ -56,9 +56,9 @@ def test_a_curve_shows_the_values_in_degrees_and_the_minima_where_they_are():
     (start,) = lines_of(place, "start")
     assert start.get_xdata()[0] == pytest.approx(math.degrees(1.1))
     assert start.get_ydata()[0] == pytest.approx(found.present_value)
-    (bar,) = lines_of(place, f"convex, ±{math.degrees(found.half_width[0]):.3g}°")
+    (bar,) = lines_of(place, f"convex, ±{math.degrees(found.half_width):.3g}°")
     assert bar.get_xdata()[1] - bar.get_xdata()[0] == pytest.approx(
-        2 * math.degrees(found.half_width[0])
+        2 * math.degrees(found.half_width)
     )
     assert lines_of(place, f"predicted, ±{math.degrees(found.predicted_half_width):.3g}°")
     assert place.get_xlim() == (-180, 180)

@@ -887,7 +887,7 @@ def _plot_curve(found: Landscape) -> Figure:
     low, high = min(values), max(values)
     room = (high - low) or 1.0
     for index, (width, color, words) in enumerate(
-        ((found.half_width[0], _RATES[0], "convex"),
+        ((found.half_width, _RATES[0], "convex"),
          (found.predicted_half_width, _RATES[2], "predicted"))
     ):  # fmt: skip
         if width is None or not math.isfinite(width):

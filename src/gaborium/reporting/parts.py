@@ -178,7 +178,7 @@ def _landscape_figure(part: Landscape, name: str) -> Figure:
         figure.update_xaxes(type="log")
         for shape in figure.layout.shapes:  # their places are exponents on such an axis
             shape.update(x0=math.log10(shape.x0), x1=math.log10(shape.x1))
-    width = part.half_width[0]
+    width = part.half_width
     caption = (
         f"All other parameters as they are. Shaded is where starts roll down to a best minimum, "
         f"{percent(part.share_to_best)} of all."
