@@ -52,9 +52,9 @@ class StartGrid:
     """All round Gabor functions on a grid of wave vectors, widths and centres.
 
     Args:
-        model: what is searched.
+        model: to search.
         like: a tensor of the dtype and device to compute with.
-        covariance: the metric, ``(channels · pixels,) * 2``; ``None``: a weight per pixel or none.
+        covariance: the metric, ``(channels · pixels,) * 2``, if it is a matrix.
     """
 
     def __init__(self, model: GaborModel, like: Tensor, covariance: Tensor | None = None) -> None:
@@ -199,7 +199,7 @@ def _explained(windows: _Windows, target: Target, cross: Tensor) -> Tensor:
 def _inverse_lengths(a: Tensor, b: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
     """Inverse lengths of the cosine and of the part of the sine that is orthogonal to it.
 
-    From their squared lengths a, b and inner product c. A sine of zero explains nothing.
+    From their squared lengths a, b and inner product c. A sine of zero gets length infinity.
     """
     rest = b - c.square() / a
     return a.rsqrt(), torch.where(rest > 1e-6 * a, rest, torch.inf).rsqrt()
