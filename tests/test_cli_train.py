@@ -78,7 +78,7 @@ def test_flags_stand_above_the_file(folder):
 
 @pytest.mark.usefixtures("unreported")
 def test_interrupted_it_says_how_to_go_on_and_does(folder, capsys, monkeypatch):
-    steps, step = [], _Trainer._step
+    steps, step = [], _Trainer._do_step
 
     def interrupted(self: _Trainer, *args: object) -> None:
         steps.append(args)
@@ -87,13 +87,15 @@ def test_interrupted_it_says_how_to_go_on_and_does(folder, capsys, monkeypatch):
         step(self, *args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(_Trainer, "_step", interrupted)
+        patch.setattr(_Trainer, "_do_step", interrupted)
         assert run("train", "--data", "data.npz", *FAST) == 130
     assert "Interrupted; the same command goes on from the last checkpoint in" in one_line(capsys)
     assert not list(folder.glob("runs/train/free-0"))
     steps.clear()
     with monkeypatch.context() as patch:
-        patch.setattr(_Trainer, "_step", lambda self, *args: steps.append(0) or step(self, *args))
+        patch.setattr(
+            _Trainer, "_do_step", lambda self, *args: steps.append(0) or step(self, *args)
+        )
         assert run("train", "--data", "data.npz", *FAST) == 0
     assert len(steps) == 3 + 6  # from the third of six steps, then the free variant
     assert run("train", "--data", "data.npz", *FAST) == 0  # nothing is left to do

@@ -409,7 +409,7 @@ def test_a_curve_shows_the_values_in_degrees_and_the_minima_where_they_are():
     (start,) = lines_of(place, "start")
     assert start.get_xdata()[0] == pytest.approx(math.degrees(1.1))
     assert start.get_ydata()[0] == pytest.approx(found.present_value)
-    convex, predicted = map(math.degrees, (found.half_width[0], found.predicted_half_width))
+    convex, predicted = map(math.degrees, (found.half_width, found.predicted_half_width))
     assert title(place) == f"convex within ±{convex:.3g}, predicted within ±{predicted:.3g}"
     assert place.get_xlim() == (-180, 180)
 

@@ -559,7 +559,6 @@ def train(
     *,
     data: str | None = None,
     samples_per_class: int | None = None,
-    network: str | None = None,
     first_layer: str | None = None,
     compare_with: tuple[str, ...] | None = None,
     n_filters: int | None = None,
@@ -596,13 +595,12 @@ def train(
         data: "textures", "digits", "mnist", "fashion-mnist", "cifar10", a folder of images, or an
             .npz file.
         samples_per_class: Training images of each class; by default all.
-        network: "cnn", or "energy": a linear classifier on pooled Gabor energy.
         first_layer: "gabor", "gabor-fixed", "mixed" or "free".
         compare_with: First layers to train the same network with, for comparison.
         n_filters: Filters of the first layer.
         kernel_size: Of the first layer, px.
         stride: Of the first layer, px.
-        start: Of the Gabor filters: "bank", "random", "v1" or "equal".
+        start: Of the Gabor filters: "bank", "random" or "v1".
         learn: Fields of the Gabor filters that train.
         optimizer: Of the Gabor parameters: "adam" or "natural".
         learning_rate: Of all that is no Gabor parameter.

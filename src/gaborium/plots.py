@@ -504,7 +504,7 @@ def _plot_curve(found: Landscape, width: float) -> Figure:
         minima = _shown(found, 0, [one.position[0] for one in found.minima])
         _mark_minima(place, minima, [one.value for one in found.minima], found.n_best)
         _mark(place, "start", _shown(found, 0, found.present), [found.present_value])
-        widths = {"convex": found.half_width[0], "predicted": found.predicted_half_width}
+        widths = {"convex": found.half_width, "predicted": found.predicted_half_width}
         place.set_title(
             ", ".join(
                 f"{name} within ±{_shown(found, 0, [half])[0]:.3g}"
