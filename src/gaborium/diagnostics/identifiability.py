@@ -119,7 +119,8 @@ def identifiability(
     if inner is None:
         raise ValueError(f"There is no Gabor layer in this {type(layer).__name__}.")
     _check(inner, inputs, noise, targets)
-    names, slopes = field_slopes(inner)
+    names, jacobian = kernel_jacobian(inner)
+    slopes = jacobian[:, 0].cpu()  # of the one kernel of each filter
     units = _units(inner, names)
     kernels = inner.weight.detach().double().flatten(1).cpu()
     deviation = torch.full((inner.n_filters,), noise or 1.0, dtype=torch.float64)
@@ -155,6 +156,11 @@ def identifiability(
 
 
 def _check(layer: GaborLayer, inputs: Tensor, noise: float | None, targets: Tensor | None) -> None:
+    if layer.output != "real":
+        raise ValueError(
+            "This needs a layer with output='real', whose responses are linear in one kernel; "
+            f"got output={layer.output!r}."
+        )
     check_inputs(layer, inputs)
     if inputs.ndim != layer.n_dims + 2 or inputs.shape[1] != layer.in_channels:
         raise ValueError(
@@ -210,25 +216,6 @@ def filter_statistics(
     )  # fmt: skip
     statistics.add(layer.padded(own) if padded else own, answer)
     return statistics
-
-
-def field_slopes(layer: GaborLayer) -> tuple[tuple[str, ...], Tensor]:
-    """Derivatives of each filter's kernel by its learned fields, in float64.
-
-    Returns:
-        The parameters' names, such as ``"sigma"``, ``"center_x"`` or ``"phase[2]"``, and the
-        derivatives ``(filters, parameters, channels · pixels)``, in the parameters' own units.
-
-    Raises:
-        ValueError: the layer's output is an energy or a quadrature pair, or it learns no field.
-    """
-    if layer.output != "real":
-        raise ValueError(
-            f"This needs a layer with output='real', whose responses are linear in one kernel; "
-            f"got output={layer.output!r}."
-        )
-    names, slopes = kernel_jacobian(layer)
-    return names, slopes[:, 0].cpu()
 
 
 def recover_options(layer: GaborLayer) -> dict[str, Any] | None:

@@ -83,10 +83,10 @@ def train(
             returns a network and its first layer.
         augment: function that changes training images at random. It gets images in [0, 1], their
             indices in the training set, and a seed that differs between runs and epochs.
-        start: start of the Gabor filters, instead of the recipe's: a record of as many filters,
-            ``(filters, channels or 1)``.
+        start: start of the Gabor filters, instead of the recipe's: a record of shape ``(filters,
+            channels or 1)``.
         folder: folder for checkpoints, metrics and trained networks: a new one, or the folder of
-            an earlier call. By default nothing is written.
+            an earlier call. By default no file is written.
         resume: whether to go on with the content of ``folder``; otherwise it is replaced.
         tensorboard: whether to write the metrics for TensorBoard, too.
         progress: called with each line of the metrics, plus ``n_steps`` of the run.
@@ -239,7 +239,7 @@ class _Trainer:
         return self.run
 
     def _prepare(self, saved: dict[str, Any] | None) -> None:
-        """Make data, network and optimisers as they are in the checkpoint or at the start."""
+        """Make the data, the network and the optimisers, and restore the checkpoint."""
         recipe, fabric, run = self.recipe, self.fabric, self.run
         data = self.data.subset(recipe.samples_per_class, self.seed)
         parts = (data.images, data.labels, data.test_images, data.test_labels)
@@ -472,7 +472,7 @@ def _key(*parts: object) -> int:
 
 
 def _checksum(data: Dataset, network: Network | None, start: Gabor | None) -> str:
-    """SHA-256 of what is trained on and is not in the recipe."""
+    """SHA-256 of the arguments of ``train`` that are not in the recipe."""
     tensors = {name: value for name, value in vars(data).items() if isinstance(value, Tensor)}
     tensors |= {} if start is None else {f"start.{k}": v for k, v in start.as_dict().items()}
     name = getattr(network, "__qualname__", type(network).__name__)  # of a function, a module
