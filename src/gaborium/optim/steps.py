@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from gaborium.kernels import inner_products
+from gaborium.kernels import combine, inner_products
 from gaborium.optim.kernel_family import KernelFamily
 from gaborium.optim.quadratic import Evaluation, Metric, Quadratic, inner
 from gaborium.params import Gabor
@@ -165,28 +165,28 @@ def _candidates(
             found.append(
                 _search(family, covariance, linear[some], now[some], geometry, part, n_best)
             )
-    chosen, weights = (torch.cat(parts) for parts in zip(*found, strict=True))
+    chosen, amplitude, phase = (torch.cat(parts) for parts in zip(*found, strict=True))
 
     filters = filters.repeat_interleave(n_best)
     family = family.select(filters)
     fields = family.record(z[filters]).as_dict()
-    for name in set(fields) - {"amplitude", "phase"}:
-        values = getattr(grid, name)
-        fields[name] = fields[name].clone()
-        fields[name][:, part] = values[chosen.flatten(), filters % values.shape[1]].unsqueeze(1)
-    even, odd = weights.flatten(0, 1).unbind(1)
-    amplitude, phase = fields["amplitude"].clone(), fields["phase"].clone()
-    if "phase" not in layer.learn:  # the amplitude may be negative
-        amplitude[:, part] = even * phase[:, part].cos() + odd * phase[:, part].sin()
-    else:
-        sign = torch.where(amplitude[:, part] < 0, -1.0, 1.0)
-        if "amplitude" in layer.learn:
-            sign = torch.ones_like(sign)
-            amplitude[:, part] = torch.hypot(even, odd)
-        phase[:, part] = torch.atan2(sign * odd, sign * even)
-    params = type(now)(**fields | {"amplitude": amplitude, "phase": phase})
+    for name, value in fields.items():
+        if name in ("amplitude", "phase"):
+            best = amplitude if name == "amplitude" else phase
+        else:
+            of_grid = getattr(grid, name)
+            best = of_grid[chosen, filters.reshape(chosen.shape) % of_grid.shape[1]].unsqueeze(2)
+        fields[name] = value.clone()
+        fields[name][:, part] = best.flatten(0, 1)
+    params = type(now)(**fields)
     if layer.unit_norm and "amplitude" in layer.learn:
-        params = _normalized(family, params)
+        # There the amplitude is the kernel's norm.
+        wave = params.waveform()
+        even, odd = layer.even_odd(wave)
+        kernels = combine(even, odd, wave).flatten(2)
+        ours = family.kernels(family.rows(params))[:, 0].reshape(kernels.shape)
+        ratio = kernels.norm(dim=-1) / ours.norm(dim=-1).clamp_min(1e-30)
+        params = params.replace(amplitude=params.amplitude * ratio)
     return family.rows(params)
 
 
@@ -238,8 +238,9 @@ def _search(
     geometry: Gabor,
     part: slice,
     n_best: int,
-) -> tuple[Tensor, Tensor]:
-    """The best geometries of some filters, ``(filters, n)``, and ``A cos ψ, A sin ψ`` of each."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The best geometries of some filters, ``(filters, n)``, with their amplitude and phase."""
+    learn = family.layer.learn
     even, odd = (p.flatten(1) for p in family.layer.even_odd(geometry[:, 0].waveform()))
     columns = torch.stack([even, -odd]).unsqueeze(1)  # (2, members, N, pixels)
     if family.n_members == 2:
@@ -256,38 +257,21 @@ def _search(
     size = gram.diagonal(dim1=-2, dim2=-1)
     ridge = 1e-6 * size.amax(-1, keepdim=True).expand_as(size) + 1e-30
     root = torch.linalg.cholesky_ex(gram + torch.diag_embed(ridge))[0]
-    free = torch.cholesky_solve(rhs.mT, root).mT.unflatten(-1, (2, -1))
-    weights = _feasible(family.layer, now, free, part)
-    flat = weights.flatten(2)
-    value = (flat * (0.5 * (flat @ gram) - rhs)).sum(-1)
+    # A cos ψ and A sin ψ are linear coefficients, which the layer may not be free to choose.
+    a, b = torch.cholesky_solve(rhs.mT, root).mT.unflatten(-1, (2, -1)).unbind(-2)
+    amplitude, phase = now.amplitude[:, part].expand_as(a), now.phase[:, part].expand_as(a)
+    if "phase" in learn:
+        sign = torch.where(("amplitude" not in learn) & (amplitude < 0), -1.0, 1.0)
+        phase = torch.atan2(sign * b, sign * a)
+    if "amplitude" in learn:
+        amplitude = a * phase.cos() + b * phase.sin()
+    weights = torch.cat([amplitude * phase.cos(), amplitude * phase.sin()], -1)
+    value = (weights * (0.5 * (weights @ gram) - rhs)).sum(-1)
     value = torch.where(value.isfinite(), value, torch.inf)
     chosen = value.topk(min(n_best, len(value)), 0, largest=False).indices.T
     chosen = chosen[:, torch.arange(n_best) % chosen.shape[1]]
-    return chosen, weights[chosen, torch.arange(len(chosen)).unsqueeze(-1)]
-
-
-def _feasible(layer: Any, now: Gabor, weights: Tensor, part: slice) -> Tensor:
-    """The ``A cos ψ, A sin ψ`` ``(N, filters, 2, C)`` nearest to these that the layer can have."""
-    phase, amplitude = now.phase[:, part], now.amplitude[:, part].unsqueeze(-2)
-    if "phase" not in layer.learn:
-        direction = torch.stack([phase.cos(), phase.sin()], -2)
-        if "amplitude" not in layer.learn:
-            return (amplitude * direction).expand_as(weights)
-        return (weights * direction).sum(-2, keepdim=True) * direction
-    if "amplitude" not in layer.learn:
-        size = weights.square().sum(-2, keepdim=True).sqrt().clamp_min(1e-30)
-        return weights / size * amplitude.abs()
-    return weights
-
-
-def _normalized(family: KernelFamily, params: Gabor) -> Gabor:
-    """The same kernels for a layer whose amplitude is the kernel's norm."""
-    wave = params.waveform()
-    even, odd = (part.flatten(2) for part in family.layer.even_odd(wave))
-    kernel = wave.even.unsqueeze(-1) * even - wave.odd.unsqueeze(-1) * odd
-    ours = family.kernels(family.rows(params))[:, 0]
-    ratio = kernel.flatten(1).norm(dim=1) / ours.norm(dim=1).clamp_min(1e-30)
-    return params.replace(amplitude=params.amplitude * ratio.unsqueeze(-1))
+    filters = torch.arange(len(chosen)).unsqueeze(-1)
+    return chosen, amplitude[chosen, filters], phase[chosen, filters]
 
 
 def reinitialize_filters(
