@@ -74,7 +74,7 @@ def test_what_is_left_out_has_its_default(tmp_path):
         ("learning_rate = inf", "learning_rate must be at least 0, got inf."),
         ("label_smoothing = 1.5", "label_smoothing must be at most 1, got 1.5."),
         ("seeds = [0, -1]", "seeds must be at least 0, got -1."),
-        ("seeds = []", "seeds must hold at least one number, got none."),
+        ("seeds = []", "seeds must hold at least one number."),
         ("seeds = [1, 1]", "seeds must differ from one another, got [1, 1]."),
         ("start = 'best'", "start must be one of 'bank', 'random', 'v1', got 'best'."),
         ("compare_with = ['gabour']", "compare_with must be one of 'free', 'gabor', "),

@@ -467,7 +467,7 @@ def test_a_loss_that_is_not_finite_stops_its_run_only(data, tmp_path, monkeypatc
     recipe, step = TINY.replace(compare_with=("free",)), _Trainer._do_step
 
     def spoiled(self: _Trainer, rows: torch.Tensor, epoch: int, number: int) -> None:
-        if self.variant == "gabor" and (epoch, number) == (1, 2):
+        if self.run.variant == "gabor" and (epoch, number) == (1, 2):
             with torch.no_grad():
                 self.model.network.classifier.weight.fill_(torch.nan)
         step(self, rows, epoch, number)

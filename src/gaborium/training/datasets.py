@@ -77,7 +77,7 @@ class Dataset:
             if shape[1:] != tuple(self.images.shape[1:]):
                 raise ValueError(f"{part}images {of} must have the size of images, got {shape}.")
             if images.is_floating_point() and not bool((images.abs() <= 1).all()):
-                raise ValueError(f"{part}images {of} must lie within [-1, 1]; scale the sounds.")
+                raise ValueError(f"{part}images {of} must be within [-1, 1]; scale the sounds.")
             if labels.dtype != torch.int64 or tuple(labels.shape) != shape[:1]:
                 raise ValueError(
                     f"{part}labels {of} must be int64 ({len(images)},), one for each image, got "
@@ -140,17 +140,14 @@ def load_dataset(name: str | os.PathLike[str]) -> Dataset:
                         with one mean and one contrast; the test patches are from the other half
                         of each photograph
     ``digits``          scikit-learn's handwritten digits, 8 x 8 px; the last third is the test
-    ``mnist``           handwritten digits, 28 x 28 px; the last 10 000 are the test
-    ``fashion-mnist``   clothes, 28 x 28 px; the last 10 000 are the test
-    ``cifar10``         things and animals in colour, 32 x 32 px; the last 10 000 are the test
+    ``mnist``,          handwritten digits or clothes, 28 x 28 px, or things and animals in
+    ``fashion-mnist``,  colour, 32 x 32 px; the last 10 000 are the test. Downloaded once from
+    ``cifar10``         OpenML with ``sklearn.datasets.fetch_openml``, into scikit-learn's folder
     a folder            images of one size, ``train/<class>/*.png`` and ``test/<class>/*.png``;
                         or ``<class>/*.png``, of which the last fifth of each class is the test
     an ``.npz`` file    ``x_train``, ``y_train``, ``x_test``, ``y_test``: uint8 images ``(n,
                         height, width[, channels])`` and labels from 0; and perhaps ``classes``
     ==================  =========================================================================
-
-    ``mnist``, ``fashion-mnist`` and ``cifar10`` are downloaded once from OpenML with
-    ``sklearn.datasets.fetch_openml``, into scikit-learn's folder (``SCIKIT_LEARN_DATA``).
 
     Args:
         name: one of the names above, or the path of a folder or an ``.npz`` file.
@@ -180,7 +177,7 @@ def load_dataset(name: str | os.PathLike[str]) -> Dataset:
     if path.is_file():
         return _from_npz(path)
     raise ValueError(
-        f"No data set is called {str(name)!r}, and nothing is at that path; choose one of "
+        f"There is no data set and no file {str(name)!r}; choose one of "
         f"{', '.join(DATASETS)}, or give the path of a folder of images or of an .npz file."
     )
 
@@ -224,7 +221,7 @@ def _digits() -> Dataset:
 def _fetched(name: str) -> Dataset:
     datasets = require("sklearn.datasets", extra="train", purpose="Published data sets")
     published, n, shape = _PUBLISHED[name]
-    # pandas reads these files ten times faster, but nothing else here needs it.
+    # pandas reads these files ten times faster, but is not required.
     parser = "pandas" if importlib.util.find_spec("pandas") else "liac-arff"
     try:
         found = datasets.fetch_openml(published, version=1, as_frame=False, parser=parser)

@@ -47,7 +47,7 @@ def make_first_layer(
           filters that learn; ``"gabor-fixed"``: the same filters without learning; ``"mixed"``:
           Gabor filters in the first half of the channels, free ones in the second
         - all start at one scale: white input of unit variance gives responses of variance 1/3
-        - none has a bias, since batch normalisation follows
+        - they have no bias, since batch normalisation follows
 
     Args:
         variant: ``"free"``, ``"gabor"``, ``"gabor-fixed"`` or ``"mixed"``.
@@ -59,12 +59,12 @@ def make_first_layer(
         padding: as for ``nn.ConvNd``; by default half a kernel.
         start: start of the Gabor filters: ``"bank"``, ``"random"``, ``"v1"``, or a record of shape
             ``(filters, channels or 1)``.
-        learn: fields of the record that train, by default the layer's own choice; of no effect
-            for ``"free"`` and ``"gabor-fixed"``.
+        learn: fields of the record that train in ``"gabor"`` and ``"mixed"``; by default the
+            layer's own choice.
         seed: seed of random kernels. torch's global generator is not used.
 
     Raises:
-        ValueError: a name is none of the above, or a number is out of range.
+        ValueError: a name is unknown, or a number is out of range.
 
     Example:
         >>> from gaborium.layers import n_learned

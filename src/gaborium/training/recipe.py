@@ -19,11 +19,6 @@ from gaborium.files import write_text
 Variant = Literal["free", "gabor", "gabor-fixed", "mixed"]
 
 _WORDS = {str: "a text", int: "a whole number", float: "a number"}
-_AT_LEAST_1 = (
-    *("samples_per_class", "n_filters", "kernel_size", "stride", "epochs", "batch_size"),
-    *("n_evaluations", "devices"),
-)
-_AT_LEAST_0 = ("learning_rate", "gabor_learning_rate", "weight_decay", "label_smoothing", "seeds")
 
 
 @dataclass(frozen=True)
@@ -107,21 +102,16 @@ class Recipe:
                 value = tuple(value)
                 object.__setattr__(self, name, value)
             _check(name, value, kind)
-        for name in (*_AT_LEAST_1, *_AT_LEAST_0):
-            value, least = getattr(self, name), int(name in _AT_LEAST_1)
-            for number in value if isinstance(value, tuple) else (value,):
-                if number is not None and not least <= number < math.inf:
-                    raise ValueError(f"{name} must be at least {least}, got {number}.")
         if self.label_smoothing > 1:
             raise ValueError(f"label_smoothing must be at most 1, got {self.label_smoothing}.")
         if not self.seeds:
-            raise ValueError("seeds must hold at least one number, got none.")
+            raise ValueError("seeds must hold at least one number.")
         if len(set(self.seeds)) < len(self.seeds):
             raise ValueError(f"seeds must differ from one another, got {list(self.seeds)}.")
 
     @property
     def variants(self) -> tuple[Variant, ...]:
-        """The first layers that are trained: ``first_layer``, then those of ``compare_with``."""
+        """The first layers that are trained: ``first_layer``, then ``compare_with``."""
         return tuple(dict.fromkeys((self.first_layer, *self.compare_with)))
 
     def replace(self, **fields: Any) -> Recipe:
@@ -169,7 +159,7 @@ class Recipe:
 
 
 def _check(name: str, value: Any, kind: Any) -> None:
-    """Raise one clear line unless a field's value has the type of its annotation."""
+    """Raise one clear line unless a value has the type of its field, and numbers are in range."""
     options = get_args(kind)
     if get_origin(kind) is Literal:
         one_of(name, value, options)
@@ -183,6 +173,10 @@ def _check(name: str, value: Any, kind: Any) -> None:
             _check(name, value, options[0])
     elif isinstance(value, bool) or not isinstance(value, (int, float) if kind is float else kind):
         raise TypeError(f"{name} must be {_WORDS[kind]}, got {value!r:.60}.")
+    elif kind is not str:
+        least = 1 if kind is int and name != "seeds" else 0
+        if not least <= value < math.inf:
+            raise ValueError(f"{name} must be at least {least}, got {value}.")
 
 
 def _toml(value: Any) -> str:

@@ -70,7 +70,7 @@ class Run:
         n_parameters: number of learned parameters of the whole network.
         accuracy: test accuracy at the end; ``None`` for a stopped run.
         accuracy_reset: test accuracy of the trained network with its Gabor filters reset to their
-            start; ``None`` where none learns.
+            start; ``None`` without learned Gabor filters.
         seconds: time of training and evaluation.
         stopped: empty, or the reason why the run was stopped.
     """
@@ -139,7 +139,7 @@ class TrainResult:
         return tuple(run for run in self.runs if run.variant == variant)
 
     def accuracy(self, variant: str) -> Mean:
-        """Return the test accuracy; stopped runs have none."""
+        """Return the test accuracy of the runs that were not stopped."""
         return _mean_difference([(run.accuracy, 0.0) for run in self.runs_of(variant)])
 
     def accuracy_reset(self, variant: str) -> Mean:
@@ -226,7 +226,7 @@ def _mean_difference(pairs: list[tuple[float | None, float | None]]) -> Mean:
 
 
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
-    """Write tensors in plain containers with a checksum, all or nothing."""
+    """Write tensors in plain containers with a checksum; a kill leaves the file before."""
     buffer = io.BytesIO()
     torch.save(state, buffer)
     content = buffer.getvalue()
@@ -324,7 +324,7 @@ def load_trained(
             f"{str(path)!r} does not exist, or its training has not ended or was stopped."
         )
     shape, classes = saved["shape"], saved["classes"]
-    start = Run.from_state(saved["run"]).start  # whose shape is that of the filters
+    start = Run.from_state(saved["run"]).start  # it has the shape of the filters
     options: dict[str, Any] = {"shape": shape, "n_classes": len(classes), "network": network}
     mean, std = saved["model"]["mean"], saved["model"]["std"]
     try:
@@ -335,7 +335,7 @@ def load_trained(
         trained.load_state_dict(saved["model"])
     except (RuntimeError, ValueError) as error:
         raise ValueError(
-            f"{str(path)!r} is of another network; give the one that train was given, or none: "
+            f"{str(path)!r} is of another network; give the one that train was given: "
             f"{' '.join(str(error).split()):.300}"
         ) from None
     return trained.eval()

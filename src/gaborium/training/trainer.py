@@ -83,10 +83,10 @@ def train(
             returns a network and its first layer.
         augment: function that changes training images at random. It gets images in [0, 1], their
             indices in the training set, and a seed that differs between runs and epochs.
-        start: start of the Gabor filters, instead of the recipe's: a record of as many filters,
-            ``(filters, channels or 1)``.
+        start: start of the Gabor filters, instead of the recipe's: a record of shape ``(filters,
+            channels or 1)``.
         folder: folder for checkpoints, metrics and trained networks: a new one, or the folder of
-            an earlier call. By default nothing is written.
+            an earlier call. By default no file is written.
         resume: whether to go on with the content of ``folder``; otherwise it is replaced.
         tensorboard: whether to write the metrics for TensorBoard, too.
         progress: called with each line of the metrics, plus ``n_steps`` of the run.
@@ -132,14 +132,9 @@ def train(
         if progress is not None and fabric.is_global_zero:
             watchers.append(progress)
         fabric.barrier()
-        runs = tuple(
-            _Trainer(
-                fabric, recipe, data, build, augment, variant, seed,
-                None if place is None else place / f"{variant}-{seed}", checksum, watchers,
-            ).train()
-            for variant in recipe.variants
-            for seed in recipe.seeds
-        )  # fmt: skip
+        trainer = _Trainer(fabric, recipe, data, build, augment, place, checksum, watchers)
+        variants, seeds = recipe.variants, recipe.seeds
+        runs = tuple(trainer.train(variant, seed) for variant in variants for seed in seeds)
     facts = {
         "name": data.name,
         "n_train": n_train,
@@ -201,33 +196,29 @@ def make_optimizers(module: nn.Module, recipe: Recipe) -> list[torch.optim.Optim
     return [*optimizers, adam]
 
 
-# -- one run ----------------------------------------------------------------------------------
-
-
 @dataclass
 class _Trainer:
-    """Trains the network of one variant and one seed."""
+    """Trains one network after another."""
 
     fabric: Any
     recipe: Recipe
     data: Dataset
     build: Callable[[str, int], tuple[nn.Module, nn.Module]]
     augment: Augment | None
-    variant: str
-    seed: int
-    folder: Path | None
+    place: Path | None
     checksum: str
     watchers: list[Progress]
 
-    def train(self) -> Run:
+    def train(self, variant: str, seed: int) -> Run:
         """Return the finished run; go on where an earlier call ended."""
+        self.folder = None if self.place is None else self.place / f"{variant}-{seed}"
         saved = None if self.folder is None else load_checkpoint(self.folder / CHECKPOINT_FILE)
         if saved is not None and saved["checksum"] != self.checksum:
             raise ValueError(
                 f"{str(self.folder)!r} was trained with other data, network or start; choose "
                 "another folder, or replace it with resume=False (--overwrite)."
             )
-        self.run = Run.from_state(saved["run"]) if saved else Run(self.variant, self.seed)
+        self.run = Run.from_state(saved["run"]) if saved else Run(variant, seed)
         if self.run.accuracy is None:
             self._prepare(saved)
             self._descend()
@@ -239,27 +230,26 @@ class _Trainer:
         return self.run
 
     def _prepare(self, saved: dict[str, Any] | None) -> None:
-        """Make data, network and optimisers as they are in the checkpoint or at the start."""
-        recipe, fabric, run = self.recipe, self.fabric, self.run
-        data = self.data.subset(recipe.samples_per_class, self.seed)
-        parts = (data.images, data.labels, data.test_images, data.test_labels)
-        self.images, self.labels, self.test_images, self.test_labels = (
-            part.to(fabric.device) for part in parts
-        )
+        """Make the data, the network and the optimisers, and restore the checkpoint."""
+        recipe, fabric, run, device = self.recipe, self.fabric, self.run, self.fabric.device
+        data = self.data.subset(recipe.samples_per_class, run.seed)
+        self.images, self.labels = data.images.to(device), data.labels.to(device)
+        self.test_images = data.test_images.to(device)
+        self.test_labels = data.test_labels.to(device)
         self.n_batches = math.ceil(len(data.labels) / recipe.batch_size)
         self.n_steps = recipe.epochs * self.n_batches
         interval = math.ceil(recipe.epochs / recipe.n_evaluations)
         self.evaluated = set(range(recipe.epochs, 0, -interval))
         self.evaluated |= {0} if recipe.n_evaluations > 1 else set()
 
-        network, self.first = self.build(self.variant, self.seed)
+        network, self.first = self.build(run.variant, run.seed)
         layers = (one for one in self.first.modules() if isinstance(one, GABOR_LAYERS))
         self.gabor: Any = next(layers, None)
         self.start = None if self.gabor is None else self._params()
         run.n_first_parameters, run.n_parameters = n_learned(self.first), n_learned(network)
         dtype = torch.float64 if recipe.precision == "64-true" else torch.float32
         self.model = Trained(network, *_statistics(data.images), data.classes)
-        self.model.to(fabric.device, dtype)
+        self.model.to(device, dtype)
         optimizers = make_optimizers(self.model, recipe)
         self.rates = [[group["lr"] for group in one.param_groups] for one in optimizers]
         self.module, *self.optimizers = fabric.setup(self.model, *optimizers)
@@ -287,7 +277,7 @@ class _Trainer:
         while self.step < self.n_steps:
             epoch, number = divmod(self.step, self.n_batches)
             if not batches or number == 0:
-                order = sample_order(self.seed, epoch, len(self.labels))
+                order = sample_order(self.run.seed, epoch, len(self.labels))
                 batches = order.tensor_split(self.n_batches)
             self._do_step(batches[number], epoch, number)
             self.step += 1
@@ -296,8 +286,8 @@ class _Trainer:
             if (log or save or last) and not self._add_up():
                 kept = self.folder and f"; the last good checkpoint is in {str(self.folder)!r}"
                 self.run.stopped = (
-                    f"The loss or a parameter of {self.variant}, seed {self.seed} is not finite at "
-                    f"step {self.step}; try smaller learning rates{kept or ''}."
+                    f"The loss or a parameter of {self.run.variant}, seed {self.run.seed} is not "
+                    f"finite at step {self.step}; try smaller learning rates{kept or ''}."
                 )
                 return
             if log:
@@ -313,11 +303,11 @@ class _Trainer:
         fabric = self.fabric
         rows = batch[fabric.global_rank :: fabric.world_size]
         # Seeded at every step, so that random layers of a resumed run draw the same numbers.
-        torch.manual_seed(_key(self.seed, epoch, number, fabric.global_rank))
+        torch.manual_seed(_key(self.run.seed, epoch, number, fabric.global_rank))
         self.module.train()
         images, labels = to_unit_range(self.images[rows]), self.labels[rows]
         if self.augment is not None:
-            images = self.augment(images, rows, _key(self.seed, epoch, "augmentation"))
+            images = self.augment(images, rows, _key(self.run.seed, epoch, "augmentation"))
         logits = self.module(images)
         smoothing = self.recipe.label_smoothing
         loss = F.cross_entropy(logits, labels, reduction="sum", label_smoothing=smoothing)
@@ -342,8 +332,6 @@ class _Trainer:
             sums = self.fabric.all_reduce(sums.to(self.fabric.device), reduce_op="sum").cpu()
         self.sums += sums
         return all(bool(v.isfinite().all()) for v in (sums, *self.model.parameters()))
-
-    # -- measurements -------------------------------------------------------------------------
 
     def _end_epoch(self, epoch: int) -> None:
         """Measure after an epoch; 0 is before the first."""
@@ -377,8 +365,9 @@ class _Trainer:
 
     def _write(self, kind: str, **measured: Any) -> None:
         """Add a line to the metrics."""
-        line = {"kind": kind, "variant": self.variant, "seed": self.seed, "step": self.step}
-        line |= {**measured, "displacement": self._displacement()}
+        run, displacement = self.run, self._displacement()
+        line = {"kind": kind, "variant": run.variant, "seed": run.seed, "step": self.step}
+        line |= {**measured, "displacement": displacement}
         self.lines.append(line)
         if self.folder is not None and self.fabric.is_global_zero:
             with (self.folder / _METRICS_FILE).open("a", encoding="utf-8") as file:
@@ -472,7 +461,7 @@ def _key(*parts: object) -> int:
 
 
 def _checksum(data: Dataset, network: Network | None, start: Gabor | None) -> str:
-    """SHA-256 of what is trained on and is not in the recipe."""
+    """SHA-256 of the arguments of ``train`` that are not in the recipe."""
     tensors = {name: value for name, value in vars(data).items() if isinstance(value, Tensor)}
     tensors |= {} if start is None else {f"start.{k}": v for k, v in start.as_dict().items()}
     name = getattr(network, "__qualname__", type(network).__name__)  # of a function, a module
