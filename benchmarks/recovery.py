@@ -22,7 +22,7 @@ from skimage import data
 
 from gaborium import Gabor2d
 from gaborium.experiments import Recovery, recover_planted
-from gaborium.images import center_crop
+from gaborium.readers import center_crop
 
 PHOTOGRAPHS = (
     *("astronaut", "brick", "camera", "coffee", "coins", "grass"),

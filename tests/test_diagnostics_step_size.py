@@ -58,8 +58,8 @@ class Quadratic(nn.Module):
         return 0.5 * other.x @ self.A @ other.x
 
 
-# Above 1000 parameters the sharpness is an estimate.
-@pytest.mark.parametrize(("n", "tolerance"), [(12, 1e-6), (1001, 1e-3)])
+# Above 100 parameters the sharpness is an estimate.
+@pytest.mark.parametrize(("n", "tolerance"), [(12, 1e-6), (101, 1e-3)])
 def test_the_sharpness_is_the_largest_eigenvalue(n, tolerance):
     layer = Quadratic(torch.cat([torch.linspace(0.5, 30.0, n - 1), torch.tensor([50.0])]))
     found = step_limit(layer.loss, layer)
@@ -129,7 +129,7 @@ def test_a_cone_has_the_basin_of_its_square():
     squared = step_limit(OutputLoss(loss.inputs, loss.targets), layer)
     assert root.basin == pytest.approx(squared.basin, rel=0.11)  # the grid of distances
     assert squared.basin == pytest.approx(
-        landscape(loss, layer, "orientation").half_width[0], rel=0.15
+        landscape(loss, layer, "orientation").half_width, rel=0.15
     )
 
 
@@ -244,24 +244,6 @@ def test_a_loss_scaled_down_is_told_and_the_remedy_scales_it_up(kind):
 
 
 # -- the caller's things, and bad input ---------------------------------------------------------
-
-
-def test_nothing_of_the_callers_changes():
-    module = nn.Sequential(GaborConv2d(1, 2, 7, seed=0), nn.BatchNorm2d(2), nn.Dropout(0.2))
-    inputs, targets = white(16), torch.randn(1, 2, 10, 10)
-    optimizer = torch.optim.SGD(module.parameters(), lr=0.1, momentum=0.5)
-    module(inputs).square().mean().backward()
-    state = {name: value.clone() for name, value in module.state_dict().items()}
-    gradients = [p.grad.clone() for p in module.parameters()]
-    random = torch.get_rng_state()
-    step_limit(OutputLoss(inputs, targets), module, optimizer=optimizer)
-    assert torch.equal(torch.get_rng_state(), random)
-    assert all(part.training for part in module.modules())
-    for name, value in module.state_dict().items():
-        assert torch.equal(value, state[name])
-    for p, gradient in zip(module.parameters(), gradients, strict=True):
-        assert torch.equal(p.grad, gradient)
-    assert not optimizer.state
 
 
 def test_only_what_the_optimiser_holds_is_looked_at():

@@ -10,7 +10,7 @@ import torch
 
 from gaborium import Gabor2d
 from gaborium.experiments import Descent, _descent, recover_planted
-from gaborium.images import camera, center_crop
+from gaborium.readers import center_crop, sample_image
 
 SMALL = {"kernel_size": 9, "n_steps": 3, "learning_rates": (0.1,), "momenta": (0.0,)}
 
@@ -48,7 +48,7 @@ def test_verdicts(fields, verdict):
 
 def test_a_large_step_size_throws_theta_out_of_the_basin():
     small, large = recover_planted(
-        [center_crop(camera(), 48)],
+        [center_crop(sample_image(), 48)],
         planted(0.8),
         start=planted(0.7),
         **(SMALL | {"n_steps": 40, "learning_rates": (1e-3, 30.0)}),
@@ -131,7 +131,7 @@ def test_training_arrives_from_the_worst_start(aspect_ratio):
     target = planted(math.pi / 4, aspect_ratio=aspect_ratio, wavelength=5.0)
     start = planted(-math.pi / 4, aspect_ratio=aspect_ratio, wavelength=5.0)
     training = recover_planted(
-        [center_crop(camera(), 64)],
+        [center_crop(sample_image(), 64)],
         target,
         start=start,
         kernel_size=13,
@@ -149,7 +149,7 @@ def test_training_arrives_from_the_worst_start(aspect_ratio):
 def test_training_does_not_depend_on_brightness():
     # A patch's mean differs from place to place, so the images' mean cannot just be subtracted: a
     # faint picture on a bright ground shows what is left of it.
-    faint = 0.7 + 0.02 * center_crop(camera(), 48)
+    faint = 0.7 + 0.02 * center_crop(sample_image(), 48)
     result = recover_planted(
         [faint], planted(0.8), start=planted(0.7), kernel_size=9, n_steps=60, learning_rates=()
     )

@@ -209,7 +209,7 @@ def test_overwriting_replaces_the_whole_folder_at_the_end(run: Path) -> None:
 @pytest.mark.parametrize(
     ("found", "overwrite", "words"),
     [
-        ("run", False, ["exists; choose another name, or replace it with overwrite"]),
+        ("run", False, ["exists; choose another name", "overwrite=True (--overwrite)"]),
         ("home", False, ["exists without a result.json"]),
         ("home", True, ["exists without a result.json, so it is never replaced"]),
         ("empty", True, ["exists without a result.json"]),

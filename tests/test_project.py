@@ -3,9 +3,12 @@
 import ast
 import hashlib
 import importlib.util
+import io
 import json
+import re
 import subprocess
 import sys
+import tokenize
 from importlib.metadata import version
 from pathlib import Path
 
@@ -14,6 +17,7 @@ import pytest
 import gaborium
 
 ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = ROOT / "src" / "gaborium"
 OPTIONAL = {
     "PIL",
     "cv2",
@@ -28,13 +32,11 @@ OPTIONAL = {
     "onnx",
     "onnxruntime",
     "onnxscript",
-    "plotly",
     "rich",
     "safetensors",
     "scipy",
     "skimage",
     "sklearn",
-    "timm",
     "transformers",
 }
 LARGEST_TRACKED_FILE = 1_000_000  # bytes
@@ -45,6 +47,16 @@ def modules_after(code: str) -> set[str]:
 
     The list is printed when the interpreter ends, so that the code may print and exit itself.
     """
+    return {name.partition(".")[0] for name in loaded_by(code)}
+
+
+def rooms_loaded_by(code: str) -> set[str]:
+    """Run code in a fresh interpreter and return the rooms of the package that it has imported."""
+    names = (name.split(".") for name in loaded_by(code))
+    return {name[1] for name in names if name[0] == "gaborium" and len(name) > 1}
+
+
+def loaded_by(code: str) -> list[str]:
     report = (
         "import atexit, json, sys\n"
         "atexit.register(lambda: print(json.dumps(sorted(sys.modules)), file=sys.stderr))\n"
@@ -53,7 +65,7 @@ def modules_after(code: str) -> set[str]:
         [sys.executable, "-c", report + code], capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
-    return {name.partition(".")[0] for name in json.loads(done.stderr.splitlines()[-1])}
+    return json.loads(done.stderr.splitlines()[-1])
 
 
 def tracked_files() -> list[Path]:
@@ -93,6 +105,87 @@ def test_help_answers_without_torch():
     )
     assert "gaborium" in modules
     assert "torch" not in modules
+
+
+def test_layers_and_plots_load_little_of_the_package():
+    core = {"errors", "files", "params", "kernels", "coordinates", "starts", "patches", "layers"}
+    layers = rooms_loaded_by("import gaborium.layers")
+    assert layers <= core
+    plots = rooms_loaded_by(
+        "import torch\nfrom gaborium.plots import plot_kernels\nplot_kernels(torch.rand(2, 5, 5))"
+    )
+    assert plots <= core | {"plots", "fitting"}
+
+
+def rooms() -> dict[str, int]:
+    """Return the rooms of the floor plan in CONTRIBUTING.md with their budgets in lines."""
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8").partition("## The house")[2]
+    plan = re.findall(r"^    (\w+) +(\d+)   \S", text.partition("\n## ")[0], re.MULTILINE)
+    return {name: int(budget) for name, budget in plan}
+
+
+def sources(room: str = "") -> list[Path]:
+    """Return the files of Python and the templates of a room, or of the whole package."""
+    files = (path for path in (PACKAGE / room).rglob("*") if path.suffix in {".py", ".j2"})
+    return sorted(files) if (PACKAGE / room).is_dir() else [PACKAGE / f"{room}.py"]
+
+
+def n_lines(path: Path) -> int:
+    return len(path.read_text(encoding="utf-8").splitlines())
+
+
+def n_code_lines(path: Path) -> int:
+    """Count lines without comments, docstrings and empty lines."""
+    text = path.read_text(encoding="utf-8")
+    if path.suffix != ".py":
+        return sum(bool(line.strip()) for line in text.splitlines())
+    ignored = {
+        tokenize.COMMENT,
+        tokenize.DEDENT,
+        tokenize.ENCODING,
+        tokenize.ENDMARKER,
+        tokenize.INDENT,
+        tokenize.NEWLINE,
+        tokenize.NL,
+    }
+    lines: set[int] = set()
+    for token in tokenize.generate_tokens(io.StringIO(text).readline):
+        is_docstring = token.type == tokenize.STRING and token.line.lstrip().startswith(
+            ('"""', 'r"""')
+        )
+        if token.type not in ignored and not is_docstring:
+            lines.update(range(token.start[0], token.end[0] + 1))
+    return len(lines)
+
+
+@pytest.mark.parametrize(("room", "budget"), rooms().items())
+def test_a_room_keeps_its_budget_of_lines(room, budget):
+    assert sum(map(n_lines, sources(room))) <= budget
+
+
+def test_the_house_keeps_its_budget_of_lines():
+    assert sum(map(n_lines, sources())) <= 19_200
+    assert sum(map(n_code_lines, sources())) <= 12_500
+    long = {path.name: n_lines(path) for path in sources() if n_lines(path) > 700}
+    assert long.keys() <= {"cli.py", "plots.py"}
+
+
+def test_the_floor_plan_names_every_room():
+    found = {path.stem for path in PACKAGE.iterdir() if path.name != "__pycache__"}
+    assert found - {"__init__", "__main__", "py"} == rooms().keys()
+    assert len(rooms()) <= 20
+
+
+def test_few_arrows_lead_from_room_to_room():
+    grimp = pytest.importorskip("grimp")
+    graph = grimp.build_graph("gaborium", exclude_type_checking_imports=True, cache_dir=None)
+    arrows = set()
+    for module in graph.modules:
+        for imported in graph.find_modules_directly_imported_by(module):
+            ends = tuple((name + ".").split(".")[1] for name in (module, imported))
+            if ends[0] != ends[1] and "" not in ends:
+                arrows.add(ends)
+    assert len(arrows) <= 85, sorted(arrows)
 
 
 def test_modules_import_only_from_floors_below():

@@ -137,7 +137,11 @@ def new_folder(
     target = Path(os.path.realpath(path))  # a link to a run stays a link
     _check_free(target, marker, overwrite=overwrite)
     temporary, old = _temporary(target), _temporary(target)
-    temporary.mkdir(parents=True)
+    missing = [parent for parent in target.parents if not parent.exists()]
+    try:
+        temporary.mkdir(parents=True)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, os.fspath(path)) from None
     finished = False
     try:
         yield temporary
@@ -152,6 +156,9 @@ def new_folder(
         if finished and isinstance(error, OSError):  # a name is no reason to lose hours of work
             raise type(error)(f"{error} The finished work is in {str(temporary)!r}.") from None
         shutil.rmtree(temporary, ignore_errors=True)
+        with suppress(OSError):
+            for parent in missing:
+                parent.rmdir()
         raise
     shutil.rmtree(old, ignore_errors=True)
 
@@ -189,7 +196,7 @@ def _check_free(target: Path, marker: str, *, overwrite: bool) -> None:
     if not (target / marker).is_file():
         reason = f"exists without a {marker}, so it is never replaced; choose another name."
     elif not overwrite:
-        reason = "exists; choose another name, or replace it with overwrite."
+        reason = "exists; choose another name, or replace it with overwrite=True (--overwrite)."
     else:
         return
     raise FileExistsError(f"{str(target)!r} {reason}")

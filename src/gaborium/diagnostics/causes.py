@@ -151,7 +151,11 @@ _TABLE = {
         "{names} gets a gradient, but does not move: {reason}.",
         SCALE_RATE.format(factor=1000),
     ),
-    "wrong unit": _Row(_WARNING, "{names} {reason}."),
+    "wrong unit": _Row(
+        _WARNING,
+        "{names} {reason}.",
+        "import torch\nwith torch.no_grad():\n    module.get_parameter({name!r}).{method}()\n",
+    ),
     "off-centre grid": _Row(
         _SEVERE,
         "The kernels{of} are sampled around the point ({shift}) px (x first) and not around their "
@@ -193,7 +197,13 @@ _TABLE = {
         _NOTE,
         "The output does not depend on the amplitude{of}: a normalisation after the layer divides "
         "it away. With kernels of norm {kernel_norm:.3g} a step has {length}.",
-        confidence=0.8,
+        "import torch\n"
+        "layer = module.get_submodule({name!r})\n"
+        "size = layer.weight.detach().flatten(1).norm(dim=1, keepdim=True)\n"
+        "size = size.unflatten(0, (layer.n_filters, -1)).amax(1)\n"
+        "layer.params = layer.params.replace(amplitude=layer.params.amplitude / size)\n"
+        + CLEAR_OPTIMIZER,
+        0.8,
     ),
     "zero padding": _Row(
         _WARNING,
@@ -286,4 +296,8 @@ _TABLE = {
         _WARNING, "No filter has moved by more than 0.1 % {since}.", _FASTER, 0.8
     ),
 }
-CAUSES = tuple(_TABLE)  # their names, in the order in which a diagnosis looks for them
+CAUSES = tuple(_TABLE)  # in the order in which a diagnosis lists them
+# Faults of the code, which are severe even if the rest of the parameters learns.
+BUGS = ("no gradient", "nan gradient", "stale cache", "wrong gradient", "off-centre grid")
+# These concern other starts and other inputs rather than the present ones.
+OF_OTHER_STARTS = ("spurious minima", "ill-conditioned input", "trade-off")

@@ -77,7 +77,7 @@ class Health:
 
     @property
     def redundant(self) -> list[int]:
-        """Filters that could be removed: up to scale and sign another one has the same kernel."""
+        """Filters that repeat the kernel of an earlier one, up to a positive scale."""
         return sorted({pair.second for pair in self.duplicates if not pair.negative})
 
     @property

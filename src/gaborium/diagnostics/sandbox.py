@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode, resolve_name
+from torch.utils._pytree import tree_flatten, tree_map
 
 from gaborium.errors import one_of
 
@@ -78,46 +79,33 @@ def seeded(seed: int, module: nn.Module, inputs: Any = ()) -> Iterator[None]:
         yield
 
 
-def tensors_of(value: Any) -> Iterator[Tensor]:
-    """The tensors in a tensor, sequence, mapping or record, in order."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, (list, tuple, Mapping)):
-        for item in value.values() if isinstance(value, Mapping) else value:
-            yield from tensors_of(item)
+def tensors_of(value: Any) -> list[Tensor]:
+    """The tensors in a tensor, list, tuple or dictionary, in order."""
+    return [leaf for leaf in tree_flatten(value)[0] if isinstance(leaf, Tensor)]
 
 
 def equal(one: Any, other: Any) -> bool:
     """Whether two outputs are equal bit for bit."""
-    left, right = list(tensors_of(one)), list(tensors_of(other))
+    left, right = tensors_of(one), tensors_of(other)
     return len(left) == len(right) and all(
-        a.shape == b.shape and bool(((a == b) | ((a != a) & (b != b))).all())  # noqa: PLR0124
+        a.shape == b.shape and torch.allclose(a, b.to(a), rtol=0.0, atol=0.0, equal_nan=True)
         for a, b in zip(left, right, strict=True)
     )
-
-
-def _mapped(value: Any, change: Callable[[Any], Any]) -> Any:
-    """The same structure with every item changed."""
-    if type(value) in (list, tuple):
-        return type(value)(_mapped(item, change) for item in value)
-    if type(value) is dict:
-        return {key: _mapped(item, change) for key, item in value.items()}
-    return change(value)
 
 
 def _cloned(value: Any) -> Any:
     return value.detach().clone() if isinstance(value, Tensor) else value
 
 
-def _call(module: nn.Module, inputs: Any) -> Any:
-    """Call a module on clones of its inputs, which work in place does not reach."""
-    return module(*_mapped(inputs if isinstance(inputs, tuple) else (inputs,), _cloned))
-
-
 def _doubled(value: Any) -> Any:
     if isinstance(value, Tensor):
         return value.double() if value.dtype in _NARROW else value
     return torch.float64 if value in _NARROW else value
+
+
+def _call(module: nn.Module, inputs: Any) -> Any:
+    """Call a module on clones of its inputs, so that work in place does not change these."""
+    return module(*tree_map(_cloned, inputs if isinstance(inputs, tuple) else (inputs,)))
 
 
 # -- checks -------------------------------------------------------------------------------------
@@ -240,14 +228,9 @@ class TrainingSetup:
                 else:
                     optimizer.step()
             else:
-                losses.append(self.value())
+                with seeded(0, self.module, self.inputs), torch.no_grad():
+                    losses.append(self.loss(self.output(), self.targets).item())
         return losses
-
-    @torch.no_grad()
-    def value(self) -> float:
-        """The present loss."""
-        with seeded(0, self.module, self.inputs):
-            return self.loss(self.output(), self.targets).item()
 
     def output(self) -> Any:
         """The module's output for the inputs."""
@@ -316,7 +299,7 @@ class Sandbox:
 
     def double(self, *, widen: bool) -> Sandbox:
         """The same in float64."""
-        module, inputs = copied(self.module).double(), _mapped(self.inputs, _doubled)
+        module, inputs = copied(self.module).double(), tree_map(_doubled, self.inputs)
         return Sandbox(module, inputs, self.loss, self.seed, widen)
 
 
@@ -327,8 +310,8 @@ class _Widened(TorchFunctionMode):
         name = (resolve_name(func) or "").rpartition(".")[-1]
         if name in ("float", "half", "bfloat16") and args and isinstance(args[0], Tensor):
             return args[0].double()
-        result = func(*_mapped(tuple(args), _doubled), **_mapped(kwargs or {}, _doubled))
-        return _mapped(result, _doubled)
+        result = func(*tree_map(_doubled, tuple(args)), **tree_map(_doubled, kwargs or {}))
+        return tree_map(_doubled, result)
 
 
 class Trace(TorchFunctionMode):

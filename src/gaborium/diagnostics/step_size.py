@@ -18,7 +18,7 @@ _DESCENT_STEPS = 200
 _CONE = 0.3  # slope ∝ distance^exponent: a cone below this exponent, a bowl above it
 _NEAR = 1e-3  # distances of the cone test, in units of the stored parameters
 _FAR = 10.0
-_MOST_EXACT = 1000  # parameters up to which the Hessian is computed
+_MOST_EXACT = 100  # parameters up to which the Hessian is computed
 _MANY_STEPS = 1e5
 
 
@@ -101,7 +101,7 @@ def step_limit(
 
     A copy of the layer descends to the nearest minimum (by L-BFGS, and on the square of the loss
     as well, which is smooth where the loss is a cone). There the Hessian's largest eigenvalue is
-    computed, and the slope at ever smaller distances along the steepest direction. Above 1000
+    computed, and the slope at ever smaller distances along the steepest direction. Above 100
     learned parameters the eigenvalue is estimated from that slope.
 
     Args:
