@@ -29,7 +29,7 @@ from learning.data import load
 from torch import Tensor, nn
 
 from gaborium import convert
-from gaborium.training import build_network, make_first_layer
+from gaborium.training import SmallCNN, make_first_layer
 
 BATCH, RATE, DECAY = 128, 3e-3, 0.05
 EPOCHS = {"fashion-mnist": 4, "cifar10": 8}
@@ -84,7 +84,7 @@ def small_cnn(data: str, kernel_size: int, seed: int) -> nn.Module:
     first = make_first_layer(
         "free", n_dims=2, in_channels=channels, n_filters=32, kernel_size=kernel_size, seed=seed
     )
-    return build_network("cnn", first=first, image_size=(side, side), n_classes=10, seed=seed)
+    return SmallCNN(first, 10, image_size=(side, side), seed=seed)
 
 
 def resnet(seed: int) -> nn.Module:

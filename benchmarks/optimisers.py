@@ -56,7 +56,7 @@ ADAM_RATES = (0.003, 0.01, 0.03, 0.1, 0.3)
 SGD_RATES = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
 PLAIN_RATES = (1e-3, 5e-3, 0.02, 0.1, 0.5)
 SHARES = (1.0, 0.5, 0.25, 0.1, 0.05)  # of the way that a step of NaturalGradient goes
-NATURALLY, WITHOUT_LEAPS = "NaturalGradient", "the same without leaps"
+NATURALLY, WITHOUT_GLOBAL_STEPS = "NaturalGradient", "the same without global steps"
 Row = dict[str, Any]
 
 
@@ -491,7 +491,7 @@ def compare(options: Options, name: str, condition: str, photograph: Tensor) -> 
     """Every other method: five rates on targets for tuning, the best one on the targets."""
     tuning = planted(condition, photograph, options, seed=1)
     task = planted(condition, photograph, options, seed=10)
-    method = WITHOUT_LEAPS
+    method = WITHOUT_GLOBAL_STEPS
     if options.wanted(method):
         trials: list[Row] = []
         for lr in SHARES:
@@ -500,7 +500,7 @@ def compare(options: Options, name: str, condition: str, photograph: Tensor) -> 
                 method,
                 name,
                 condition,
-                lambda lr=lr: naturally(tuning, options, lr=lr, leap_every=0),
+                lambda lr=lr: naturally(tuning, options, lr=lr, global_step_interval=0),
                 rate=lr,
                 what="tuning",
             )
@@ -510,7 +510,7 @@ def compare(options: Options, name: str, condition: str, photograph: Tensor) -> 
             method,
             name,
             condition,
-            lambda: naturally(task, options, lr=lr, leap_every=0),
+            lambda: naturally(task, options, lr=lr, global_step_interval=0),
             rate=lr,
             what="test",
         )
@@ -797,7 +797,7 @@ def show_parameters(pieces: Pieces) -> None:
 # -- cost -----------------------------------------------------------------------------------------
 
 ADAM, AGAIN, NATURAL = "Adam for all", "Adam for all, again", "NaturalGradient, Adam for the rest"
-PERIOD, N_PERIODS = 100, 4  # of that many steps; leaps are frequent in the first alone
+PERIOD, N_PERIODS = 100, 4  # of that many steps; global steps are frequent in the first only
 BLOCK = 20  # steps that give one ratio, for the spread
 
 

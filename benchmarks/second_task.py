@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from gaborium import convert
 from gaborium.layers import GABOR_LAYERS
-from gaborium.training import build_network, make_first_layer
+from gaborium.training import SmallCNN, make_first_layer
 
 FIRST = "fashion-mnist"
 TASKS = {"mnist": 10, "textures": 20}  # and images of each class
@@ -105,10 +105,9 @@ class Second:
         some = self.data.subset(self.n, seed)
         mean, std = some.images.float().mean(), some.images.float().std()
         images, labels = (some.images.float() - mean) / std, some.labels
-        network = build_network(
-            "cnn", first=first, image_size=self.data.image_size,
-            n_classes=self.data.n_classes, seed=seed,
-        ).train()  # fmt: skip
+        network = SmallCNN(
+            first, self.data.n_classes, image_size=self.data.image_size, seed=seed
+        ).train()
         gabor = list(first.parameters()) if isinstance(first, GABOR_LAYERS) else []
         others = [p for p in network.parameters() if not any(p is q for q in gabor)]
         optimizer = torch.optim.AdamW(

@@ -256,7 +256,7 @@ def basin(plan: Plan) -> Rows:
     for wavelength, sigma, gamma in itertools.islice(grid, 0, None, 1 if plan.full else 11):
         truth, size = planted(gamma, wavelength=wavelength, sigma=sigma), int(6 * sigma / gamma) | 1
         row = {"wavelength": wavelength, "sigma": sigma, "aspect_ratio": gamma}
-        row["measured"] = circle(impulse(size), truth, size=size).half_width[0]
+        row["measured"] = circle(impulse(size), truth, size=size).half_width
         a = (math.tau * sigma / wavelength) ** 2
         row["all_angles"] = math.acos((math.sqrt(1 + a * a) - 1) / a) if gamma == 1 else None
         rows.append(row | {"predicted": predicted_width(truth)})

@@ -7,26 +7,18 @@ import math
 import pytest
 import torch
 
+from fits import F64, drawn, planted, with_noise
 from gaborium import Gabor2d, Outcome, fit, gabor
 from gaborium.fitting.alternatives import CenterSurround, TwoGabors, crossing, is_better
 from gaborium.fitting.model import GaborModel
 from gaborium.fitting.solver import Target, kernels_of, linearize, misfit, solve
+from gaborium.kernels import offsets
 
-F64 = torch.float64
 SIZES = (9, 11)
 
 
-def random(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=F64)
-
-
-def grid(sizes=SIZES):
-    y, x = (torch.arange(n, dtype=F64) - (n - 1) / 2 for n in sizes)
-    return x.expand(sizes), y[:, None].expand(sizes)
-
-
 def centre_surround(sigma, ratio, x0, y0, sizes=SIZES, weight=None):
-    x, y = grid(sizes)
+    x, y = offsets(sizes, F64, torch.device("cpu")).unflatten(1, sizes)
     square = (x - x0) ** 2 + (y - y0) ** 2
     weight = ratio**-2 if weight is None else weight
     surround = (-square / (2 * (ratio * sigma) ** 2)).exp()
@@ -56,7 +48,7 @@ ROWS = {
 def test_slopes_agree_with_finite_differences(name):
     model = MODELS[name]
     z = torch.tensor([ROWS[name.partition(" ")[0].strip(",")]], dtype=F64)
-    target = Target(random(1, 2, math.prod(SIZES)))
+    target = Target(drawn(1, 2, math.prod(SIZES)))
     left, slopes, _ = linearize(target, model, z)
     # Kaufman's slopes leave out what the basis itself spans; of the misfit they give it all.
     gradient = -2 * (slopes @ left.unsqueeze(-1)).squeeze(-1).sum(1)[0]
@@ -150,22 +142,10 @@ def test_a_centre_with_its_surround_is_not_called_a_gabor_function(center):
     assert result.outcome.count(Outcome.OFF_MODEL) >= 5
 
 
-@pytest.mark.parametrize("center", [False, True])
-def test_noise_does_not_make_two_of_one(center):
+@pytest.mark.parametrize(("size", "center"), [(7, False), (7, True), (11, False)])
+def test_noise_makes_neither_two_of_one_nor_a_rival(size, center):
     # On few pixels two waves could explain much of the noise.
-    n = 40
-    generator = torch.Generator().manual_seed(3)
-    planted = Gabor2d(
-        orientation=math.pi * torch.rand(n, generator=generator, dtype=F64),
-        wavelength=3 + 2 * torch.rand(n, generator=generator, dtype=F64),
-        phase=2 * math.pi * torch.rand(n, generator=generator, dtype=F64),
-        sigma=torch.full((n,), 1.8, dtype=F64),
-        aspect_ratio=torch.full((n,), 0.8, dtype=F64),
-        amplitude=torch.ones(n, dtype=F64),
-        center=torch.zeros(n, 2, dtype=F64),
-    )
-    kernels = gabor(planted, 7)
-    size = kernels.flatten(1).std(1)[:, None, None]
-    result = fit(kernels + 0.3 * size * random(n, 7, 7, seed=4), center=center)
+    kernels = gabor(planted(2, 40, seed=3, sigma=1.8, aspect_ratio=0.8), size)
+    result = fit(with_noise(kernels, 0.3, seed=4), center=center)
     assert Outcome.OFF_MODEL not in result.outcome
     assert result.converged.sum() >= 36

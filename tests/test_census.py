@@ -75,15 +75,17 @@ def flat(parts: dict[str, Tensor]) -> tuple[Tensor, list[str]]:
 
 @pytest.fixture(scope="module")
 def mixed() -> tuple[Tensor, Census]:
-    kernels, _ = flat(planted(7, 3))
-    return kernels, census(kernels)
+    kernels, labels = flat(planted(7, 3))
+    found = census(kernels)
+    assert list(found.labels) == labels
+    return kernels, found
 
 
 # -- outcome ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-@pytest.mark.parametrize("size", [5, 7, 11])
+@pytest.mark.parametrize("size", [5, 11])  # 7 is the fixture
 def test_planted_filters_are_called_what_they_are(size, channels):
     kernels, labels = flat(planted(size, channels))
     assert list(census(kernels).labels) == labels
@@ -91,7 +93,7 @@ def test_planted_filters_are_called_what_they_are(size, channels):
 
 def test_an_untrained_layer_is_noise():
     torch.manual_seed(0)
-    assert census(nn.Conv2d(1, 16, 11)).counts["noise"] >= 15
+    assert census(nn.Conv2d(1, 16, 7), n_starts=3).counts["noise"] >= 15
 
 
 def test_a_dead_filter_is_noise_and_said_to_be_dead():
@@ -132,7 +134,7 @@ def test_pairs_are_found_whatever_their_place():
             torch.roll(disc(13, 2.0), 1, 1),
         ]
     )
-    found = census(kernels)
+    found = census(kernels, n_starts=3)
     kinds = {(pair.first, pair.second): pair.kind for pair in found.pairs}
     assert kinds == {
         (0, 1): "negative",
@@ -159,7 +161,7 @@ def test_the_distribution_is_that_of_the_planted_gabors():
     assert numbers["bandwidth"].tolist() == pytest.approx(octaves, abs=1e-6)
 
 
-def test_a_layer_drawn_like_v1_lies_where_v1_does():
+def test_a_layer_drawn_like_v1_is_where_v1_is():
     wavelength = torch.tensor([4.0, 8.0, 8.0], dtype=torch.float64)
     bank = Gabor2d.of(
         orientation=[0.05, 1.5, math.pi / 4],
@@ -168,7 +170,7 @@ def test_a_layer_drawn_like_v1_lies_where_v1_does():
         aspect_ratio=10**-0.07,
         dtype=torch.float64,
     )
-    found = census(gabor(bank, 25))
+    found = census(gabor(bank, 25), n_starts=3)
     assert found.labels == ("gabor",) * 3
     beside = found.compare_with_v1()
     for name in ("n_x", "n_y", "bandwidth"):
@@ -180,12 +182,12 @@ def test_a_layer_drawn_like_v1_lies_where_v1_does():
     assert json.loads(found.to_json())["v1"]["cardinal"] == {"layer": 2 / 3, "v1": 143 / 246}
 
 
-def test_a_wave_of_many_bars_lies_outside_v1():
-    bars = Gabor2d.of(wavelength=4.0, sigma=5.0, aspect_ratio=2.0, dtype=torch.float64)
-    assert census(gabor(bars, 25)[None]).compare_with_v1()["within"][0] == 0.0
+def test_a_wave_of_many_bars_is_outside_v1():
+    bars = Gabor2d.of(wavelength=3.0, sigma=4.0, aspect_ratio=2.0, dtype=torch.float64)
+    assert census(gabor(bars, 19)[None], n_starts=1).compare_with_v1()["within"][0] == 0.0
 
 
-def test_without_a_gabor_or_a_plane_nothing_lies_compare_with_v1():
+def test_without_a_gabor_or_a_plane_there_is_no_comparison():
     flat = census(torch.ones(1, 5, 5)).compare_with_v1()
     assert all(math.isnan(layer) and v1 > 0 for layer, v1 in flat.values())
     wave = torch.cos(torch.arange(9.0))[None, None]
@@ -195,21 +197,18 @@ def test_without_a_gabor_or_a_plane_nothing_lies_compare_with_v1():
 # -- law --------------------------------------------------------------------------------------
 
 CHANGES = {
-    "sign": lambda w: -w,
-    "scale": lambda w: 1e-5 * w,
-    "channels": lambda w: w[:, [2, 0, 1]],
-    "transposed": lambda w: w.mT,
-    "flipped": lambda w: w.flip(-1),
-    "upside down": lambda w: w.flip(-2),
+    "sign and channels": lambda w: -w[:, [2, 0, 1]],
+    "scale and transposed": lambda w: 1e-5 * w.mT,
+    "flipped and upside down": lambda w: w.flip(-1, -2),
 }
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_nothing_that_does_not_matter_changes_a_class(mixed, change):
+def test_neither_sign_scale_channels_nor_flips_change_a_class(mixed, change):
     kernels, before = mixed
-    after = census(CHANGES[change](kernels))
-    assert after.labels == before.labels
-    torch.testing.assert_close(after.probability, before.probability, atol=0.02, rtol=0)
+    after = census(CHANGES[change](kernels[::2]))
+    assert after.labels == before.labels[::2]
+    torch.testing.assert_close(after.probability, before.probability[::2], atol=0.02, rtol=0)
 
 
 def test_probabilities_sum_to_one_and_the_label_has_the_highest(mixed):
@@ -252,7 +251,7 @@ def test_a_model_is_not_changed_and_its_first_layer_is_found():
     assert model.training
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert all(value.grad is None for value in model.parameters())
-    assert len(census(model, layer="2")) == 3
+    assert len(census(model, layer="2", n_starts=1)) == 3
 
 
 @pytest.mark.parametrize(
@@ -262,7 +261,11 @@ def test_a_model_is_not_changed_and_its_first_layer_is_found():
         (nn.Conv2d(3, 4, 1), ValueError, "1 x 1 px, in which there is no wave"),
         (nn.Conv2d(1, 2, 3, dtype=torch.complex64), ValueError, "is complex"),
         (nn.ConvTranspose2d(1, 2, 3), ValueError, "transposed"),
-        (torch.zeros(2, 1, 3, 3, dtype=torch.complex64), TypeError, "kernels are complex"),
+        (
+            torch.zeros(2, 1, 3, 3, dtype=torch.complex64),
+            TypeError,
+            "got torch.complex64",
+        ),
         (torch.zeros(2, 1, 3, 3, dtype=torch.int8), TypeError, "before it was quantised"),
         (torch.full((2, 1, 3, 3), math.nan), ValueError, "2 of 2 filters hold NaN or infinity"),
         (torch.zeros(0, 1, 3, 3), ValueError, "not empty"),

@@ -40,24 +40,24 @@ def test_recover_writes_result_report_and_figures(empty_folder, capsys):
     assert run("recover", *FAST) == 0
     folder = empty_folder / "runs" / "recover"
     result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
-    assert result["target"]["fields"]["wavelength"] == [[4.0]]
+    assert result["result"]["target"]["fields"]["wavelength"] == [[4.0]]
     assert "</html>" in (folder / "report.html").read_text(encoding="utf-8")
     assert len(list(folder.glob("*.png"))) >= 3
     shown = capsys.readouterr().out
-    assert "std. error" in shown
+    assert "step size" in shown
     assert "orientation" in shown
     assert "report.html" in shown
     assert sorted(p.name for p in (empty_folder / "runs").iterdir()) == ["index.html", "recover"]
     index = (empty_folder / "runs" / "index.html").read_text(encoding="utf-8")
     assert 'href="recover/report.html"' in index
-    assert shown.splitlines()[-1] == f"All runs: {Path('runs', 'index.html')}"
+    assert shown.splitlines()[-2] == f"All runs: {Path('runs', 'index.html')}"
 
 
 def test_a_colour_photograph_with_one_amplitude_per_channel(empty_folder):
     photo = save(noise(50, 60, 3), empty_folder / "photo.png")
     assert run("recover", *FAST, "--image", str(photo), "--amplitude", "1", "-0.5", "0.25") == 0
     text = (empty_folder / "runs/recover/result.json").read_text(encoding="utf-8")
-    rows = {row["parameter"]: row for row in json.loads(text)["table"]}
+    rows = {row["parameter"]: row for row in json.loads(text)["result"]["table"]}
     assert rows["amplitude[2]"]["found"] == pytest.approx(0.25, abs=1e-6)
 
 
@@ -79,7 +79,7 @@ def test_a_folder_of_photographs_of_different_sizes(empty_folder, capsys):
         (["--kernel-size", "0"], ["--kernel-size", "at least 1"]),
         (["--kernel-size", "99"], ["kernel", "larger", "image"]),
         (["--noise", "nan"], ["--noise", "nan"]),
-        (["--learning-rate", "-1"], ["--learning-rate", "negative"]),
+        (["--learning-rate", "-1"], ["--learning-rate", "at least 0"]),
         (["--steps", "many"], ["--steps", "many"]),
         (["--sgima", "3"], ["--sgima", "--sigma"]),
         (["--phase", "0", "1"], ["phase", "channel"]),
@@ -186,7 +186,7 @@ def test_fit_writes_result_table_report_and_figures(empty_folder, capsys):
     assert record["facts"]["file"] == "bank.pt"
     assert record["facts"]["array"] == "weight"
     assert record["facts"]["SHA-256"] == hashlib.sha256(path.read_bytes()).hexdigest()
-    assert record["shape"] == [5, 9, 9]
+    assert record["facts"]["shape"] == "5 × 9 × 9"
     fields = record["result"]["params"]["fields"]
     assert fields["orientation"] == pytest.approx([0.1, 0.7, 1.3, 1.9, 2.5], abs=0.05)
     assert any(any(center) for center in fields["center"])  # searched for
@@ -196,11 +196,8 @@ def test_fit_writes_result_table_report_and_figures(empty_folder, capsys):
     assert "</html>" in (folder / "report.html").read_text(encoding="utf-8")
     assert len(list(folder.glob("*.png"))) == 2
     shown = " ".join(capsys.readouterr().out.split())
-    assert "A Gabor function was found for 5 of 5 filters" in shown
-    assert "CONVERGED 5 Converged." in shown
-    low, median, _ = (f"{100 * q:.1f} %" for q in record["summary"]["explained_variance"])
-    assert f"quartiles {low}, {median} and" in shown
-    assert f"converged: {record['summary']['wavelength']:.3g} px" in shown
+    assert record["headline"] in shown
+    assert "5 of 5 filters" in shown
     assert "report.html" in shown
     assert sorted(p.name for p in (empty_folder / "runs").iterdir()) == ["fit", "index.html"]
 
@@ -216,7 +213,7 @@ def test_channels_share_a_geometry_unless_told_otherwise(empty_folder):
 
 def test_switches_reach_the_fit(empty_folder):
     path = bank(empty_folder / "bank.pt", 2, orientation=[0.5, 1.0], aspect_ratio=1.5)
-    assert run("fit", str(path), "--no-center", "--isotropic", "--key", "weight") == 0
+    assert run("fit", str(path), "--fixed-center", "--isotropic", "--key", "weight") == 0
     fields = result_of(empty_folder / "runs" / "fit")["result"]["params"]["fields"]
     assert fields["center"] == [[0.0, 0.0]] * 2
     assert fields["aspect_ratio"] == [1.0] * 2
@@ -228,7 +225,7 @@ def test_pieces_of_a_file_give_what_the_whole_gives(empty_folder, monkeypatch):
     monkeypatch.setattr("gaborium.cli._PIECE", 2)
     assert run("fit", str(path), "--name", "pieces") == 0
     whole, pieces = (result_of(empty_folder / "runs" / name) for name in ("fit", "pieces"))
-    assert pieces["shape"] == whole["shape"]
+    assert pieces["facts"]["shape"] == whole["facts"]["shape"]
     assert pieces["result"]["outcome"] == whole["result"]["outcome"]
     for name, value in whole["result"]["params"]["fields"].items():
         expected = torch.tensor(value, dtype=torch.float64)
@@ -243,8 +240,8 @@ def test_kernels_that_are_no_gabor_functions_are_told_apart(empty_folder, capsys
     torch.save(kernels, empty_folder / "bank.pt")
     assert run("fit", "bank.pt") == 0
     shown = " ".join(capsys.readouterr().out.split())
-    assert "BAD_INPUT 2 The target is zero or not finite" in shown
-    assert "No Gabor function was found for any of 3 filters" in shown
+    assert "2 filters: The target is zero or not finite" in shown
+    assert "0 of 3 filters" in shown
     assert "nan" not in shown
 
 
@@ -253,9 +250,9 @@ def test_a_folder_of_images_and_its_note(empty_folder, capsys):
     (empty_folder / "images").mkdir()
     for i in range(2):
         save(noise(9, 9), empty_folder / "images" / f"{i}.png")
-    assert run("fit", "images", "--no-center", "--n-starts", "1") == 0
+    assert run("fit", "images", "--fixed-center", "--n-starts", "1") == 0
     assert one_line(capsys).startswith("Note: 'images'")
-    assert result_of(empty_folder / "runs" / "fit")["shape"] == [2, 1, 9, 9]
+    assert result_of(empty_folder / "runs" / "fit")["facts"]["shape"] == "2 × 1 × 9 × 9"
 
 
 @pytest.mark.parametrize(
@@ -269,7 +266,6 @@ def test_a_folder_of_images_and_its_note(empty_folder, capsys):
         (["bank.pt", "--geometry", "filter"], ["--geometry", "channels", "2 × 9 × 9"]),
         (["bank.pt", "--n-dims", "4"], ["--n-dims", "4"]),
         (["bank.pt", "--n-starts", "0"], ["--n-starts", "at least 1"]),
-        (["bank.pt", "--limit", "2"], ["--limit", "at least 3"]),
         (["bank.pt", "--name", "../elsewhere"], ["--name", "elsewhere"]),
         (["bank.pt", "--out", "notes.txt/inside"], ["notes.txt", "Not a directory"]),
         (["model.pt"], ["model.pt", "unpickling", "state dict"]),
@@ -327,13 +323,11 @@ def test_census_writes_result_table_report_and_figures(empty_folder, capsys):
     assert [row["class"] for row in rows] == ["gabor", "gabor"]
     page = (folder / "report.html").read_text(encoding="utf-8")
     assert "</html>" in page
-    assert page.count('alt="residual"') == 2
-    kinds = {"pdf": b"%PDF", "svg": b"<?xml", "png": b"\x89PNG"}
-    for kind, start in kinds.items():
-        assert (folder / f"census.{kind}").read_bytes().startswith(start)
+    assert (folder / "census.png").read_bytes().startswith(b"\x89PNG")
     shown = " ".join(capsys.readouterr().out.split())
-    assert "2 of 2 filters (100 %) are Gabor functions." in shown
-    assert "Census of filters" in (empty_folder / "runs/index.html").read_text(encoding="utf-8")
+    assert record["headline"] in shown
+    assert "2 of 2 filters" in shown
+    assert "census/report.html" in (empty_folder / "runs/index.html").read_text(encoding="utf-8")
 
 
 NETWORK = """
@@ -351,7 +345,7 @@ def test_census_takes_the_network_of_a_script_and_a_layer_of_it(empty_folder, ca
     assert {"file": "mine.py", "array": "0.weight", "shape": "2 × 3 × 7 × 7"}.items() <= record[
         "facts"
     ].items()
-    assert "mine.py: 0 of 2 filters" in " ".join(capsys.readouterr().out.split())
+    assert "0 of 2 filters" in " ".join(capsys.readouterr().out.split())
     assert run("census", "mine.py", "--key", "1", "--name", "second") == 0
     assert result_of(empty_folder / "runs" / "second")["facts"]["array"] == "1.weight"
 

@@ -75,14 +75,15 @@ def test_waves_are_converted_and_the_weights_are_those_of_the_network(weights, c
         rows = list(csv.DictReader(file))
     assert [float(row["wavelength"]) for row in rows[:2]] == pytest.approx([4.0, 5.0], abs=1e-3)
     page = (folder / "report.html").read_text(encoding="utf-8")
-    assert page.count('alt="residual"') == 3
-    for suffix in ("pdf", "svg", "png"):
-        assert (folder / f"conversion.{suffix}").stat().st_size > 0
+    assert "</html>" in page
+    assert (folder / "conversion.png").stat().st_size > 0
     shown = " ".join(capsys.readouterr().out.split())
-    assert "2 of 3 filters (67 %) are Gabor functions now" in shown
-    assert "Conversion to Gabor functions" in Path("runs/index.html").read_text(encoding="utf-8")
+    assert record["headline"] in shown
+    assert "2 of 3 filters (67 %)" in shown
+    assert "convert/report.html" in Path("runs/index.html").read_text(encoding="utf-8")
 
 
+@pytest.mark.filterwarnings("default")  # shown, as to a user
 def test_with_images_the_responses_are_kept_and_a_new_bias_is_told(weights, empty_folder, capsys):
     folder = photographs(empty_folder / "pictures")
     assert run("net.pt", "--key", "stem.weight", "--images", folder, "--threshold", 0) == 0
@@ -93,7 +94,7 @@ def test_with_images_the_responses_are_kept_and_a_new_bias_is_told(weights, empt
     errors = [row["response_error"] for row in record["result"]["filters"]]
     assert max(errors[:2]) < 1e-2 < errors[2]
     assert record["facts"]["images"].startswith("2 from ")
-    assert "'stem.bias'" in capsys.readouterr().out
+    assert "'stem.bias'" in capsys.readouterr().err
 
 
 def test_where_nothing_is_converted_all_stays_and_it_is_said(weights, capsys):
@@ -103,7 +104,7 @@ def test_where_nothing_is_converted_all_stays_and_it_is_said(weights, capsys):
 
     after = load_file("runs/convert/weights.safetensors")
     assert all(torch.equal(after[name], weights[name]) for name in weights)
-    assert "None of 5 filters became a Gabor function." in capsys.readouterr().out
+    assert "0 of 5 filters" in " ".join(capsys.readouterr().out.split())
 
 
 def test_the_network_of_a_script_is_converted_with_the_stride_that_it_has(empty_folder):

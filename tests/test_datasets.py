@@ -175,7 +175,7 @@ def test_bad_npz_files_are_one_clear_line(tmp_path):
     file = tmp_path / "it.npz"
     refused(ValueError, lambda: load_dataset(npz(file, x_test=None)), "x_train, y_train", "x_test")
     refused(ValueError, lambda: load_dataset(npz(file, y_train=np.array([{}] * 4))), "allow_pickle")
-    refused(ValueError, lambda: load_dataset(npz(file, classes=["u"])), "0 to 0", "got 1")
+    refused(ValueError, lambda: load_dataset(npz(file, classes=["u"])), "0 to 0", "got 0 to 1")
     refused(ValueError, lambda: load_dataset(npz(file, x_train=np.zeros((4, 6, 5)))), "uint8")
     whole = npz(file).read_bytes()
     for damaged in (whole[:-30], whole[:300], b"", b"text", whole[:250] + b"xyz" + whole[253:]):
@@ -215,7 +215,7 @@ def test_a_folder_of_classes_tests_with_the_last_fifth(tmp_path):
     assert data.images[:, 0, 0, 0].tolist() == [*range(8), 50]
     assert data.test_images[:, 0, 0, 0].tolist() == [8, 9, 10, 51]
     picture(tmp_path / "bees" / "c.png", 50, (6, 7))
-    refused(ValueError, lambda: load_dataset(tmp_path), "6 x 5 px for", "6 x 7 px for bees/c.png")
+    refused(ValueError, lambda: load_dataset(tmp_path), "one size", "[1, 6, 7]")
     for name in "bc":
         (tmp_path / "bees" / f"{name}.png").unlink()
     refused(ValueError, lambda: load_dataset(tmp_path), "only one of them for 'bees'")

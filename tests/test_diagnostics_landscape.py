@@ -172,17 +172,17 @@ def test_the_convex_half_width_follows_the_closed_form(wavelength, sigma, aspect
     predicted = wavelength / (math.sqrt(2) * math.pi * sigma / aspect_ratio)
     assert found.predicted_half_width == pytest.approx(predicted)
     # The closed form is of first order in the angle; where γ < 1 the envelope turns as well.
-    assert found.half_width[0] == pytest.approx(predicted, rel=0.1)
+    assert found.half_width == pytest.approx(predicted, rel=0.1)
     # It lies between the grid's points: a coarser grid says the same.
     coarse = landscape(on_white_input(layer), layer, "orientation", n_points=180)
-    assert coarse.half_width[0] == pytest.approx(found.half_width[0], rel=0.01)
+    assert coarse.half_width == pytest.approx(found.half_width, rel=0.01)
 
 
 def test_the_half_width_of_a_root_is_that_of_its_square():
     layer = layer_at()
     inputs = image_of(1, 1, 60, 60)
     widths = [
-        landscape(planted_loss(layer, inputs, measure), layer, "orientation").half_width[0]
+        landscape(planted_loss(layer, inputs, measure), layer, "orientation").half_width
         for measure in ("mse", "rmse")
     ]
     assert widths[0] == pytest.approx(widths[1], rel=1e-6)

@@ -129,7 +129,7 @@ def test_a_cone_has_the_basin_of_its_square():
     squared = step_limit(OutputLoss(loss.inputs, loss.targets), layer)
     assert root.basin == pytest.approx(squared.basin, rel=0.11)  # the grid of distances
     assert squared.basin == pytest.approx(
-        landscape(loss, layer, "orientation").half_width[0], rel=0.15
+        landscape(loss, layer, "orientation").half_width, rel=0.15
     )
 
 

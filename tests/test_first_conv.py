@@ -33,13 +33,6 @@ def resnet() -> tuple[nn.Module, torch.Tensor, str]:
     return ResNetModel(config), torch.rand(1, 3, 32, 32), "embedder.embedder.convolution"
 
 
-def convnext() -> tuple[nn.Module, torch.Tensor, str]:
-    from transformers import ConvNextConfig, ConvNextModel
-
-    config = ConvNextConfig(hidden_sizes=[4, 8], depths=[1, 1], num_stages=2)
-    return ConvNextModel(config), torch.rand(1, 3, 32, 32), "embeddings.patch_embeddings"
-
-
 def wav2vec2() -> tuple[nn.Module, torch.Tensor, str]:
     from transformers import Wav2Vec2Config, Wav2Vec2Model
 
@@ -76,7 +69,7 @@ def videomae() -> tuple[nn.Module, torch.Tensor, str]:
     )
 
 
-@pytest.mark.parametrize("make", [resnet, convnext, wav2vec2, videomae])
+@pytest.mark.parametrize("make", [resnet, wav2vec2, videomae])
 def test_a_real_network_learns_with_a_gabor_first_layer(make: Callable):
     pytest.importorskip("transformers")
     network, batch, name = make()

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
-from typing import Any
 
 import pytest
 import torch
@@ -13,86 +11,26 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from fits import (
+    F64,
+    SHARED,
+    assert_errors_as_stated,
+    assert_refused,
+    assert_same,
+    assert_same_parameters,
+    drawn,
+    grid,
+    kernel_errors,
+    planted,
+    rms,
+    with_noise,
+)
 from gaborium import FitResult, Gabor2d, Outcome, fit, gabor, recover
+from gaborium.params import Gabor
 from gaborium.readers import center_crop, sample_image
 
-LAW = settings(max_examples=5, deadline=None, derandomize=True)
-F64 = torch.float64
-GEOMETRY = ("orientation", "wavelength", "sigma", "aspect_ratio")
-FIELDS = (*GEOMETRY, "phase", "amplitude")
-
-
-def planted(n: int, *, channels: int = 0, seed: int = 0, **fixed: float) -> Gabor2d:
-    """Gabor functions as first layers have them; with channels, one geometry for each row."""
-    generator = torch.Generator().manual_seed(seed)
-    narrow, wide = ((n, 1), (n, channels)) if channels else ((n,), (n,))
-
-    def uniform(low: float, high: float, shape: tuple[int, ...]) -> Tensor:
-        return low + (high - low) * torch.rand(shape, generator=generator, dtype=F64)
-
-    values = {
-        "orientation": uniform(0, math.pi, narrow),
-        "wavelength": uniform(3, 8, narrow),
-        "phase": uniform(-math.pi, math.pi, wide),
-        "sigma": uniform(1.2, 2.5, narrow),
-        "aspect_ratio": uniform(0.6, 1.5, narrow),
-        "amplitude": uniform(0.5, 2, wide),
-        "center": torch.zeros(*narrow, 2, dtype=F64),
-    }
-    values |= {name: torch.full_like(values[name], value) for name, value in fixed.items()}
-    return Gabor2d(**values)
-
-
-def drawn(*shape: int, seed: int = 0) -> Tensor:
-    """Normal numbers, of another seed than the parameters."""
-    return torch.randn(shape, generator=torch.Generator().manual_seed(1000 + seed), dtype=F64)
-
-
-def rms(kernels: Tensor) -> Tensor:
-    """Root mean square of each kernel."""
-    return kernels.square().mean((-2, -1), keepdim=True).sqrt()
-
-
-def kernel_errors(result: FitResult, kernels: Tensor) -> Tensor:
-    """Distance from the wanted kernels, as a share of them."""
-    found = gabor(result.params, tuple(kernels.shape[-2:]))
-    return (found - kernels).flatten(1).norm(dim=1) / kernels.flatten(1).norm(dim=1)
-
-
-def assert_same(found: FitResult, wanted: FitResult, atol: float = 1e-6) -> None:
-    """The same outcomes, parameters, standard errors and shares explained."""
-    assert found.outcome == wanted.outcome
-    for name, error in found.params.difference(wanted.params).items():
-        assert error.abs().max() < atol, name
-        torch.testing.assert_close(
-            found.standard_error[name], wanted.standard_error[name], rtol=1e-4, atol=atol
-        )
-    torch.testing.assert_close(found.explained_variance, wanted.explained_variance)
-
-
-def scores(result: FitResult, params: Gabor2d) -> Tensor:
-    """Errors in units of what was stated: a row for every field."""
-    errors = result.params.difference(params)
-    return torch.stack([errors[name] / result.standard_error[name] for name in FIELDS])
-
-
-def assert_errors_as_stated(result: FitResult, params: Gabor2d) -> None:
-    """Of 300 kernels, the share within has a standard deviation of 0.027."""
-    within = (scores(result, params).abs() < 1).double().mean(1)
-    assert ((within - 0.683).abs() < 0.06).all(), dict(zip(FIELDS, within.tolist(), strict=True))
-
-
-def assert_refused(call: Any, *args: Any, message: str, **options: Any) -> None:
-    """In one line that begins with ``message``."""
-    with pytest.raises(ValueError, match="^" + re.escape(message)) as caught:
-        call(*args, **options)
-    assert "\n" not in str(caught.value)
-
-
-def grid(size: int) -> tuple[Tensor, Tensor]:
-    """x and y of every pixel, from the middle."""
-    u = torch.arange(size, dtype=F64) - (size - 1) / 2
-    return u.expand(size, size), u[:, None].expand(size, size)
+LAW = settings(max_examples=3, deadline=None, derandomize=True)
+FIELDS = ("orientation", "wavelength", "sigma", "aspect_ratio", "phase", "amplitude")
 
 
 def number(low: float, high: float) -> st.SearchStrategy[float]:
@@ -106,8 +44,6 @@ def some_metric(n: int) -> Tensor:
 
 
 # -- offset -------------------------------------------------------------------------------------
-
-SHARED = {"geometry": "filter"}
 
 
 @pytest.mark.parametrize(
@@ -125,14 +61,13 @@ SHARED = {"geometry": "filter"}
     ids=lambda value: "-".join(value) or "plain" if isinstance(value, dict) else str(value),
 )
 def test_kernels_beside_constants_come_back(channels, options):
-    params = planted(10, channels=channels, seed=1)
+    params = planted(2, *((10, 1) if channels else (10,)), channels=channels, seed=1)
     kernels = gabor(params, 9)
     constants = 3 * drawn(*kernels.shape[:-2], 1, 1)  # another one for every channel
     result = fit(kernels + constants, offset=True, **options)
     assert result.outcome == (Outcome.CONVERGED,) * 10
     assert kernel_errors(result, kernels).max() < 1e-6
-    for name, error in result.params.difference(params).items():
-        assert error.abs().max() < 1e-6, name
+    assert_same_parameters(result.params, params)
     # Without one they are no Gabor functions.
     assert not fit(kernels + constants, n_starts=1, **options).converged.all()
 
@@ -140,8 +75,7 @@ def test_kernels_beside_constants_come_back(channels, options):
 @LAW
 @given(constant=number(-1e3, 1e3))
 def test_with_an_offset_a_constant_changes_nothing(constant):
-    kernels = gabor(planted(6, seed=2), 9)
-    kernels = kernels + 0.2 * rms(kernels) * drawn(6, 9, 9)
+    kernels = with_noise(gabor(planted(2, 6, seed=2), 9), 0.2)
     # A constant a thousand times the kernel leaves thirteen of sixteen digits.
     moved, still = (fit(k, offset=True, n_starts=2) for k in (kernels + constant, kernels))
     assert_same(moved, still, atol=1e-5)
@@ -149,8 +83,7 @@ def test_with_an_offset_a_constant_changes_nothing(constant):
 
 @pytest.mark.parametrize("weights", [None, 0.1 + drawn(9, 9, seed=3).abs()], ids=["plain", "own"])
 def test_with_an_offset_the_variance_is_explained(weights):
-    kernels = gabor(planted(8, seed=3), 9)
-    kernels = kernels + 0.3 * rms(kernels) * drawn(8, 9, 9) + 2.0
+    kernels = with_noise(gabor(planted(2, 8, seed=3), 9), 0.3) + 2.0
     result = fit(kernels, offset=True, weights=weights)
     share = torch.ones(9, 9, dtype=F64) if weights is None else weights
     share = share / share.sum()
@@ -170,7 +103,7 @@ def test_with_an_offset_the_variance_is_explained(weights):
     ids=lambda options: "-".join(options) or "plain",
 )
 def test_a_constant_beside_an_offset_is_nothing_to_fit(options):
-    kernels = gabor(planted(3), 9)
+    kernels = gabor(planted(2, 3), 9)
     kernels[1] = 0.1  # not exact in binary
     result = fit(kernels, offset=True, **options)
     assert result.outcome == (Outcome.CONVERGED, Outcome.BAD_INPUT, Outcome.CONVERGED)
@@ -178,9 +111,9 @@ def test_a_constant_beside_an_offset_is_nothing_to_fit(options):
 
 
 def test_an_offset_makes_errors_larger():
-    kernels = gabor(planted(40, seed=4), 11)
+    kernels = gabor(planted(2, 40, seed=4), 11)
     # So little noise that both ends agree, and nothing but the offset is different.
-    kernels = kernels + 1e-6 * rms(kernels) * drawn(40, 11, 11)
+    kernels = with_noise(kernels, 1e-6)
     per_noise = []
     for offset in (False, True):
         result = fit(kernels, offset=offset)
@@ -195,9 +128,8 @@ def test_an_offset_makes_errors_larger():
 
 
 def test_errors_beside_an_offset_are_as_stated():
-    params = planted(300, seed=15)
-    kernels = gabor(params, 11)
-    noisy = kernels + 0.2 * rms(kernels) * drawn(300, 11, 11, seed=15)
+    params = planted(2, 300, seed=15)
+    noisy = with_noise(gabor(params, 11), 0.2, seed=15)
     result = fit(noisy + drawn(300, 1, 1), offset=True)
     assert result.converged.double().mean() > 0.98
     assert_errors_as_stated(result, params)
@@ -205,8 +137,8 @@ def test_errors_beside_an_offset_are_as_stated():
 
 @pytest.mark.parametrize("channels", [0, 2])
 def test_offsets_are_fitted_and_not_returned(channels):
-    kernels = gabor(planted(3, channels=channels), 9)
-    kernels = kernels + 0.1 * rms(kernels) * drawn(*kernels.shape)
+    params = planted(2, *((3, 1) if channels else (3,)), channels=channels)
+    kernels = with_noise(gabor(params, 9), 0.1)
     options = SHARED if channels else {}
     plain, beside = (fit(kernels, offset=offset, **options) for offset in (False, True))
     assert beside.names == plain.names
@@ -223,14 +155,13 @@ def test_offsets_are_fitted_and_not_returned(channels):
 @pytest.fixture(scope="module")
 def noisy() -> Tensor:
     """Three filters of two channels, where any difference of misfits moves the end."""
-    kernels = gabor(planted(3, channels=2, seed=5), 9)
-    return kernels + 0.2 * rms(kernels) * drawn(3, 2, 9, 9)
+    return with_noise(gabor(planted(2, 3, 1, channels=2, seed=5), 9), 0.2)
 
 
 @pytest.mark.parametrize("nothing", [math.nan, math.inf, 1e6])
 @pytest.mark.parametrize("options", [{}, SHARED, {"offset": True}, {"loss": "huber"}], ids=str)
 def test_pixels_of_no_weight_may_hold_anything(nothing, options):
-    kernels = gabor(planted(8, channels=1, seed=6), 11)
+    kernels = gabor(planted(2, 8, 1, channels=1, seed=6), 11)
     if "geometry" not in options:
         kernels = kernels[:, 0]
     weights = (drawn(*kernels.shape) > -0.7).double()  # a quarter of the pixels, others everywhere
@@ -240,7 +171,7 @@ def test_pixels_of_no_weight_may_hold_anything(nothing, options):
 
 
 def test_a_kernel_without_weight_leaves_its_neighbours_alone():
-    kernels = gabor(planted(3), 9)
+    kernels = gabor(planted(2, 3), 9)
     weights = torch.ones(3, 9, 9)
     weights[1] = 0
     result = fit(kernels, weights=weights)
@@ -274,11 +205,11 @@ def test_weights_are_a_diagonal_metric(noisy, offset):
 
 
 def test_weights_by_the_noises_variance_fit_best():
-    params = planted(300, seed=8)
+    params = planted(2, 300, seed=8)
     kernels = gabor(params, 11)
     size = 0.05 * 20 ** torch.rand(300, 11, 11, dtype=F64)  # from 0.05 to 1
     known = kernels + rms(kernels) * size * drawn(300, 11, 11)
-    plain, weighted = fit(known), fit(known, weights=size**-2)
+    plain, weighted = fit(known, n_starts=3), fit(known, weights=size**-2)
     # The mean of the variances is 11 times the inverse of the inverse variances' mean, √11 = 3.3.
     gain = kernel_errors(plain, kernels).median() / kernel_errors(weighted, kernels).median()
     assert gain > 2.5
@@ -311,14 +242,13 @@ def test_weights_broadcast_to_the_kernels(noisy, shape, options):
 
 
 def test_weights_of_one_kernel_need_no_batch_axis():
-    kernel = gabor(planted(1), 9)
-    kernel = kernel + 0.2 * rms(kernel) * drawn(1, 9, 9)
+    kernel = with_noise(gabor(planted(2, 1), 9), 0.2)
     weights = 0.05 + drawn(9, 9).abs()
     assert_same(fit(kernel[0], weights=weights), fit(kernel, weights=weights))
 
 
 POSITIVE = "weights must be finite and not negative, and some of them positive."
-FITTING = "weights must have a shape that broadcasts to that of kernels, (2, 9, 9), got "
+FITTING = "weights must have a shape that broadcasts to the kernels' shape (2, 9, 9), got "
 
 
 @pytest.mark.parametrize(
@@ -351,11 +281,9 @@ ROBUST = ("huber", "cauchy")
 @pytest.fixture(scope="module")
 def wild() -> tuple[Tensor, Tensor, Tensor]:
     """Kernels, the same with noise and a few wild pixels, and the error that noise alone makes."""
-    kernels = gabor(planted(40, seed=9), 11)
-    size = 0.1 * rms(kernels)
-    generator = torch.Generator().manual_seed(3)
-    is_wild = torch.rand(kernels.shape, generator=generator) < 0.04
-    spoilt = kernels + size * drawn(*kernels.shape, seed=9)
+    kernels = gabor(planted(2, 40, seed=9), 11)
+    is_wild = torch.rand(kernels.shape, generator=torch.Generator().manual_seed(3)) < 0.04
+    spoilt = with_noise(kernels, 0.1, seed=9)
     spoilt = torch.where(is_wild, 20 * rms(kernels) * drawn(*kernels.shape).sign(), spoilt)
     # Six parameters take up √6 of the noise: no unbiased estimate does better.
     return kernels, spoilt, math.sqrt(6) * 0.1 / 11 * torch.ones(40, dtype=F64)
@@ -388,11 +316,11 @@ def test_a_robust_loss_goes_with_weights_and_an_offset(wild, loss):
 
 
 @pytest.fixture(scope="module")
-def normal() -> tuple[Gabor2d, Tensor, Tensor, Tensor]:
+def normal() -> tuple[Gabor, Tensor, Tensor, Tensor]:
     """Parameters, kernels, the same with normal noise, and the errors of a squared loss."""
-    params = planted(300, seed=10)
+    params = planted(2, 300, seed=13)
     kernels = gabor(params, 9)
-    noisy = kernels + 0.15 * rms(kernels) * drawn(300, 9, 9, seed=10)
+    noisy = with_noise(kernels, 0.15, seed=13)
     return params, kernels, noisy, kernel_errors(fit(noisy), kernels)
 
 
@@ -411,7 +339,7 @@ def test_where_noise_is_normal_robust_losses_cost_little(normal, loss):
 @pytest.mark.parametrize("loss", ROBUST)
 def test_robust_losses_find_exact_kernels_exactly(loss, share):
     # Not too small for their array: beside it, other waves would be seen by few pixels.
-    kernels = gabor(planted(20, seed=9, sigma=2.0), 9)
+    kernels = gabor(planted(2, 20, seed=9, sigma=2.0), 9)
     generator = torch.Generator().manual_seed(3)
     is_wild = torch.rand(kernels.shape, generator=generator) < share
     result = fit(torch.where(is_wild, 20 * rms(kernels), kernels), loss=loss)
@@ -455,7 +383,7 @@ def test_results_lie_within_bounds(noisy, name, low, width):
 
 
 def test_bounds_are_kept_to_the_last_digits():
-    kernels = gabor(planted(8, sigma=2.0, wavelength=5.0), 9)
+    kernels = gabor(planted(2, 8, sigma=2.0, wavelength=5.0), 9)
     for name, low in (("sigma", 2.2), ("wavelength", 6.0), ("aspect_ratio", 1.7)):
         found = fit(kernels, bounds={name: (low, 9.0)}).params.as_dict()[name]
         assert (found >= low * (1 - 1e-14)).all(), name
@@ -475,7 +403,7 @@ def test_bounds_are_kept_to_the_last_digits():
     ],
 )
 def test_bounds_that_exclude_the_truth_stop_at_the_nearest(name, pair, bound):
-    truth = planted(4, wavelength=5.0, sigma=2.0, aspect_ratio=1.0)
+    truth = planted(2, 4, wavelength=5.0, sigma=2.0, aspect_ratio=1.0)
     kernels = gabor(truth, 11)
     result = fit(kernels, bounds={name: pair}, n_starts=3)
     found = result.params.as_dict()[name]
@@ -493,7 +421,7 @@ def test_bounds_that_hold_the_truth_change_nothing(noisy):
 
 
 def test_a_center_may_be_kept_near_the_middle():
-    params = planted(8, seed=11).replace(center=1.5 * drawn(8, 2).sign())
+    params = planted(2, 8, seed=11).replace(center=1.5 * drawn(8, 2).sign())
     kernels = gabor(params, 13)
     near = fit(kernels, center=True, bounds={"center": (-1.0, 0.5)})
     assert (near.params.center >= -1 - 1e-6).all()
@@ -559,11 +487,10 @@ def test_ranges_that_hold_no_answer_are_refused(bounds, options):
 
 @pytest.mark.parametrize("options", [{}, {"offset": True}, {"center": True}, SHARED], ids=str)
 def test_single_precision_finds_the_same(options):
-    kernels = gabor(planted(12, channels=2, seed=12), 13)
+    kernels = gabor(planted(2, 12, 1, channels=2, seed=12), 13)
     double, single = (fit(kernels, dtype=dtype, **options) for dtype in (F64, torch.float32))
     assert single.outcome == double.outcome
-    for name, error in single.params.difference(double.params).items():
-        assert error.abs().max() < 1e-6, name
+    assert_same_parameters(single.params, double.params)
     values = [*single.params.as_dict().values(), *single.standard_error.values()]
     for value in (*values, single.explained_variance, single.correlation):
         assert value.dtype == F64
@@ -577,7 +504,7 @@ def test_single_precision_finds_the_same_in_noise(noisy):
 
 def test_autocast_does_not_reach_the_solver(noisy):
     image = torch.rand(1, 1, 24, 24, dtype=F64)
-    responses = F.conv2d(image, gabor(planted(3, channels=1), 9))
+    responses = F.conv2d(image, gabor(planted(2, 3, 1, channels=1), 9))
     plain = fit(noisy.float(), dtype=torch.float32), recover(image.float(), responses.float(), 9)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         cast = fit(noisy.float(), dtype=torch.float32), recover(image.float(), responses.float(), 9)
@@ -587,7 +514,7 @@ def test_autocast_does_not_reach_the_solver(noisy):
 
 
 def test_exact_fits_do_not_depend_on_the_number_of_starts():
-    kernels = gabor(planted(20, seed=13), 11)
+    kernels = gabor(planted(2, 20, seed=13), 11)
     once, *others = (fit(kernels, n_starts=n).to_json() for n in (1, 2, 12, 30))
     assert others == [once] * 3
 
@@ -640,22 +567,6 @@ def test_a_difference_of_gaussians_is_no_gabor_and_has_no_orientation():
     assert all("orientation" in result.not_identifiable(i) for i in range(4))
 
 
-@pytest.mark.parametrize("angle", [0.0, 0.4])
-def test_two_waves_at_sixty_degrees_are_no_gabor(angle):
-    one, other = (
-        gabor(Gabor2d.of(orientation=turn, wavelength=4.0, sigma=2.5, dtype=F64), 11)
-        for turn in (angle, angle + math.pi / 3)
-    )
-    result = fit(torch.stack([one + other, one]))
-    assert result.outcome == (Outcome.OFF_MODEL, Outcome.CONVERGED)
-
-
-def test_noise_alone_does_not_make_a_rival():
-    kernels = gabor(planted(40, seed=3), 11)
-    result = fit(kernels + 0.3 * kernels.std((1, 2), keepdim=True) * drawn(40, 11, 11, seed=3))
-    assert result.outcome.count(Outcome.CONVERGED) >= 38
-
-
 # -- recover ------------------------------------------------------------------------------------
 
 
@@ -665,7 +576,7 @@ def photograph() -> Tensor:
 
 
 def test_recover_keeps_to_bounds(photograph):
-    params = planted(4, channels=1, wavelength=5.0, sigma=2.0)
+    params = planted(2, 4, 1, channels=1, wavelength=5.0, sigma=2.0)
     responses = F.conv2d(photograph, gabor(params, 11))
     free = recover(photograph, responses, 11)
     within = recover(photograph, responses, 11, bounds={"wavelength": (4.0, 6.0)})
@@ -676,7 +587,7 @@ def test_recover_keeps_to_bounds(photograph):
 
 
 def test_filters_recovered_together_or_one_by_one_are_the_same(photograph):
-    params = planted(5, channels=2, seed=14)
+    params = planted(2, 5, 1, channels=2, seed=14)
     images = torch.cat([photograph, photograph.flip(-1)], 1)
     clean = F.conv2d(images, gabor(params, 9))
     responses = clean + 0.3 * clean.std((0, 2, 3), keepdim=True) * drawn(*clean.shape)

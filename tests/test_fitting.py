@@ -1,10 +1,9 @@
-"""Fitting: planted parameters come back, errors are as stated, hopeless targets are told."""
+"""Fitting: planted parameters come back, errors are as stated, hopeless targets are reported."""
 
 from __future__ import annotations
 
 import json
 import math
-import re
 from typing import Any
 
 import pytest
@@ -12,9 +11,21 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy.optimize import least_squares
 from torch import Tensor
 
+from fits import (
+    F64,
+    assert_errors_as_stated,
+    assert_refused,
+    assert_same,
+    assert_same_parameters,
+    drawn,
+    grid,
+    kernel_errors,
+    planted,
+    scores,
+    with_noise,
+)
 from gaborium import FitResult, Gabor2d, GaborConv2d, Outcome, fit, gabor, recover
 from gaborium.fitting import api, search
 from gaborium.fitting.model import GaborModel
@@ -24,59 +35,8 @@ from gaborium.params import RECORDS, Gabor
 from gaborium.patches import PatchStatistics
 from gaborium.readers import center_crop, sample_image
 
-RANDOM = settings(max_examples=25, deadline=None, derandomize=True)
-F64 = torch.float64
+RANDOM = settings(max_examples=15, deadline=None, derandomize=True)
 CONVOLVE = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
-
-
-def planted(
-    n_dims: int, *shape: int, channels: int = 0, center: float = 0.0, seed: int = 0, **fixed: float
-) -> Gabor:
-    """Gabor functions as first layers have them; with channels, one geometry for each row."""
-    generator = torch.Generator().manual_seed(seed)
-    wide = (*shape[:-1], channels) if channels else shape
-
-    def uniform(low: float, high: float, *sizes: int) -> Tensor:
-        return low + (high - low) * torch.rand(sizes, generator=generator, dtype=F64)
-
-    values = {
-        "orientation": uniform(0, math.pi, *shape),
-        "elevation": uniform(-1.5, 1.5, *shape),
-        "wavelength": uniform(3, 8, *shape),
-        "phase": uniform(-math.pi, math.pi, *wide),
-        "sigma": uniform(1.2, 2.5, *shape),
-        "aspect_ratio": uniform(0.6, 1.5, *shape),
-        "amplitude": uniform(0.5, 2, *wide),
-        "center": uniform(-center, center, *shape, n_dims),
-    }
-    values |= {name: torch.full_like(values[name], value) for name, value in fixed.items()}
-    record = RECORDS[n_dims]
-    return record(**{name: values[name] for name in record.field_names()})
-
-
-def noise_like(kernels: Tensor, share: float, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """White noise of a share of each kernel's root mean square, and its standard deviation."""
-    axes = tuple(range(1, kernels.ndim))
-    size = share * kernels.square().mean(axes, keepdim=True).sqrt()
-    generator = torch.Generator().manual_seed(seed)
-    return size * torch.randn(kernels.shape, generator=generator, dtype=F64), size.flatten()
-
-
-def kernel_errors(result: FitResult, kernels: Tensor, n_dims: int) -> Tensor:
-    """Distance from the wanted kernels, as a share of them."""
-    found = gabor(result.params, tuple(kernels.shape[-n_dims:])).reshape(kernels.shape)
-    return (found - kernels).flatten(1).norm(dim=1) / kernels.flatten(1).norm(dim=1)
-
-
-def assert_same_parameters(found: Gabor, wanted: Gabor, atol: float) -> None:
-    for name, error in found.difference(wanted).items():
-        assert error.abs().max() < atol, name
-
-
-def grid(size: int) -> tuple[Tensor, Tensor]:
-    """x and y of every pixel, from the middle."""
-    u = torch.arange(size, dtype=F64) - (size - 1) / 2
-    return u.expand(size, size), u[:, None].expand(size, size)
 
 
 # -- fit: planted kernels -----------------------------------------------------------------------
@@ -213,8 +173,8 @@ def some_problem(model: GaborModel, *, metric: bool) -> tuple[Target, Tensor]:
         1,
     )
     if metric:
-        return Target(torch.randn(3, 1, n, dtype=F64), torch.randn(n, n, dtype=F64)), z
-    return Target(torch.randn(3, model.n_channels, n // model.n_channels, dtype=F64), None), z
+        return Target(drawn(3, 1, n), drawn(n, n, seed=1)), z
+    return Target(drawn(3, model.n_channels, n // model.n_channels)), z
 
 
 def pair_of(model: GaborModel, z: Tensor) -> Tensor:
@@ -266,7 +226,7 @@ def test_misfit_and_its_slopes_are_those_of_autograd(model, metric):
 def test_slopes_of_a_kernel_of_the_family_are_those_of_autograd(model):
     # Without a residual, what Kaufman's approximation leaves out is zero.
     _, z = some_problem(model, metric=False)
-    coefficients = torch.randn(model.n_channels, 2, dtype=F64)
+    coefficients = drawn(model.n_channels, 2)
     for row in z:
         own = Target((coefficients @ pair_of(model, row))[None], None)
         J = linearize(own, model, row[None])[1][0]
@@ -305,35 +265,6 @@ def test_a_search_that_comes_near_no_wave_goes_on(dtype):
     assert end.cost.item() < 1e-11
 
 
-def test_scipy_finds_nothing_better():
-    params = planted(2, 12, seed=2)
-    kernels = gabor(params, 9)
-    kernels = kernels + noise_like(kernels, 0.3, seed=2)[0]
-    result = fit(kernels)
-    assert result.converged.all()
-
-    names = [name for name in Gabor2d.field_names() if name != "center"]
-
-    def residual(values, kernel):
-        fields = {name: torch.tensor(v, dtype=F64) for name, v in zip(names, values, strict=True)}
-        fields["sigma"], fields["aspect_ratio"] = (
-            fields["sigma"].exp(),
-            fields["aspect_ratio"].exp(),
-        )
-        found = gabor(Gabor2d(**fields, center=torch.zeros(2, dtype=F64)), 9)
-        return (found - kernel).flatten().numpy()
-
-    for i, kernel in enumerate(kernels):
-        ours = (gabor(result.params[[i]], 9)[0] - kernel).square().sum().item()
-        for start in (result.params, params):
-            fields = {name: start.as_dict()[name][i].item() for name in names}
-            fields["sigma"], fields["aspect_ratio"] = (
-                math.log(fields[name]) for name in ("sigma", "aspect_ratio")
-            )
-            theirs = least_squares(residual, list(fields.values()), args=(kernel,), xtol=1e-12)
-            assert ours <= 2 * theirs.cost * (1 + 1e-6)
-
-
 def test_starts_come_best_first_and_near_the_truth():
     params = planted(2, 30, seed=5)
     target, model = Target(gabor(params, 13).reshape(30, 1, -1)), GaborModel((13, 13), 1)
@@ -355,16 +286,28 @@ def test_flat_kernels_are_looked_at_no_closer_along_an_axis_than_its_pixels_allo
 
 
 def test_more_starts_never_fit_worse():
-    kernels = torch.randn(30, 7, 7, dtype=F64)
-    few, many = (fit(kernels, n_starts=n).explained_variance for n in (1, 6))
+    few, many = (fit(drawn(20, 7, 7), n_starts=n).explained_variance for n in (1, 6))
     assert (many >= few - 1e-9).all()
     assert (many > few + 1e-3).any()
 
 
+def test_starts_at_random_are_the_same_for_every_kernel():
+    kernels = drawn(2, 5, 5)
+    options = {"n_starts": 24}
+    whole = fit(kernels, **options)
+    alone = [fit(kernels[i : i + 1], **options) for i in range(len(kernels))]
+    expected = torch.cat([one.explained_variance for one in alone])
+    torch.testing.assert_close(whole.explained_variance, expected, rtol=1e-9, atol=1e-12)
+    few = fit(kernels, **(options | {"n_starts": 4}))
+    assert (whole.explained_variance > few.explained_variance - 1e-9).all()
+    state = torch.random.get_rng_state()
+    fit(kernels, **options)
+    assert torch.equal(torch.random.get_rng_state(), state)
+
+
 def test_a_search_that_is_cut_short_says_so():
     kernels = gabor(planted(2, 4), 11)
-    kernels = kernels + noise_like(kernels, 0.2)[0]
-    result = fit(kernels, max_iterations=2)
+    result = fit(with_noise(kernels, 0.2), max_iterations=2)
     assert result.outcome == (Outcome.STALLED,) * 4
     assert (result.n_iterations == 2).all()
 
@@ -373,18 +316,16 @@ def test_a_search_that_is_cut_short_says_so():
 
 
 @pytest.fixture(scope="module")
-def noisy() -> tuple[Gabor, Tensor, Tensor, FitResult]:
-    params = planted(2, 600, seed=7)
+def noisy() -> tuple[Gabor, Tensor, FitResult]:
+    params = planted(2, 400, seed=7)
     kernels = gabor(params, 11)
-    noise, size = noise_like(kernels, 0.2, seed=7)
-    return params, kernels, size, fit(kernels + noise)
+    return params, kernels, fit(with_noise(kernels, 0.2, seed=7))
 
 
 def test_the_error_is_that_of_the_noise_in_six_directions(noisy):
-    _, kernels, size, result = noisy
+    _, kernels, result = noisy
     # Six parameters take up √6 of the noise: no unbiased estimate does better.
-    error = (gabor(result.params, 11) - kernels).flatten(1).norm(dim=1)
-    ratio = error / (math.sqrt(6) * size)
+    ratio = kernel_errors(result, kernels) / (0.2 * math.sqrt(6 / 121))
     assert ratio.median() < 1.05
     assert ratio.square().mean().sqrt().item() == pytest.approx(1, abs=0.05)
     left = 1 - result.explained_variance
@@ -392,45 +333,37 @@ def test_the_error_is_that_of_the_noise_in_six_directions(noisy):
 
 
 def test_two_thirds_of_the_errors_lie_within_a_standard_error(noisy):
-    params, _, _, result = noisy
-    names = [name for name in params.field_names() if name != "center"]
-    errors = result.params.difference(params)
-    scores = torch.stack([errors[name] / result.standard_error[name] for name in names])
-    within = (scores.abs() < 1).double().mean(1)
-    # Of 600, the share within has a standard deviation of 0.019; their mean over fields of less.
-    assert ((within - 0.683).abs() < 0.06).all(), dict(zip(names, within.tolist(), strict=True))
-    assert within.mean().item() == pytest.approx(0.683, abs=0.04)
+    params, _, result = noisy
+    assert_errors_as_stated(result, params)
     # Nor are there too many large ones.
-    assert (scores.abs() > 3).double().mean() < 0.01
+    assert (scores(result, params).abs() > 3).double().mean() < 0.01
 
 
 def test_correlations_are_those_of_the_errors():
     params = planted(2, 1, seed=3).expand()
     kernel = gabor(params, 11)
     many = kernel.expand(500, 11, 11)
-    result = fit(many + noise_like(many, 0.05, seed=4)[0])
+    result = fit(with_noise(many, 0.05, seed=4))
     assert result.names == tuple(
         f"{name}[0]" if name in ("phase", "amplitude") else name
         for name in params.field_names()
         if name != "center"
     )
-    errors = result.params.difference(params[[0] * 500])
-    scores = torch.stack([errors[name.removesuffix("[0]")] for name in result.names])
     expected = result.correlation.mean(0)
     torch.testing.assert_close(expected.diagonal(), torch.ones(6, dtype=F64))
     # A correlation over 500 has a standard deviation of at most 0.045.
-    assert (torch.corrcoef(scores) - expected).abs().max() < 0.15
+    found = torch.corrcoef(scores(result, params[[0] * 500]))
+    assert (found - expected).abs().max() < 0.15
 
 
 def test_what_is_not_searched_has_no_error():
-    kernels = gabor(planted(2, 3, aspect_ratio=1.0), 11)
-    noise = noise_like(kernels, 0.1)[0]
-    result = fit(kernels + noise, isotropic=True)
+    kernels = with_noise(gabor(planted(2, 3, aspect_ratio=1.0), 11), 0.1)
+    result = fit(kernels, isotropic=True)
     assert (result.params.aspect_ratio == 1).all()
     assert (result.standard_error["aspect_ratio"] == 0).all()
     assert (result.standard_error["center"] == 0).all()
     assert "aspect_ratio" not in result.names
-    result = fit(kernels + noise, center=True)
+    result = fit(kernels, center=True)
     assert (result.standard_error["center"] > 0).all()
     assert result.names[-2:] == ("center[0]", "center[1]")
 
@@ -441,15 +374,15 @@ def test_what_is_not_searched_has_no_error():
 @pytest.mark.parametrize(
     ("shape", "options"),
     [
-        ((60, 7, 7), {}),
-        ((30, 7, 7), {"center": True}),
-        ((30, 11, 11), {}),
-        ((20, 3, 7, 7), {"geometry": "filter"}),
+        ((40, 7, 7), {}),
+        ((20, 7, 7), {"center": True}),
+        ((20, 11, 11), {}),
+        ((15, 3, 7, 7), {"geometry": "filter"}),
     ],
     ids=str,
 )
 def test_white_noise_is_no_gabor(shape, options):
-    result = fit(torch.randn(shape, dtype=F64), **options)
+    result = fit(drawn(*shape), **options)
     assert not result.converged.any()
     # It draws the envelope to be a pixel, or endless, or a line: a search that rests at a bound
     # with some of its parameters must arrive with the others.
@@ -459,7 +392,7 @@ def test_white_noise_is_no_gabor(shape, options):
 def test_a_free_kernel_of_few_pixels_is_seldom_called_a_gabor():
     # Six parameters explain much of 25 pixels, whatever they hold. A share of the power that did
     # not count them would call one in eight a Gabor function.
-    result = fit(torch.randn(120, 5, 5, dtype=F64))
+    result = fit(drawn(120, 5, 5))
     assert result.converged.double().mean() < 0.05
 
 
@@ -475,14 +408,6 @@ def test_patterns_of_two_waves_are_no_gabors(size):
     assert result.outcome == (Outcome.OFF_MODEL,) * 3
 
 
-def test_a_difference_of_gaussians_is_told_by_its_explained_variance():
-    # A Gabor function comes near it; what is missing is far above rounding.
-    x, y = grid(11)
-    r2 = x.square() + y.square()
-    result = fit(torch.exp(-r2 / 2) - torch.exp(-r2 / 2 / 1.6**2) / 1.6**2)
-    assert 0.88 < result.explained_variance.item() < 0.93
-
-
 def test_a_constant_is_a_blob_wider_than_the_kernel():
     result = fit(torch.full((9, 9), 3.0, dtype=F64))
     assert result.outcome == (Outcome.NOT_IDENTIFIABLE,)
@@ -490,17 +415,6 @@ def test_a_constant_is_a_blob_wider_than_the_kernel():
     assert (result.params.sigma / result.params.aspect_ratio).item() > 18
     assert result.params.amplitude.item() == pytest.approx(3, rel=0.01)
     assert result.explained_variance.item() > 0.9999
-
-
-def test_a_round_blob_has_no_orientation():
-    x, y = grid(11)
-    blob = 2 * torch.exp(-(x.square() + y.square()) / (2 * 1.7**2))
-    result = fit(blob)
-    assert kernel_errors(result, blob[None], 2).item() < 1e-6
-    assert result.outcome == (Outcome.NOT_IDENTIFIABLE,)
-    assert result.params.sigma.item() == pytest.approx(1.7, rel=1e-3)
-    assert {"orientation", "wavelength"} <= set(result.not_identifiable(0))
-    assert result.standard_error["orientation"].isinf()
 
 
 def test_an_oblong_blob_has_one():
@@ -518,7 +432,7 @@ def test_a_single_pixel_fits_anything():
     result = fit(torch.tensor([[[2.0]], [[-1.0]]]))
     assert result.outcome == (Outcome.NOT_IDENTIFIABLE,) * 2
     assert (result.explained_variance == 1).all()
-    shared = fit(torch.randn(2, 3, 1, 1), geometry="filter")
+    shared = fit(drawn(2, 3, 1, 1), geometry="filter")
     assert shared.outcome == (Outcome.NOT_IDENTIFIABLE,) * 2
 
 
@@ -541,13 +455,12 @@ def test_one_bad_kernel_leaves_its_neighbours_alone(options):
 
 
 def test_the_cut_of_the_batch_does_not_matter(monkeypatch):
-    kernels = gabor(planted(2, 16, seed=8), 9)
-    kernels = kernels + noise_like(kernels, 0.2, seed=8)[0]
-    whole = fit(kernels)
-    parts = FitResult.cat([fit(piece) for piece in kernels.split([1, 8, 7])])
+    kernels = with_noise(gabor(planted(2, 12, seed=8), 9), 0.2, seed=8)
+    whole = fit(kernels, n_starts=4)
+    parts = FitResult.cat([fit(piece, n_starts=4) for piece in kernels.split([1, 6, 5])])
     monkeypatch.setitem(search.BATCH_BYTES, "cpu", 1)
     monkeypatch.setattr(api, "_PIECE", 600)
-    for other in (parts, fit(kernels)):
+    for other in (parts, fit(kernels, n_starts=4)):
         assert other.outcome == whole.outcome
         torch.testing.assert_close(other.explained_variance, whole.explained_variance)
         # Sums in another order end a rounding error apart, where the misfit is flat.
@@ -555,11 +468,10 @@ def test_the_cut_of_the_batch_does_not_matter(monkeypatch):
 
 
 def test_kernels_of_any_scale_are_alike():
-    kernels = gabor(planted(2, 4), 9)
-    kernels = kernels + noise_like(kernels, 0.3)[0]
-    usual = fit(kernels)
+    kernels = with_noise(gabor(planted(2, 4), 9), 0.3)
+    usual = fit(kernels, n_starts=4)
     for factor in (1e-30, 1e30):
-        result = fit(kernels * factor)
+        result = fit(kernels * factor, n_starts=4)
         assert result.outcome == usual.outcome
         for name, value in result.params.as_dict().items():
             wanted = usual.params.as_dict()[name] * (factor if name == "amplitude" else 1)
@@ -567,20 +479,16 @@ def test_kernels_of_any_scale_are_alike():
 
 
 def test_a_metric_that_counts_pixels_alike_is_none():
-    kernels = gabor(planted(2, 4, 1, channels=2), 7)
-    kernels = kernels + noise_like(kernels, 0.3)[0]
-    plain = fit(kernels, geometry="filter")
+    kernels = with_noise(gabor(planted(2, 4, 1, channels=2), 7), 0.3)
+    plain = fit(kernels, geometry="filter", n_starts=4)
     for metric in (torch.eye(98), 5 * torch.eye(98, dtype=F64)):
-        result = fit(kernels, geometry="filter", metric=metric)
-        assert result.outcome == plain.outcome
-        assert_same_parameters(result.params, plain.params, 1e-6)
-        torch.testing.assert_close(result.explained_variance, plain.explained_variance)
-        torch.testing.assert_close(result.standard_error["sigma"], plain.standard_error["sigma"])
+        result = fit(kernels, geometry="filter", metric=metric, n_starts=4)
+        assert_same(result, plain)
 
 
 def test_in_the_metric_of_an_image_kernels_are_fitted_as_its_responses_are(photograph):
-    kernels = gabor(shared_geometry(2, 6), 9)
-    kernels = kernels + noise_like(kernels, 0.2)[0]  # so that the metrics do not agree
+    # With noise, so that the metrics do not agree.
+    kernels = with_noise(gabor(shared_geometry(2, 6), 9), 0.2)
     responses = F.conv2d(photograph, kernels)
     seen = PatchStatistics((9, 9), n_channels=1, n_outputs=6)
     seen.add(photograph, responses)
@@ -613,21 +521,19 @@ def test_a_short_wave_along_an_axis_comes_back():
     ids=str,
 )
 def test_fit_refuses_what_it_cannot_read(kernels, options, message):
-    with pytest.raises(ValueError, match="^" + re.escape(message)) as caught:
-        fit(kernels, **options)
-    assert "\n" not in str(caught.value)
+    assert_refused(fit, kernels, message=message, **options)
 
 
 # -- results ------------------------------------------------------------------------------------
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def mixed() -> FitResult:
     """A fit of a Gabor function, nothing, a blob and noise."""
     x, y = grid(9)
     edge = gabor(Gabor2d.of(orientation=0.5, wavelength=5.0, sigma=1.5, dtype=F64), 9)
     blob = torch.exp(-(x.square() + y.square()) / 4)
-    return fit(torch.stack([edge, torch.zeros(9, 9, dtype=F64), blob, torch.randn(9, 9).double()]))
+    return fit(torch.stack([edge, torch.zeros(9, 9, dtype=F64), blob, drawn(9, 9)]))
 
 
 def test_outcomes_are_told_filter_by_filter(mixed):
@@ -788,20 +694,18 @@ def test_errors_from_noisy_responses_are_as_large_as_stated(photograph):
     params = shared_geometry(2, 150, seed=6)
     clean = F.conv2d(photograph, gabor(params, 11))
     size = 0.3 * clean.std((0, 2, 3), keepdim=True)
-    result = recover(photograph, clean + size * torch.randn_like(clean), 11)
+    result = recover(photograph, clean + size * drawn(*clean.shape), 11)
     assert result.converged.all()
-    names = [name for name in params.field_names() if name != "center"]
-    errors = result.params.difference(params)
-    scores = torch.stack([errors[name] / result.standard_error[name] for name in names])
     # 6 x 150 errors, six to a filter not independent: a standard deviation of 0.02 or so.
-    assert (scores.abs() < 1).double().mean().item() == pytest.approx(0.683, abs=0.05)
-    assert (scores.abs() > 3).double().mean() < 0.015
+    t = scores(result, params).abs()
+    assert (t < 1).double().mean().item() == pytest.approx(0.683, abs=0.05)
+    assert (t > 3).double().mean() < 0.015
     # Noise takes its part of the variance, and six parameters a little of the noise.
     assert result.explained_variance.mean().item() == pytest.approx(1 / 1.09, abs=0.005)
 
 
 def test_responses_of_noise_are_no_gabors(photograph):
-    result = recover(photograph, torch.randn(1, 40, 56, 56, dtype=F64), 9)
+    result = recover(photograph, drawn(1, 40, 56, 56), 9)
     assert not result.converged.any()
     assert result.outcome.count(Outcome.OFF_MODEL) >= 36
     assert (result.explained_variance < 0.03).all()
@@ -832,12 +736,12 @@ def test_a_grating_does_not_tell_everything():
     responses = F.conv2d(colours, gabor(shared_geometry(2, 1, channels=3), 11))
     assert recover(colours, responses, 11).outcome == (Outcome.NOT_IDENTIFIABLE,)
     # A little texture is enough to find them, and the errors say how little it is.
-    image = image + 0.01 * torch.randn_like(image)
+    image = image + 0.01 * drawn(*image.shape)
     clean = F.conv2d(image, gabor(params, 11))
-    result = recover(image, clean + 0.01 * clean.std() * torch.randn_like(clean), 11)
-    white = torch.randn_like(image)
+    result = recover(image, clean + 0.01 * clean.std() * drawn(*clean.shape, seed=1), 11)
+    white = drawn(*image.shape)
     easy = F.conv2d(white, gabor(params, 11))
-    easy = recover(white, easy + 0.01 * easy.std() * torch.randn_like(easy), 11)
+    easy = recover(white, easy + 0.01 * easy.std() * drawn(*easy.shape, seed=1), 11)
     ratio = result.standard_error["aspect_ratio"] / easy.standard_error["aspect_ratio"]
     assert (ratio > 5).all(), ratio
     for name, error in result.params.difference(params).items():
@@ -872,20 +776,4 @@ RESPONSE = torch.linspace(0, 1, 864).reshape(2, 3, 12, 12)
     ],
 )
 def test_recover_refuses_what_it_cannot_read(images, responses, options, message):
-    with pytest.raises(ValueError, match="^" + re.escape(message)) as caught:
-        recover(images, responses, **{"kernel_size": 9} | options)
-    assert "\n" not in str(caught.value)
-
-
-def test_starts_at_random_are_the_same_for_every_kernel():
-    kernels = torch.randn(3, 5, 5, dtype=F64)
-    options = {"center": True, "n_starts": 24}
-    whole = fit(kernels, **options)
-    alone = [fit(kernels[i : i + 1], **options) for i in range(len(kernels))]
-    expected = torch.cat([one.explained_variance for one in alone])
-    torch.testing.assert_close(whole.explained_variance, expected, rtol=1e-9, atol=1e-12)
-    few = fit(kernels, **(options | {"n_starts": 4}))
-    assert (whole.explained_variance > few.explained_variance - 1e-9).all()
-    state = torch.random.get_rng_state()
-    fit(kernels, **options)
-    assert torch.equal(torch.random.get_rng_state(), state)
+    assert_refused(recover, images, responses, message=message, **{"kernel_size": 9} | options)

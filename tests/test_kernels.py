@@ -87,33 +87,24 @@ def test_two_dimensions_are_the_textbook_formula(params: Gabor2d) -> None:
     np.testing.assert_allclose(gabor(params, (rows, columns)), expected, rtol=0, atol=ROUNDING)
 
 
+@pytest.mark.parametrize("kind", RECORDS)
 @RANDOM
-@given(records(Gabor1d))
-def test_one_dimension_is_the_textbook_formula(params: Gabor1d) -> None:
-    x = np.arange(8) - 3.5 - params.center.item()
-    expected = (
-        params.amplitude.item()
-        * np.exp(-(x**2) / (2 * params.sigma.item() ** 2))
-        * np.cos(2 * np.pi * x / params.wavelength.item() + params.phase.item())
-    )
-    np.testing.assert_allclose(gabor(params, 8), expected, rtol=0, atol=ROUNDING)
-
-
-@RANDOM
-@given(records(Gabor3d))
-def test_three_dimensions_are_the_textbook_formula(params: Gabor3d) -> None:
-    z, y, x = np.mgrid[-1:2, -2:3, -3:4] - params.center.numpy()[::-1, None, None, None]
-    theta, tilt = params.orientation.item(), params.elevation.item()
-    shadow = x * np.cos(theta) + y * np.sin(theta)
-    along = shadow * np.cos(tilt) + z * np.sin(tilt)
-    # What is left of the squared distance lies across the wave, in two directions alike.
-    across = x**2 + y**2 + z**2 - along**2
-    envelope = np.exp(
-        -(along**2 + params.aspect_ratio.item() ** 2 * across) / (2 * params.sigma.item() ** 2)
-    )
-    carrier = np.cos(2 * np.pi * along / params.wavelength.item() + params.phase.item())
-    expected = params.amplitude.item() * envelope * carrier
-    np.testing.assert_allclose(gabor(params, (3, 5, 7)), expected, rtol=0, atol=ROUNDING)
+@given(data=st.data())
+def test_all_dimensions_are_one_formula(kind: type[Gabor], data: st.DataObject) -> None:
+    params = data.draw(records(kind))
+    p = {name: value.tolist() for name, value in params.as_dict().items()}
+    sizes = (3, 5, 7)[-kind.n_dims :]
+    zyx = np.meshgrid(*[np.arange(n) - (n - 1) / 2 for n in sizes], indexing="ij")
+    u = [axis - x0 for axis, x0 in zip(reversed(zyx), p["center"], strict=True)]
+    theta, tilt = p.get("orientation", 0.0), p.get("elevation", 0.0)
+    n = (math.cos(tilt) * math.cos(theta), math.cos(tilt) * math.sin(theta), math.sin(tilt))
+    along = sum(a * b for a, b in zip(n[: kind.n_dims], u, strict=True))
+    # The rest of the squared distance is across the wave, in all directions equally.
+    across = sum(a**2 for a in u) - along**2
+    exponent = (along**2 + p.get("aspect_ratio", 1.0) ** 2 * across) / (2 * p["sigma"] ** 2)
+    carrier = np.cos(2 * np.pi * along / p["wavelength"] + p["phase"])
+    expected = p["amplitude"] * np.exp(-exponent) * carrier
+    np.testing.assert_allclose(gabor(params, sizes), expected, rtol=0, atol=ROUNDING)
 
 
 # -- conventions, line by line --------------------------------------------------------------

@@ -6,12 +6,19 @@ from pathlib import Path
 import pytest
 import torch
 
-from gaborium.training import Recipe, load_trained, make_first_layer, train
+from gaborium import GaborConv2d
+from gaborium.training import Recipe, load_trained, train
 
 pytest.importorskip("PIL")
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks" / "learning"))
 from augmentations import make_flip
 from corruptions import KINDS, N_STRENGTHS, STRENGTHS, corrupt
+from energies import (
+    EnergyClassifier,
+    EnergyNetwork,
+    make_energy_layer,
+    make_equal_start,
+)
 from texture import TextureClassifier
 
 import data as learning_data
@@ -112,27 +119,50 @@ def test_corruptions_are_what_the_table_says(images):
         torch.testing.assert_close(coarse[0, 0, 0, 0], image[0, 0, :side, :side].mean())
 
 
-# -- textures -----------------------------------------------------------------------------------
+# -- energies and textures ----------------------------------------------------------------------
 
 
-def test_the_classifier_of_textures_trains_and_can_be_loaded(stripes, tmp_path):
+def energy_layer(variant, n_filters=8, channels=3, start="random"):
+    recipe = Recipe(n_filters=n_filters, kernel_size=7)
+    options = {"n_dims": 2, "in_channels": channels, "recipe": recipe, "seed": 0}
+    return make_energy_layer(variant, start=start, **options)
+
+
+@pytest.mark.parametrize("variant", ["free", "gabor"])
+def test_energies_begin_at_one_scale(variant):
+    layer = energy_layer(variant, n_filters=64)
+    with torch.no_grad():
+        energies = layer(torch.randn(4, 3, 48, 48))[..., 4:-4, 4:-4]
+    # The norm of a pair whose members have unequal powers varies more than of an equal pair.
+    assert abs(energies.var((0, 2, 3)).mean().item() * 3 - 1) < 0.35
+
+
+@pytest.mark.parametrize("output", ["real", "energy"])
+def test_an_equal_start_is_equal_to_the_last_bit(stripes, output):
+    start = make_equal_start(Recipe(n_filters=37, kernel_size=7), stripes, 5, output)
+    layer = GaborConv2d(1, 37, 7, bias=False, start=start, output=output)
+    for value in layer.state_dict().values():
+        assert torch.equal(value, value[:1].expand_as(value))
+    other = make_equal_start(Recipe(n_filters=37, kernel_size=7), stripes, 6, output)
+    assert other.orientation[0, 0] != start.orientation[0, 0]
+
+
+@pytest.mark.parametrize("kind", [EnergyClassifier, TextureClassifier])
+def test_classifiers_of_energies_train_and_can_be_loaded(stripes, tmp_path, kind):
     pytest.importorskip("lightning_fabric")
     recipe = Recipe(
         n_filters=4, kernel_size=5, epochs=1, batch_size=7, seeds=(0,), accelerator="cpu"
     )
-    options = {"network": TextureClassifier, "folder": tmp_path}
-    result = train(recipe, stripes, **options)
+    network = EnergyNetwork(kind, recipe, stripes, "bank")
+    result = train(recipe, stripes, network=network, folder=tmp_path)
     assert min(result.runs[0].displacement.values()) > 1e-6, "every field moves"
-    trained = load_trained(tmp_path, network=TextureClassifier)
-    hits = trained.network(trained.preprocess(stripes.test_images)).argmax(1) == stripes.test_labels
+    trained = load_trained(tmp_path, network=network)
+    hits = trained(stripes.test_images).argmax(1) == stripes.test_labels
     assert hits.double().mean().item() == pytest.approx(result.runs[0].accuracy)
 
 
 def texture_of(channels=3, side=12):
-    first = make_first_layer(
-        "gabor", n_dims=2, in_channels=1, n_filters=channels, kernel_size=7, output="energy"
-    )
-    return TextureClassifier(first, 4, image_size=(side, side))
+    return TextureClassifier(energy_layer("gabor", channels, 1), 4, image_size=(side, side))
 
 
 def test_texture_statistics_are_strength_spread_and_flatness_of_each_cell():

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from gaborium import Gabor2d, GaborConv1d, GaborConv2d, GaborConv3d, MixedConv
 from gaborium.optim import NaturalGradient
-from gaborium.optim.family import KernelFamily
+from gaborium.optim.kernel_family import KernelFamily
 from gaborium.params import RECORDS
 
 LAYERS = {1: GaborConv1d, 2: GaborConv2d, 3: GaborConv3d}
@@ -294,7 +294,7 @@ def test_evaluation_between_steps_changes_nothing():
     data, models = batches(12), []
     for disturbed in (False, True):
         model = small_net()
-        optimizer = NaturalGradient(model, look_every=1)
+        optimizer = NaturalGradient(model, patch_interval=1)
         for images, labels in data:
             optimizer.zero_grad()
             nn.functional.cross_entropy(model(images), labels).backward()
@@ -341,7 +341,7 @@ def test_gradients_that_are_not_finite_change_nothing(value):
 
 def test_an_input_that_is_not_finite_changes_nothing():
     model, data = small_net(), batches(3)
-    optimizer = NaturalGradient(model, look_every=1)
+    optimizer = NaturalGradient(model, patch_interval=1)
     train(model, optimizer, data[:2])
     before, state = gabor_state(model), copy.deepcopy(optimizer.state_dict())
     images = data[2][0].clone()
@@ -499,7 +499,7 @@ def test_what_learns_moves_and_what_does_not_stays(arguments):
     kwargs = dict(arguments)
     n_dims = kwargs.pop("n_dims", 2)
     layer = layer_of(n_dims, channels=2, **kwargs)
-    optimizer = NaturalGradient(layer, leap_every=3)
+    optimizer = NaturalGradient(layer, global_step_interval=3)
     moving = {n: v.detach().clone() for n, v in layer.named_parameters() if n != "bias"}
     still = {name: value.clone() for name, value in layer.named_buffers()}
     bias = None if layer.bias is None else layer.bias.detach().clone()
@@ -538,7 +538,7 @@ def test_the_gabor_part_of_a_mixed_layer_moves():
 
 def test_parameters_can_be_frozen_for_a_while():
     layer = layer_of()
-    optimizer = NaturalGradient(layer, leap_every=2)
+    optimizer = NaturalGradient(layer, global_step_interval=2)
     image = torch.randn(2, 1, 12, 12, requires_grad=True)
 
     def step() -> dict[str, bool]:
@@ -580,9 +580,24 @@ def test_parameters_can_be_frozen_for_a_while():
         (layer_of, {"momentum": 1.0}, ValueError, "momentum must be"),
         (layer_of, {"trust_radius": -1.0}, ValueError, "trust_radius must be"),
         (layer_of, {"damping": -1.0}, ValueError, "damping must be"),
-        (layer_of, {"leap_every": 2.5}, ValueError, "leap_every must be a whole number"),
-        (layer_of, {"leap_every": math.inf}, ValueError, "leap_every must be a whole number"),
-        (layer_of, {"look_every": 0}, ValueError, "look_every must be a whole number from 1"),
+        (
+            layer_of,
+            {"global_step_interval": 2.5},
+            ValueError,
+            "global_step_interval must be a whole number",
+        ),
+        (
+            layer_of,
+            {"global_step_interval": math.inf},
+            ValueError,
+            "global_step_interval must be a whole number",
+        ),
+        (
+            layer_of,
+            {"patch_interval": 0},
+            ValueError,
+            "patch_interval must be a whole number from 1",
+        ),
         (
             lambda: [{"layers": [layer_of()], "lr": 7.0}],
             {},
@@ -616,9 +631,13 @@ def kernel_errors(layer, target) -> Tensor:
     return (one - other).norm(dim=1) / other.norm(dim=1)
 
 
-@pytest.mark.parametrize(("loss", "enough", "share"), [("mse", 0.02, 12), ("rmse", 0.05, 11)])
+@pytest.mark.parametrize(("loss", "enough", "share"), [("mse", 0.005, 12), ("rmse", 0.05, 11)])
 def test_planted_filters_come_back_from_one_random_start(loss, enough, share, photograph):
-    image, target, layer = photograph[..., 100:180, 150:230], planted(12, 100), planted(12, 0)
+    # In single precision the order of sums decides how near a filter comes.
+    image, target, layer = (
+        part.double()
+        for part in (photograph[..., 100:180, 150:230], planted(12, 100), planted(12, 0))
+    )
     wanted = target(image).detach()
     optimizer = NaturalGradient(layer)
     for _ in range(50 if loss == "mse" else 80):
@@ -670,7 +689,7 @@ def test_a_quarter_turn_is_found_and_kept_under_rmse(photograph):
 @pytest.mark.parametrize("value", [0.0, 0.5])
 def test_a_constant_image_changes_nothing_it_cannot_know(value):
     layer = layer_of(k=7, dc="remove", bias=False)
-    optimizer = NaturalGradient(layer, leap_every=2)
+    optimizer = NaturalGradient(layer, global_step_interval=2)
     image = torch.full((2, 1, 16, 16), value)
     before = gabor_state(layer)
     for _ in range(6):
@@ -683,7 +702,7 @@ def test_a_constant_image_changes_nothing_it_cannot_know(value):
 @pytest.mark.parametrize("bias", [True, False])
 def test_a_constant_image_gives_no_nan(bias):
     layer = layer_of(k=7, bias=bias)
-    optimizer = NaturalGradient(layer, leap_every=2)
+    optimizer = NaturalGradient(layer, global_step_interval=2)
     for _ in range(8):
         optimizer.zero_grad()
         (layer(torch.full((2, 1, 16, 16), 0.5)) - 1).square().mean().backward()
@@ -695,7 +714,7 @@ def test_a_constant_image_gives_no_nan(bias):
 
 
 def test_older_filters_move_at_every_fourth_step(monkeypatch):
-    monkeypatch.setattr("gaborium.optim.natural._YOUNG", 2)
+    monkeypatch.setattr("gaborium.optim.natural._WARMUP_STEPS", 2)
     model, data = small_net(bias=True), batches(9)
     optimizer = NaturalGradient(model)
     moved = []
@@ -707,11 +726,11 @@ def test_older_filters_move_at_every_fourth_step(monkeypatch):
 
 
 def test_gradients_between_two_moves_count_as_their_mean(monkeypatch):
-    monkeypatch.setattr("gaborium.optim.natural._YOUNG", 4)
+    monkeypatch.setattr("gaborium.optim.natural._WARMUP_STEPS", 4)
     data, ends = batches(5), []
     for scales in ((1.0, 1.0, 1.0, 1.0), (4.0, 0.0, 0.0, 0.0)):
         model = small_net(bias=True)
-        optimizer = NaturalGradient(model, leap_every=0)
+        optimizer = NaturalGradient(model, global_step_interval=0)
         train(model, optimizer, data[:4])
         before = gabor_state(model)["0.even"]
         images, labels = data[4]
@@ -724,8 +743,8 @@ def test_gradients_between_two_moves_count_as_their_mean(monkeypatch):
     assert torch.allclose(*ends, atol=1e-5)
 
 
-def leaping(photograph: Tensor) -> tuple[GaborConv2d, NaturalGradient, Callable[[], None]]:
-    """A layer whose filters are about to leap, and a step of its training."""
+def before_global_steps(photograph: Tensor) -> tuple[GaborConv2d, NaturalGradient, Callable]:
+    """A layer whose filters are about to take global steps, and a step of its training."""
     image, target, layer = photograph[..., 100:180, 150:230], planted(12, 100), planted(12, 0)
     wanted = target(image).detach()
     optimizer = NaturalGradient(layer)
@@ -738,52 +757,69 @@ def leaping(photograph: Tensor) -> tuple[GaborConv2d, NaturalGradient, Callable[
     return layer, optimizer, step
 
 
-def test_a_leap_that_ended_higher_is_taken_back(photograph):
-    layer, optimizer, step = leaping(photograph)
+def test_a_global_step_that_ended_higher_is_undone(photograph):
+    layer, optimizer, step = before_global_steps(photograph)
     state = optimizer.state[layer.gradient_hook.kernel]
-    while "leapt" not in state:
-        home = layer.weight.detach().clone()
+    while "pending" not in state:
+        previous = layer.weight.detach().clone()
         step()
-    leapt = state["leapt"]
-    assert leapt.any()
-    assert not leapt.all()
+    taken = state["pending"]["taken"]
+    assert taken.any()
+    assert not taken.all()
+    assert optimizer.n_global_steps == taken.sum()
     there = layer.weight.detach().clone()
-    # The loss rises steeply the way that the first of them went.
-    first = int(leapt.nonzero()[0])
+    # The loss rises steeply along the step of the first of them.
+    first = int(taken.nonzero()[0])
     optimizer.zero_grad()
     rise = torch.zeros_like(there).index_copy(
-        0, torch.tensor([first]), there[[first]] - home[[first]]
+        0, torch.tensor([first]), there[[first]] - previous[[first]]
     )
     layer(photograph[..., 100:180, 150:230]).sum().mul(0.0).backward()
     layer.gradient_hook.kernel.grad.add_(1e6 * rise)
     optimizer.step()
     now = layer.weight.detach()
-    assert (now - home)[first].norm() < 0.5 * (there - home)[first].norm()
-    assert state["doubt"].tolist() == [2.0 if i == first else 1.0 for i in range(12)]
-    others = leapt.nonzero().flatten()[1:]
-    assert ((now - there)[others].norm() < (now - home)[others].norm()).all()
-    assert "leapt" not in state
+    assert (now - previous)[first].norm() < 0.5 * (there - previous)[first].norm()
+    assert state["acceptance_factor"].tolist() == [2.0 if i == first else 1.0 for i in range(12)]
+    others = taken.nonzero().flatten()[1:]
+    assert ((now - there)[others].norm() < (now - previous)[others].norm()).all()
+    assert "pending" not in state
 
 
-def test_no_filter_leaps_once_the_rate_has_fallen(photograph):
-    for rate, leaps in ((1.0, True), (0.6, True), (0.3, False), (0.0, False)):
-        layer, optimizer, step = leaping(photograph)
+def test_a_training_resumes_exactly_after_a_global_step(photograph):
+    layer, optimizer, step = before_global_steps(photograph)
+    while "pending" not in optimizer.state[layer.gradient_hook.kernel]:
+        step()
+    file = io.BytesIO()
+    torch.save((layer.state_dict(), optimizer.state_dict()), file)
+    file.seek(0)
+    again, second, second_step = before_global_steps(photograph)
+    for part, saved in zip((again, second), torch.load(file, weights_only=True), strict=True):
+        part.load_state_dict(saved)
+    for _ in range(3):
+        step()
+        second_step()
+    assert_same(gabor_state(again), gabor_state(layer))
+
+
+def test_no_global_steps_once_the_rate_has_fallen(photograph):
+    for rate, taken in ((1.0, True), (0.6, True), (0.3, False), (0.0, False)):
+        layer, optimizer, step = before_global_steps(photograph)
         for _ in range(4):
             step()
         optimizer.param_groups[0]["lr"] = rate
         step()
-        assert ("leapt" in optimizer.state[layer.gradient_hook.kernel]) == leaps, rate
+        assert ("pending" in optimizer.state[layer.gradient_hook.kernel]) == taken, rate
 
 
-@pytest.mark.parametrize("leap_every", [5, 0])
-def test_filters_that_begin_alike_part_where_leaps_are_allowed(leap_every, photograph):
+@pytest.mark.parametrize("global_step_interval", [5, 0])
+def test_filters_that_begin_alike_part_where_leaps_are_allowed(global_step_interval, photograph):
     torch.manual_seed(0)
     equal = Gabor2d.of(orientation=[0.8] * 8, wavelength=6.0, sigma=2.5)
     layer = GaborConv2d(1, 8, 9, start=equal, bias=False)
     network = nn.Sequential(
         layer, nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4)
     )
-    optimizer = NaturalGradient(layer, leap_every=leap_every)
+    optimizer = NaturalGradient(layer, global_step_interval=global_step_interval)
     images = torch.cat([part for row in photograph.chunk(2, 2) for part in row.chunk(2, 3)])
     for step in range(4):
         optimizer.zero_grad()
@@ -792,8 +828,8 @@ def test_filters_that_begin_alike_part_where_leaps_are_allowed(leap_every, photo
         optimizer.step()
     units = nn.functional.normalize(layer.weight.detach().flatten(1), dim=1)
     alike = (units @ units.T).abs().fill_diagonal_(0)
-    again = optimizer.state[layer.gradient_hook.kernel].get("reseeds", torch.zeros(8))
-    if leap_every == 0:
+    again = optimizer.state[layer.gradient_hook.kernel].get("reinitializations", torch.zeros(8))
+    if global_step_interval == 0:
         assert again.sum() == 0
         assert alike.amax(1).min() > 0.9
     else:
@@ -806,7 +842,7 @@ def test_means_that_do_not_matter_are_not_asked_for(monkeypatch):
     data, ends, heard = batches(12), [], []
     for spared in (True, False):
         if not spared:
-            monkeypatch.setattr(NaturalGradient, "_listen", lambda *_: None)
+            monkeypatch.setattr(NaturalGradient, "_request_output_mean", lambda *_: None)
         torch.manual_seed(0)
         model = nn.Sequential(
             layer_of(2, 2, bias=False),
@@ -815,7 +851,7 @@ def test_means_that_do_not_matter_are_not_asked_for(monkeypatch):
             nn.Flatten(),
             nn.Linear(144, 3),
         )
-        optimizer = NaturalGradient(model, look_every=2)
+        optimizer = NaturalGradient(model, patch_interval=2)
         for batch in data:
             train(model, optimizer, [batch])
             heard.append(model[0].gradient_hook.offset.grad is not None)
@@ -833,10 +869,10 @@ def test_a_loaded_state_hears_as_the_saved_one_did():
         )
         for _ in range(2)
     )
-    optimizer = NaturalGradient(model, look_every=2)
+    optimizer = NaturalGradient(model, patch_interval=2)
     train(model, optimizer, data)
     assert not model[0].gradient_hook.needs_output_mean
-    loaded = NaturalGradient(other, look_every=2)
+    loaded = NaturalGradient(other, patch_interval=2)
     assert other[0].gradient_hook.needs_output_mean
     loaded.load_state_dict(copy.deepcopy(optimizer.state_dict()))
     assert not other[0].gradient_hook.needs_output_mean

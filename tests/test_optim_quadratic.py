@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from gaborium.optim.quadratic import Evidence, Metric, Quadratic, inner
+from gaborium.optim.quadratic import Metric, Quadratic, QuadraticEstimator, inner
 
 N = 9
 DARK = torch.zeros(1, N, dtype=torch.float64)
@@ -22,14 +22,19 @@ def covariance_of(samples: Tensor) -> Tensor:
     return centred.mT @ centred / len(samples)
 
 
-def evidence_for(samples: Tensor, damping: float = 1e-12) -> Evidence:
-    evidence = Evidence({}, damping)
-    evidence.see_patches(covariance_of(samples), 0.9)
-    return evidence
+def estimator_for(samples: Tensor, damping: float = 1e-12) -> QuadraticEstimator:
+    estimator = QuadraticEstimator({}, damping)
+    estimator.update_covariance(covariance_of(samples), 0.9)
+    return estimator
+
+
+def divide(metric: Metric, kernels: Tensor) -> Tensor:
+    """C⁻¹ times kernels."""
+    return Metric(metric.inverse()).times(kernels)
 
 
 def watch(
-    evidence: Evidence,
+    estimator: QuadraticEstimator,
     target: Tensor,
     scales: list[float],
     *,
@@ -45,7 +50,7 @@ def watch(
     the responses' means do not matter, anything.
     """
     draw = torch.Generator().manual_seed(seed)
-    metric = evidence.metric()
+    metric = estimator.metric()
     root = torch.linalg.cholesky(metric.covariance).mT
     for scale in scales:
         kernel = target + speed * torch.randn(target.shape, dtype=target.dtype, generator=draw)
@@ -59,45 +64,47 @@ def watch(
         else:
             offset = scale * ((kernel - target) * rows).sum(-1)
         gradient = gradient + offset.unsqueeze(-1) * rows
-        quadratic = evidence.see_gradient(kernel, gradient, offset, mean, momentum, centred=centred)
+        quadratic = estimator.update_gradient(
+            kernel, gradient, offset, mean, momentum, centred=centred
+        )
     return quadratic, kernel
 
 
 @pytest.mark.parametrize("centred", [False, True])
 @pytest.mark.parametrize(("groups", "members"), [(1, 1), (2, 1), (2, 2)])
 def test_scale_and_minimum_are_found(groups, members, centred):
-    evidence = evidence_for(patches(groups))
+    estimator = estimator_for(patches(groups))
     target = torch.randn(4, members, N, dtype=torch.float64)
-    quadratic, _ = watch(evidence, target, [3.0] * 6, centred=centred)
+    quadratic, _ = watch(estimator, target, [3.0] * 6, centred=centred)
     torch.testing.assert_close(quadratic.scale, torch.full((4,), 3.0, dtype=torch.float64))
     # Dividing by an ill-conditioned covariance costs digits.
-    best = quadratic.metric.divide(quadratic.linear)
+    best = divide(quadratic.metric, quadratic.linear)
     torch.testing.assert_close(best, target, rtol=1e-6, atol=1e-6)
-    brightness = evidence.state["brightness"] * (not centred)
+    brightness = estimator.state["brightness"] * (not centred)
     torch.testing.assert_close(
-        quadratic.metric.covariance, evidence.metric().covariance + brightness
+        quadratic.metric.covariance, estimator.metric().covariance + brightness
     )
-    assert quadratic.at(target).downhill.abs().max() < 1e-8 * quadratic.linear.abs().max()
+    assert quadratic.at(target).descent.abs().max() < 1e-8 * quadratic.linear.abs().max()
 
 
 def test_every_filter_has_a_scale_of_its_own():
-    evidence = evidence_for(patches())
+    estimator = estimator_for(patches())
     target = torch.randn(3, 1, N, dtype=torch.float64)
-    metric, scale = evidence.metric(), torch.tensor([1.0, 10.0, 0.1]).double()
+    metric, scale = estimator.metric(), torch.tensor([1.0, 10.0, 0.1]).double()
     for kernel in torch.randn(5, 3, 1, N, dtype=torch.float64):
         gradient = scale[:, None, None] * metric.times(kernel - target)
         zero = torch.zeros(3, 1, dtype=torch.float64)
-        quadratic = evidence.see_gradient(kernel, gradient, zero, DARK, 0.9, centred=True)
+        quadratic = estimator.update_gradient(kernel, gradient, zero, DARK, 0.9, centred=True)
     torch.testing.assert_close(quadratic.scale, scale)
 
 
 def test_value_and_slope_belong_together():
-    evidence = evidence_for(patches(2))
+    estimator = estimator_for(patches(2))
     target = torch.randn(4, 2, N, dtype=torch.float64)
-    quadratic, kernel = watch(evidence, target, [2.0] * 4)
+    quadratic, kernel = watch(estimator, target, [2.0] * 4)
     moving = kernel.clone().requires_grad_()
     (slope,) = torch.autograd.grad(quadratic.at(moving).value.sum(), moving)
-    torch.testing.assert_close(-slope, quadratic.at(kernel).downhill)
+    torch.testing.assert_close(-slope, quadratic.at(kernel).descent)
     here, there = quadratic.at(kernel), quadratic.at(target)
     gap = here.value - there.value
     torch.testing.assert_close(here.length, quadratic.metric.length(kernel))
@@ -108,7 +115,7 @@ def test_value_and_slope_belong_together():
 def test_the_metric_serves_every_group_its_own():
     samples = patches(2)
     covariances = torch.stack([samples[:, g].T.cov() for g in range(2)])
-    metric = Metric.of(covariances, 0.0)
+    metric = Metric.damped(covariances, 0.0)
     kernels = torch.randn(6, 2, N, dtype=torch.float64)
     for group, part in enumerate(kernels.chunk(2)):
         mine = slice(3 * group, 3 * group + 3)
@@ -116,7 +123,7 @@ def test_the_metric_serves_every_group_its_own():
         responses = part @ samples[:, group].T
         spread = responses.var(-1).sum(-1).sqrt()
         torch.testing.assert_close(metric.length(kernels)[mine], spread)
-    torch.testing.assert_close(metric.divide(metric.times(kernels)), kernels)
+    torch.testing.assert_close(divide(metric, metric.times(kernels)), kernels)
     # Derivatives have an axis more.
     many = torch.randn(6, 2, 5, N, dtype=torch.float64)
     torch.testing.assert_close(metric.times(many)[:, :, 3], metric.times(many[:, :, 3]))
@@ -124,36 +131,36 @@ def test_the_metric_serves_every_group_its_own():
 
 def test_damping_is_a_share_of_the_mean_variance():
     covariance = torch.diag(torch.arange(1.0, 10.0, dtype=torch.float64))[None]
-    metric = Metric.of(covariance, 0.1)
+    metric = Metric.damped(covariance, 0.1)
     extra = metric.covariance - covariance
     torch.testing.assert_close(extra[0], 0.5 * torch.eye(N, dtype=torch.float64))
-    assert Metric.of(torch.zeros(1, N, N, dtype=torch.float64), 0.1).inverse.isfinite().all()
+    assert Metric.damped(torch.zeros(1, N, N, dtype=torch.float64), 0.1).inverse().isfinite().all()
 
 
 @pytest.mark.parametrize("factor", [0.1, 10.0])
 def test_a_change_of_scale_is_noticed(factor):
-    evidence = evidence_for(patches())
+    estimator = estimator_for(patches())
     target = torch.randn(3, 1, N, dtype=torch.float64)
-    before, _ = watch(evidence, target, [3.0] * 40)
+    before, _ = watch(estimator, target, [3.0] * 40)
     torch.testing.assert_close(before.scale, torch.full((3,), 3.0, dtype=torch.float64))
-    after, _ = watch(evidence, target, [3.0 * factor] * 60, seed=1)
+    after, _ = watch(estimator, target, [3.0 * factor] * 60, seed=1)
     # A change of half as much again is not worth forgetting what is known.
     ratio = after.scale / (3.0 * factor)
     assert ((ratio < 1.5) & (ratio > 1 / 1.5)).all(), after.scale
 
 
 def test_noise_is_no_change_of_scale():
-    evidence = evidence_for(patches())
+    estimator = estimator_for(patches())
     target = torch.randn(20, 1, N, dtype=torch.float64)
-    quadratic, _ = watch(evidence, target, [3.0] * 100, noise=2.0)
+    quadratic, _ = watch(estimator, target, [3.0] * 100, noise=2.0)
     # About 19 moves count, along 9 directions each.
     assert ((quadratic.scale - 3.0).abs() < 1.0).all(), quadratic.scale
 
 
 def test_the_minimum_is_known_as_well_as_it_says():
-    evidence = evidence_for(patches())
+    estimator = estimator_for(patches())
     target = torch.randn(400, 1, N, dtype=torch.float64)
-    quadratic, _ = watch(evidence, target, [3.0] * 60, noise=2.0, speed=2.0)
+    quadratic, _ = watch(estimator, target, [3.0] * 60, noise=2.0, speed=2.0)
     other = target + torch.randn(target.shape, dtype=target.dtype)
     apart = quadratic.metric.length(other - target)
     truth = 0.5 * apart.square()
@@ -165,22 +172,22 @@ def test_the_minimum_is_known_as_well_as_it_says():
 
 
 def test_a_target_is_never_believed_to_lie_very_far():
-    evidence = evidence_for(patches())
+    estimator = estimator_for(patches())
     kernel = torch.randn(2, 1, N, dtype=torch.float64)
     gradient = torch.randn(2, 1, N, dtype=torch.float64)
     zero = torch.zeros(2, 1, dtype=torch.float64)
-    quadratic = evidence.see_gradient(kernel, gradient, zero, DARK, 0.9, centred=True)
+    quadratic = estimator.update_gradient(kernel, gradient, zero, DARK, 0.9, centred=True)
     # From one gradient nothing is known of the scale.
-    away = quadratic.metric.divide(quadratic.linear) - kernel
+    away = divide(quadratic.metric, quadratic.linear) - kernel
     assert (quadratic.metric.length(away) <= 5.001 * quadratic.metric.length(kernel)).all()
 
 
 def test_running_means_begin_without_a_bias():
-    evidence, (first, second) = Evidence({}, 0.0), patches(n=50).chunk(2)
+    estimator, (first, second) = QuadraticEstimator({}, 0.0), patches(n=50).chunk(2)
     for half in (first, second):
-        evidence.see_patches(covariance_of(half), 0.9)
+        estimator.update_covariance(covariance_of(half), 0.9)
     expected = (0.9 * covariance_of(first) + covariance_of(second)) / 1.9
-    torch.testing.assert_close(evidence.state["covariance"], expected)
+    torch.testing.assert_close(estimator.state["covariance"], expected)
 
 
 def test_inner_products_are_of_filters():

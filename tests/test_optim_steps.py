@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from gaborium import GaborConv1d, GaborConv2d, GaborConv3d
-from gaborium.optim.family import KernelFamily
+from gaborium.optim.kernel_family import KernelFamily
 from gaborium.optim.quadratic import Metric, Quadratic
-from gaborium.optim.steps import descend, leap, reseed
+from gaborium.optim.steps import descend, global_step, reinitialize_filters
 from gaborium.params import RECORDS
 
 LAYERS = {1: GaborConv1d, 2: GaborConv2d, 3: GaborConv3d}
@@ -36,7 +36,7 @@ def loss_towards(family: KernelFamily, target: Tensor) -> Quadratic:
     layer = family.layer
     n_channels = layer.in_channels // layer.groups
     covariance = natural_covariance(layer.kernel_size, n_channels)
-    metric = Metric.of(covariance.expand(layer.groups, -1, -1), 1e-9)
+    metric = Metric.damped(covariance.expand(layer.groups, -1, -1), 1e-9)
     one = torch.ones(len(target), dtype=torch.float64)
     return Quadratic(metric, metric.times(target), one, 0 * one)
 
@@ -109,10 +109,10 @@ def test_at_the_minimum_nothing_moves():
 def test_a_silent_world_moves_nothing():
     family = family_of()
     z, one = family.read(), torch.ones(6, dtype=torch.float64)
-    flat = Metric.of(torch.zeros(1, 81, 81, dtype=torch.float64), 1e-6)
+    flat = Metric.damped(torch.zeros(1, 81, 81, dtype=torch.float64), 1e-6)
     loss = Quadratic(flat, torch.zeros(6, 1, 81, dtype=torch.float64), one, one)
     end, near, _ = descend(family, loss, z, one, 1e-3 * one, n_iterations=3)
-    far, beyond = leap(family, loss, z)
+    far, beyond = global_step(family, loss, z)
     for rows in (end, far, near.value, beyond.value):
         assert rows.isfinite().all()
 
@@ -143,7 +143,7 @@ def test_leaps_find_the_planted_kernel_from_anywhere(kwargs, share):
         family = family_of(seed=seed, **kwargs)
         loss = loss_towards(family, target)
         z = family.read()
-        end, there = leap(family, loss, z, n_iterations=25)
+        end, there = global_step(family, loss, z, n_iterations=25)
         value = there.value
         torch.testing.assert_close(value, loss.at(family.kernels(end)).value)
         assert (value <= loss.at(family.kernels(z)).value).all()
@@ -183,9 +183,9 @@ def test_leaps_find_what_is_learned_and_leave_the_rest(learn, coordinates, sign)
             amplitude=sign * family.layer.params.amplitude.detach().abs()
         )
     planted = family.layer.params.detach().replace(**fields)
-    target = family.kernels(family.rows_of(planted))
+    target = family.kernels(family.rows(planted))
     loss = loss_towards(family, target)
-    end, _ = leap(family, loss, family.read(), n_iterations=25)
+    end, _ = global_step(family, loss, family.read(), n_iterations=25)
     assert misfit(family, loss, end, target).max() < 0.01, misfit(family, loss, end, target)
 
 
@@ -197,7 +197,7 @@ def test_leaps_of_pairs_go_channel_by_channel():
     z = family.read()
     # The first look at a channel is spoilt by the others, which are wrong at that time.
     for _ in range(4):
-        z, _ = leap(family, loss, z, n_iterations=25)
+        z, _ = global_step(family, loss, z, n_iterations=25)
     errors = misfit(family, loss, z, target)
     assert (errors < 0.05).double().mean() >= 0.8, errors
 
@@ -245,14 +245,14 @@ ALL, SURE = torch.ones(6, dtype=torch.bool), torch.full((6,), 6.0, dtype=torch.f
 def test_filters_that_are_alike_begin_again_where_the_loss_asks_for_it(kwargs):
     family, target = all_alike(**kwargs)
     loss, z = loss_towards(family, target), family.read()
-    rows, new = reseed(family, loss, z, ALL, certain=SURE, same=0.95)
+    rows, new = reinitialize_filters(family, loss, z, ALL, n_errors=SURE, max_correlation=0.95)
     assert not new[0], "the first one stays"
     assert new.sum() >= 3  # targets may have a wave in common
     assert torch.equal(rows[~new], z[~new])
     before, after = loss.at(family.kernels(z)), loss.at(family.kernels(rows))
     torch.testing.assert_close(after.length, before.length)
     # A step towards the new kernels goes downhill.
-    assert ((before.downhill * after.kernels).sum((1, 2)) > 0)[new].all()
+    assert ((before.descent * after.kernels).sum((1, 2)) > 0)[new].all()
     if family.n_members == 1:
         # Those that are not new are still like the first one.
         assert (correlations(family, loss, rows)[new] <= 0.95 + 1e-9).all()
@@ -265,7 +265,9 @@ def test_phase_alone_makes_no_filter_another_where_responses_come_in_pairs(outpu
     params = family.layer.params
     family.layer.params = params.replace(phase=params.phase + turned)
     loss = loss_towards(family, target)
-    new = reseed(family, loss, family.read(), ALL, certain=SURE, same=0.95)[1]
+    new = reinitialize_filters(
+        family, loss, family.read(), ALL, n_errors=SURE, max_correlation=0.95
+    )[1]
     assert bool(new[1]) == alike
     assert not new[0]
 
@@ -273,11 +275,18 @@ def test_phase_alone_makes_no_filter_another_where_responses_come_in_pairs(outpu
 def test_filters_that_see_other_channels_are_not_alike():
     family, target = all_alike(channels=6, groups=6)
     loss = loss_towards(family, target)
-    assert not reseed(family, loss, family.read(), ALL, certain=SURE, same=0.95)[1].any()
+    assert not reinitialize_filters(
+        family, loss, family.read(), ALL, n_errors=SURE, max_correlation=0.95
+    )[1].any()
     family, target = all_alike(channels=2, groups=2)
-    new = reseed(family, loss_towards(family, target), family.read(), ALL, certain=SURE, same=0.95)[
-        1
-    ]
+    new = reinitialize_filters(
+        family,
+        loss_towards(family, target),
+        family.read(),
+        ALL,
+        n_errors=SURE,
+        max_correlation=0.95,
+    )[1]
     assert not new[0]
     assert not new[3]
     assert new.any()
@@ -295,7 +304,9 @@ def test_filters_begin_again_in_the_metric_of_their_group():
     same = loss_towards(family, target)
     metric = Metric(same.metric.covariance * torch.tensor([1.0, 9.0]).double()[:, None, None])
     loss = Quadratic(metric, metric.times(target), same.scale, same.error)
-    rows, new = reseed(family, loss, family.read(), ALL, certain=SURE, same=0.95)
+    rows, new = reinitialize_filters(
+        family, loss, family.read(), ALL, n_errors=SURE, max_correlation=0.95
+    )
     assert new.tolist() == [False, True, True, False, False, False]
     length = loss.at(family.kernels(rows)).length
     torch.testing.assert_close(length, loss.at(kernels_of(family)).length)
@@ -309,7 +320,7 @@ def test_a_dead_filter_begins_again_as_strong_as_the_others():
     family.layer.params = params.replace(amplitude=amplitude)
     target = kernels_of(family_of(seed=7))
     loss, z = loss_towards(family, target), family.read()
-    rows, new = reseed(family, loss, z, ALL, certain=SURE, same=0.95)
+    rows, new = reinitialize_filters(family, loss, z, ALL, n_errors=SURE, max_correlation=0.95)
     assert new.nonzero().flatten().tolist() == [2]
     length = loss.at(family.kernels(z)).length
     others = length[torch.arange(6) != 2].median()
@@ -321,7 +332,7 @@ def test_a_dead_filter_begins_again_as_strong_as_the_others():
 )
 def test_filters_stay_where_nothing_else_is_asked_of_them(case):
     family, target = all_alike()
-    free, certain, z = ALL, SURE, family.read()
+    free, n_errors, z = ALL, SURE, family.read()
     if case == "at their targets":
         target = kernels_of(family)
     elif case == "nearly at their targets":
@@ -334,6 +345,6 @@ def test_filters_stay_where_nothing_else_is_asked_of_them(case):
     elif case == "all dead":
         family.layer.params = family.layer.params.replace(amplitude=torch.zeros(6, 1).double())
         z = family.read()
-    rows, new = reseed(family, loss, z, free, certain=certain, same=0.95)
+    rows, new = reinitialize_filters(family, loss, z, free, n_errors=n_errors, max_correlation=0.95)
     assert not new.any()
     assert torch.equal(rows, z)

@@ -34,7 +34,6 @@ OPTIONAL = {
     "scipy",
     "skimage",
     "sklearn",
-    "timm",
     "transformers",
 }
 LARGEST_TRACKED_FILE = 1_000_000  # bytes

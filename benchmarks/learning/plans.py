@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from energies import EnergyClassifier
 from texture import TextureClassifier
 
 from data import load
@@ -26,28 +27,32 @@ ADAM_RATES, NATURAL_RATES = (
     )
     for pair in ((0.02, 0.08), (0.3, 1.0))
 )
+NETWORKS = {"energy": EnergyClassifier, "texture": TextureClassifier}
 N_VALIDATION = 2000  # training images that are kept to choose rates with, of the large sets
 
 
 @dataclass(frozen=True)
 class Variant:
-    """A first layer, and the rates from which its own are chosen."""
+    """A first layer, and the rates from which its own are chosen.
+
+    ``start`` is ``"mel"`` or ``"equal"``, which a recipe cannot name, or empty.
+    """
 
     fields: dict[str, Any]
     rates: tuple[Rates, ...]
-    mel: bool = False
+    start: str = ""
 
 
 def _variants() -> dict[str, Variant]:
     variants = {"free": Variant({"first_layer": "free"}, ONE_RATE)}
     for start in ("bank", "random", "equal", "mel"):
-        mel = start == "mel"
-        fields = {"start": "bank" if mel else start}
+        special = start if start in ("equal", "mel") else ""
+        fields = {"start": "bank" if special else start}
         for optimizer, rates in (("adam", ADAM_RATES), ("natural", NATURAL_RATES)):
             learned = {"first_layer": "gabor", "optimizer": optimizer, **fields}
-            variants[f"{optimizer}, {start}"] = Variant(learned, rates, mel)
+            variants[f"{optimizer}, {start}"] = Variant(learned, rates, special)
         variants[f"fixed, {start}"] = Variant(
-            {"first_layer": "gabor-fixed", **fields}, ONE_RATE, mel
+            {"first_layer": "gabor-fixed", **fields}, ONE_RATE, special
         )
     variants["mixed, bank"] = Variant({"first_layer": "mixed", "start": "bank"}, ADAM_RATES)
     return variants
@@ -69,7 +74,7 @@ class Unit:
         n_test: test images, evenly from all of them; ``None`` for all.
         n_corrupted: test images, evenly from all of them, on which the trained networks are
             measured again with every corruption.
-        network: class of the network, instead of the recipe's.
+        network: ``"cnn"``, the small network of ``gaborium.training``, or a name of ``NETWORKS``.
         flip: whether training images are mirrored at random.
         similarity: whether to measure how much alike the filters become.
         tuned_as: another part of the same experiment, whose rates are taken.
@@ -87,7 +92,7 @@ class Unit:
     similarity: bool = False
     tuned_as: str = ""
     rate_factor: float = 1.0
-    network: type[torch.nn.Module] | None = None
+    network: str = "cnn"
     flip: bool = False
 
     def rates(self, variant: Variant) -> tuple[Rates, ...]:
@@ -165,8 +170,9 @@ def starts() -> list[Unit]:
     units = [
         Unit(
             f"cifar10, 1000 samples, {network}, {n} filters",
-            replace(recipe, network=network, n_filters=n),
+            replace(recipe, n_filters=n),
             ("free", *_LEARNED, "adam, equal", "natural, equal", *_FIXED),
+            network=network,
         )
         for network, n in (("energy", 8), ("energy", 16), ("cnn", 16))
     ]
@@ -175,8 +181,9 @@ def starts() -> list[Unit]:
     held = [
         Unit(
             f"cifar10, 1000 samples, {network}, 16 filters, weight decay",
-            replace(recipe, network=network, n_filters=16, weight_decay=3.0),
+            replace(recipe, n_filters=16, weight_decay=3.0),
             variants,
+            network=network,
         )
         for network in ("energy", "cnn")
     ]
@@ -186,6 +193,7 @@ def starts() -> list[Unit]:
             replace(one.recipe, epochs=40),
             variants,
             tuned_as=one.name,
+            network=one.network,
             flip=True,
         )
         for one in held
@@ -195,6 +203,7 @@ def starts() -> list[Unit]:
         replace(mirrored[0].recipe, epochs=80),
         variants,
         tuned_as=held[0].name,
+        network=held[0].network,
         flip=True,
     )
     return [*units, *held, *mirrored, longer]
@@ -209,24 +218,27 @@ def textures() -> list[Unit]:
     patches = replace(_BASE, data="brodatz", epochs=5, batch_size=64)
     variants = ("free", *_LEARNED, *_FIXED)
     units = [
-        Unit("kth-tips, texture", large, variants, n_seeds=5, network=TextureClassifier),
+        Unit("kth-tips, texture", large, variants, n_seeds=5, network="texture"),
         Unit(
             "brodatz, texture",
             patches,
             variants,
             n_seeds=5,
             rate_factor=3.0,
-            network=TextureClassifier,
+            network="texture",
         ),
     ]
     # Energies alone, on the grid that is for objects.
-    means = replace(photographs, network="energy", kernel_size=11, stride=2)
-    return [*units, Unit("kth-tips, energy", means, ("adam, bank", *_FIXED), n_seeds=5)]
+    means = replace(photographs, kernel_size=11, stride=2)
+    return [
+        *units,
+        Unit("kth-tips, energy", means, ("adam, bank", *_FIXED), n_seeds=5, network="energy"),
+    ]
 
 
 def twelve() -> list[Unit]:
     recipe = replace(
-        _BASE, network="energy", n_filters=12, kernel_size=7, epochs=24, batch_size=128,
+        _BASE, n_filters=12, kernel_size=7, epochs=24, batch_size=128,
         n_evaluations=6, samples_per_class=1000,
     )  # fmt: skip
     return [
@@ -236,6 +248,7 @@ def twelve() -> list[Unit]:
             ("free", *_LEARNED, *_FIXED),
             tuning={"samples_per_class": 500, "epochs": 12, "n_evaluations": 1},
             similarity=True,
+            network="energy",
         )
         for data in ("fashion-mnist", "mnist")
     ]
@@ -246,13 +259,14 @@ def spoken() -> list[Unit]:
     return [
         Unit(
             f"spoken-digits, {network}",
-            replace(recipe, network=network),
+            recipe,
             (
                 *("free", "adam, mel", "natural, mel", "fixed, mel"),
                 *("adam, random", "natural, random", "fixed, random"),
             ),
             tuning={"epochs": 15},
             rate_factor=3.0,
+            network=network,
         )
         for network in ("energy", "cnn")
     ]

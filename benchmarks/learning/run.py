@@ -46,12 +46,13 @@ from _report import RESULTS, ROOT, print_table, provenance
 from augmentations import make_flip
 from corruptions import KINDS as CORRUPTIONS
 from corruptions import N_STRENGTHS, corrupt
-from plans import EXPERIMENTS, VARIANTS, Data, Unit, Variant
+from energies import EnergyNetwork, make_equal_start
+from plans import EXPERIMENTS, NETWORKS, VARIANTS, Data, Unit, Variant
 
-from gaborium import Gabor1d, mel_bank
+from gaborium import mel_bank
 from gaborium.files import write_text
 from gaborium.kernels import quadrature_pair
-from gaborium.training import Dataset, Mean, Recipe, Run, Trained, load_trained, train
+from gaborium.training import Dataset, Mean, Run, Trained, load_trained, train
 
 TUNING_SEEDS = (1000, 1001)
 Line = dict[str, Any]
@@ -184,19 +185,28 @@ class Experiment:
         name = "-".join(map(str, (*piece, digest)))
         place = self.checkpoints / name.replace(", ", "-").replace(" ", "-")
         n_train = len(data.subset(recipe.samples_per_class, piece.seed).labels)
+        start: Any = None
+        if variant.start == "mel":
+            start = mel_bank(recipe.n_filters, recipe.kernel_size, sample_rate=8000)
+        elif variant.start == "equal":
+            output = "real" if unit.network == "cnn" else "energy"
+            start = make_equal_start(recipe, data, piece.seed, output)
+        network = None
+        if unit.network != "cnn":
+            network = EnergyNetwork(NETWORKS[unit.network], recipe, data, start or recipe.start)
         result = train(
             recipe,
             data,
-            network=unit.network,
+            network=network,
             augment=make_flip(n_train) if unit.flip else None,
-            start=_mel(recipe) if variant.mel else None,
+            start=start,
             folder=place,
         )
         (run,) = result.runs
         corrupted = {}
         if unit.n_corrupted and not tuning and not run.stopped:
             some = self.data.test(recipe.data, unit.n_corrupted)
-            corrupted = under_corruption(load_trained(place, network=unit.network), some)
+            corrupted = under_corruption(load_trained(place, network=network), some)
         shutil.rmtree(place)
         line = {
             **piece._asdict(),
@@ -214,7 +224,7 @@ class Experiment:
         }
         if corrupted:
             line["corrupted"] = corrupted
-        if unit.similarity and run.params is not None and not tuning:
+        if unit.similarity and run.params and not tuning:
             line["similarity"] = dict(zip(run.epochs, similarities(run), strict=True))
         return line | {name: self.made[name] for name in ("commit", "date", "machine", "versions")}
 
@@ -243,13 +253,12 @@ class Experiment:
             recipe = {
                 name: getattr(unit.recipe, name)
                 for name in (
-                    *("data", "network", "samples_per_class", "n_filters", "kernel_size", "stride"),
+                    *("data", "samples_per_class", "n_filters", "kernel_size", "stride"),
                     *("epochs", "batch_size", "schedule", "weight_decay", "label_smoothing"),
                 )
             }
+            recipe["network"] = unit.network
             recipe["augmentation"] = ["flip"] if unit.flip else []
-            if unit.network is not None:
-                recipe["network"] = "texture"
             parts.append({"name": unit.name, "recipe": recipe, "variants": variants})
             _show(unit, variants)
         document = {
@@ -349,8 +358,7 @@ def under_corruption(trained: Trained, data: Dataset) -> dict[str, list[float]]:
             for rows in torch.arange(len(data.test_labels)).split(256):
                 clean = data.test_images[rows] / 255
                 worse = corrupt(clean, kind, strength, seed=0, first=int(rows[0]))
-                scores = trained.network(trained.preprocess(worse))
-                hits += int((scores.argmax(1) == data.test_labels[rows]).sum())
+                hits += int((trained(worse).argmax(1) == data.test_labels[rows]).sum())
             found[kind].append(hits / len(data.test_labels))
     return found
 
@@ -361,14 +369,14 @@ def similarities(run: Run) -> list[float]:
     1 is the same wave, whatever its phase; 0 has nothing in common. Compared are pairs of an even
     and an odd kernel, as complex numbers, all channels together.
     """
-    assert run.params is not None
-    size = tuple(run.kernels.shape[3:])
-    even, odd = quadrature_pair(run.params.expand(), size)
-    pairs = torch.complex(even, odd).flatten(2)
-    pairs = pairs / pairs.norm(dim=2, keepdim=True).clamp_min(1e-30)
-    like = (pairs @ pairs.mH).abs()
-    like.diagonal(dim1=1, dim2=2).zero_()
-    found: list[float] = like.amax(2).mean(1).tolist()
+    found = []
+    for params in run.params:
+        even, odd = quadrature_pair(params.expand(), tuple(run.kernels.shape[3:]))
+        pairs = torch.complex(even, odd).flatten(1)
+        pairs = pairs / pairs.norm(dim=1, keepdim=True).clamp_min(1e-30)
+        like = (pairs @ pairs.mH).abs()
+        like.diagonal().zero_()
+        found.append(like.amax(1).mean().item())
     return found
 
 
@@ -387,10 +395,6 @@ def _quick(unit: Unit) -> Unit:
         n_test=100,
         n_corrupted=min(unit.n_corrupted, 100),
     )
-
-
-def _mel(recipe: Recipe) -> Gabor1d:
-    return mel_bank(recipe.n_filters, recipe.kernel_size, sample_rate=8000)
 
 
 def _on_gpu(accelerator: str) -> bool:

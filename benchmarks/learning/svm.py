@@ -23,6 +23,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from _report import RESULTS, parsed, print_table, provenance, write_json
+from energies import EnergyNetwork
 from plans import EXPERIMENTS, VARIANTS, Data
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
@@ -73,8 +74,9 @@ def main() -> None:
 def scores(recipe: Any, data: Dataset) -> tuple[float, dict[float, float]]:
     """Accuracy of the network, and of the machines on the numbers that its classifier has."""
     with tempfile.TemporaryDirectory() as folder:
-        result = train(recipe, data, network=TextureClassifier, folder=f"{folder}/run")
-        trained = load_trained(f"{folder}/run", network=TextureClassifier)
+        network = EnergyNetwork(TextureClassifier, recipe, data, recipe.start)
+        result = train(recipe, data, network=network, folder=f"{folder}/run")
+        trained = load_trained(f"{folder}/run", network=network)
     network: Any = trained.network
     with torch.no_grad():
         known, asked = (

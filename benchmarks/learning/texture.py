@@ -43,8 +43,6 @@ class TextureClassifier(nn.Module):
         doi:10.1023/A:1026553619983: correlations of energies among what makes a texture.
     """
 
-    first_output = "energy"
-
     def __init__(self, first: nn.Module, n_classes: int, *, image_size: tuple[int, ...]) -> None:
         super().__init__()
         self.first = first

@@ -1,8 +1,8 @@
-"""The command line: parse, call one public function, write files."""
+"""The command line: one frame serves all commands, and records describe the options."""
 
 from __future__ import annotations
 
-import inspect
+import dataclasses
 import math
 import os
 import shlex
@@ -11,22 +11,144 @@ import sys
 import textwrap
 import time
 import warnings
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NoReturn, cast
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn, get_type_hints
 
 from gaborium import __version__
 from gaborium.errors import require
 
 if TYPE_CHECKING:
-    from gaborium.diagnostics import TrainingSetup
+    from torch import Tensor
 
 _BAD_INPUT = 2
 _INTERRUPTED = 130
-_PIECE = 1024  # kernels between two steps of the progress bar
-_PIECE_VALUES = 4_000_000  # numbers in them: large kernels take as much memory as many small ones
+_PIECE = 1024  # kernels between two updates of the progress bar
+_PIECE_VALUES = 4_000_000  # numbers in a piece: it bounds the memory for large kernels
+_SEVERITY_STYLES = {"severe": "bold red", "warning": "bold yellow", "note": "bold cyan"}
+
+Facts = dict[str, str]
+Progress = Callable[[str, int, int], None]
+Work = Callable[[Path, Progress], "tuple[Any, Tensor | None, Facts]"]
+
+
+def _at_least(least: int, **options: float) -> None:
+    for name, value in options.items():
+        if not least <= value < math.inf:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least {least}, got {value:g}.")
+
+
+@dataclass(frozen=True)
+class Output:
+    """Where a command writes.
+
+    Args:
+        name: Name of the run; by default that of the command.
+        out: Folder of all runs.
+        overwrite: Replace an earlier run of this name.
+    """
+
+    name: str | None = None
+    out: Path = Path("runs")
+    overwrite: bool = False
+
+    def __post_init__(self) -> None:
+        if self.name is not None and (Path(self.name).name != self.name or self.name[:1] == "."):
+            raise ValueError(f"--name must be a plain folder name, got {self.name!r}.")
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """The built-in experiment: photographs, a planted kernel, and the start of the search.
+
+    Args:
+        image: A photograph, or a folder of photographs; by default scikit-image's "camera".
+        crop: Side of the square cut from the middle of each photograph, px; 0 uses all of it.
+        max_images: Maximum number of photographs from a folder.
+        orientation: Planted direction of the wave, rad from +x towards +y (y runs down).
+        start_orientation: Orientation at the start, rad.
+        wavelength: Planted wavelength, px.
+        phase: Planted phase, rad; one number, or one per colour channel.
+        sigma: Planted standard deviation along the wave, px.
+        aspect_ratio: Planted aspect ratio; the standard deviation along the stripes is sigma
+            divided by it.
+        amplitude: Planted amplitude; one number, or one per colour channel.
+        kernel_size: Height and width of the kernel, px.
+    """
+
+    image: Path | None = None
+    crop: int = 96
+    max_images: int = 8
+    orientation: float = math.pi / 4
+    start_orientation: float = -math.pi / 4
+    wavelength: float = 6.0
+    phase: tuple[float, ...] = (0.0,)
+    sigma: float = 3.0
+    aspect_ratio: float = 1.0
+    amplitude: tuple[float, ...] = (1.0,)
+    kernel_size: int = 15
+
+    def __post_init__(self) -> None:
+        _at_least(0, crop=self.crop)
+        _at_least(1, max_images=self.max_images, kernel_size=self.kernel_size)
+
+    def arguments(self) -> tuple[dict[str, Any], Facts]:
+        """Return arguments of the functions in ``experiments``, and facts about them."""
+        from gaborium.params import Gabor2d
+        from gaborium.readers import center_crop, sample_image
+
+        if self.image is None:
+            named = [("camera (scikit-image)", sample_image())]
+        else:
+            named = _read_photographs(self.image, self.max_images)
+        if len({len(pixels) for _, pixels in named}) > 1:
+            # Grey photographs next to coloured ones get three equal channels.
+            named = [(name, pixels.expand(3, -1, -1)) for name, pixels in named]
+        smallest = [min(pixels.shape[axis] for _, pixels in named) for axis in (1, 2)]
+        height, width = (min(self.crop or side, side) for side in smallest)
+        several = {name: getattr(self, name) for name in ("phase", "amplitude")}
+        target = Gabor2d.of(
+            orientation=self.orientation,
+            wavelength=self.wavelength,
+            sigma=self.sigma,
+            aspect_ratio=self.aspect_ratio,
+            **{name: v if len(v) > 1 else v[0] for name, v in several.items()},
+        )
+        orientation = target.orientation.new_tensor(self.start_orientation)
+        arguments = {
+            "images": [center_crop(pixels, (height, width)) for _, pixels in named],
+            "target": target,
+            "start": target.replace(orientation=orientation),
+            "kernel_size": self.kernel_size,
+        }
+        names = ", ".join(name for name, _ in named)
+        return arguments, {"photograph": names, "crop": f"{height} × {width} px"}
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """The kernels to use from a file.
+
+    Args:
+        key: Name of the layer, as "conv1", or of the array, as "conv1.weight"; by default the
+            first convolution, or the only array of kernels.
+        n_dims: Spatial dimensions of a kernel.
+    """
+
+    key: str | None = None
+    n_dims: Literal[1, 2, 3] = 2
+
+    def read(self, file: Path, **options: Any) -> tuple[Any, Any]:
+        """Return a convolution, and the file's kernels with their names."""
+        from gaborium.readers import read_layer
+
+        return read_layer(file, key=self.key, n_dims=self.n_dims, **options)
+
+
+# Defaults of the commands; frozen records can be shared.
+_OUTPUT, _EXPERIMENT, _KERNELS = Output(), Experiment(), Kernels()
 
 
 def main(tokens: Sequence[str] | None = None) -> NoReturn:
@@ -35,15 +157,16 @@ def main(tokens: Sequence[str] | None = None) -> NoReturn:
     Args:
         tokens: the arguments; by default those of the process.
     """
-    # A terminated run must clean up after itself as an interrupted one does.
+    # A terminated run cleans up like an interrupted one.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     warnings.showwarning = _show_warning
+    tokens = sys.argv[1:] if tokens is None else list(tokens)
     try:
         cyclopts = require("cyclopts", extra="cli", purpose="Commands")
     except ImportError as error:
         _fail(error)
     try:
-        _app(cyclopts)(sys.argv[1:] if tokens is None else list(tokens))
+        _app(cyclopts, tokens)(tokens)
     except cyclopts.CycloptsError as error:
         _fail(f"{error} See gaborium --help.")
     except KeyboardInterrupt:
@@ -56,1051 +179,488 @@ def main(tokens: Sequence[str] | None = None) -> NoReturn:
 
 def recover(
     *,
-    image: Path | None = None,
-    orientation: float = math.pi / 4,
-    wavelength: float = 6.0,
-    phase: tuple[float, ...] = (0.0,),
-    sigma: float = 3.0,
-    aspect_ratio: float = 1.0,
-    amplitude: tuple[float, ...] = (1.0,),
-    start_orientation: float = -math.pi / 4,
-    kernel_size: int = 15,
+    experiment: Experiment = _EXPERIMENT,
     noise: float = 0.0,
-    crop: int = 96,
-    max_images: int = 8,
     learning_rate: tuple[float, ...] = (0.001, 0.01, 0.1, 1.0),
     momentum: tuple[float, ...] = (0.0, 0.9),
     steps: int = 300,
     seed: int = 0,
-    name: str = "recover",
-    out: Path = Path("runs"),
-    overwrite: bool = False,
+    output: Output = _OUTPUT,
 ) -> None:
     """Plant a Gabor kernel, convolve a photograph with it, and find it again in three ways.
 
     First by gradient descent on the orientation under the root of the mean squared error, which
-    goes wrong; then by `recover`, from images and responses alone; then by training a Gabor
-    layer with gradients in a way that arrives. Writes result.json, report.html and figures.
+    gets stuck; then by `recover`, from images and responses alone; then by training a Gabor layer
+    with the library's own optimiser.
 
     Args:
-        image: A photograph, or a folder of them; by default scikit-image's "camera".
-        orientation: Planted direction of the wave, rad from +x towards +y (y runs down).
-        wavelength: Planted wavelength, px.
-        phase: Planted phase, rad; one number, or one per colour channel.
-        sigma: Planted standard deviation along the wave, px.
-        aspect_ratio: Planted aspect ratio; along the stripes the standard deviation is sigma
-            over it.
-        amplitude: Planted amplitude; one number, or one per colour channel.
-        start_orientation: Where the descents and the training begin, rad.
-        kernel_size: Height and width of the kernel, px.
         noise: Standard deviation of noise on the responses, as a share of their own.
-        crop: Side of the square cut from the middle of each photograph, px; 0 takes all of it.
-        max_images: How many photographs of a folder to use.
         learning_rate: Step sizes of the descents.
         momentum: Momenta of the descents.
-        steps: Steps of each descent and of the training.
+        steps: Steps of each descent.
         seed: Seed of the noise.
-        name: Name of the run.
-        out: Folder of all runs.
-        overwrite: Replace an earlier run of this name.
     """
-    begun = time.monotonic()
-    console = require("rich.console", extra="cli", purpose="Commands").Console()
-    _check_experiment(steps, kernel_size, max_images, crop, noise=noise)
-    for what, values in (("--learning-rate", learning_rate), ("--momentum", momentum)):
-        if not all(0 <= value < math.inf for value in values):
-            raise ValueError(f"{what} must not be negative, got {min(values)}.")
-    _check_name(name)
+    _at_least(1, steps=steps)
+    _at_least(0, noise=noise, learning_rate=min(learning_rate), momentum=min(momentum))
 
-    with console.status("Loading PyTorch"):
-        import torch
-
+    def work(_: Path, on_progress: Progress) -> tuple[Any, None, Facts]:
         from gaborium.experiments import recover_planted
-        from gaborium.files import new_folder
-        from gaborium.params import Gabor2d
-        from gaborium.reporting import write_recovery
 
-    # On one crop of a photograph a second thread costs more than it gains, and on a busy machine
-    # very much more.
-    torch.set_num_threads(1)
-    given: dict[str, Any] = {
-        "wavelength": wavelength,
-        "sigma": sigma,
-        "aspect_ratio": aspect_ratio,
-        "phase": phase if len(phase) > 1 else phase[0],
-        "amplitude": amplitude if len(amplitude) > 1 else amplitude[0],
-    }
-    target = Gabor2d.of(orientation=orientation, **given)
-    start = Gabor2d.of(orientation=start_orientation, **given)
-    photographs = _photographs(image, crop, max_images)
-    names = [title for title, _ in photographs]
-    with new_folder(out / name, overwrite=overwrite) as folder:
-        with _progress(console) as on_progress:
-            result = recover_planted(
-                [pixels for _, pixels in photographs],
-                target,
-                start=start,
-                kernel_size=kernel_size,
-                noise=noise,
-                learning_rates=learning_rate,
-                momenta=momentum,
-                n_steps=steps,
-                seed=seed,
-                on_progress=on_progress,
-            )
-        with console.status("Writing the report"):
-            facts = {
-                "photograph": ", ".join(names),
-                "crop": f"{crop} px" if crop else "none",
-                "command": _command(),
-                "seed": str(seed),
-                "steps": str(steps),
-            }
-            write_recovery(result, folder, facts=facts)
-    _print_recovery(console, result, names)
-    _print_end(console, out / name, begun)
+        arguments, facts = experiment.arguments()
+        result = recover_planted(
+            **arguments,
+            noise=noise,
+            learning_rates=learning_rate,
+            momenta=momentum,
+            n_steps=steps,
+            seed=seed,
+            on_progress=on_progress,
+        )
+        return result, None, {**facts, "seed": str(seed), "steps": str(steps)}
+
+    _run("recover", output, work)
 
 
 def fit(
     file: Path,
     /,
     *,
-    key: str | None = None,
+    kernels: Kernels = _KERNELS,
     geometry: Literal["pair", "filter"] | None = None,
-    n_dims: Literal[1, 2, 3] = 2,
-    center: bool = True,
+    fixed_center: bool = False,
     isotropic: bool = False,
     n_starts: int = 12,
-    limit: int = 96,
-    name: str = "fit",
-    out: Path = Path("runs"),
-    overwrite: bool = False,
+    output: Output = _OUTPUT,
 ) -> None:
     """Find the Gabor functions nearest to the kernels in a file.
-
-    Writes result.json, result.csv with a row for each filter and parameter, report.html and
-    figures.
 
     Args:
         file: A .npy, .npz, .safetensors, .pt, .pth or .onnx file, or a folder of images. Axes
             are (filters, height, width) or (filters, channels, height, width). Nothing is
             unpickled.
-        key: Name of the array in a file with several.
         geometry: "filter": the channels of a filter share orientation, wavelength, sigma, aspect
-            ratio and centre. "pair": every channel for itself. By default "filter" where there
-            is an axis of channels.
-        n_dims: Spatial dimensions of a kernel.
-        center: Search for the envelope's centre; otherwise it is the kernel's middle.
+            ratio and centre. "pair": each channel has its own. By default "filter" if there is
+            an axis of channels.
+        fixed_center: Keep the envelope's centre at the kernel's middle.
         isotropic: Keep the aspect ratio at 1.
-        n_starts: Candidates that are followed for each filter at most.
-        limit: Filters in the report's gallery; of more, the best, the middle and the worst.
-        name: Name of the run.
-        out: Folder of all runs.
-        overwrite: Replace an earlier run of this name.
+        n_starts: Maximum number of starts for each filter.
     """
-    begun = time.monotonic()
-    console = require("rich.console", extra="cli", purpose="Commands").Console()
-    _check_least(1, n_starts=n_starts)
-    _check_least(3, limit=limit)
-    _check_name(name)
+    _at_least(1, n_starts=n_starts)
 
-    with console.status("Loading PyTorch"):
-        import torch
-
-        from gaborium.files import new_folder
+    def work(_: Path, on_progress: Progress) -> tuple[Any, Tensor, Facts]:
         from gaborium.fitting import FitResult
         from gaborium.fitting import fit as fit_kernels
-        from gaborium.readers import read_kernels
-        from gaborium.reporting import write_fit
 
-    torch.set_num_threads(1)  # as in recover
-    found = read_kernels(file, key=key, n_dims=n_dims)
-    values, shape = found.values, " × ".join(map(str, found.values.shape))
-    if geometry is None:
-        geometry = "filter" if values.ndim == n_dims + 2 else "pair"
-    if geometry == "filter" and values.ndim < n_dims + 2:
-        raise ValueError(
-            f"--geometry filter needs an axis of channels, got kernels of shape {shape}; leave it "
-            "out or use --geometry pair."
-        )
-    # One filter to an entry, so that pieces of the file are pieces of the result.
-    kernels = values.reshape(-1, *values.shape[-n_dims - (geometry == "filter") :])
-    step = max(1, min(_PIECE, _PIECE_VALUES // kernels[0].numel()))
-    with new_folder(out / name, overwrite=overwrite) as folder:
-        results = []
-        with _progress(console) as on_progress:
-            on_progress("Fitting", 0, len(kernels))
-            for piece in kernels.split(step):
-                results.append(
-                    fit_kernels(
-                        piece,
-                        n_dims=n_dims,
-                        geometry=geometry,
-                        center=center,
-                        isotropic=isotropic,
-                        n_starts=n_starts,
-                    )
-                )
-                on_progress("Fitting", sum(map(len, results)), len(kernels))
-        result = FitResult.cat(results)
-        with console.status("Writing the report"):
-            facts = {
-                "file": found.name,
-                **({"array": found.key} if found.key else {}),
-                "shape": shape,
-                "SHA-256": found.sha256,
-                "command": _command(),
-                "geometry": geometry,
-                "centre": "searched for" if center else "the kernel's middle",
-                **({"aspect ratio": "1"} if isotropic else {}),
-                "starts": str(n_starts),
+        found = kernels.read(file)[1]
+        n_dims = kernels.n_dims
+        values, has_channels = found.values, found.values.ndim >= n_dims + 2
+        share = geometry or ("filter" if has_channels else "pair")
+        if share == "filter" and not has_channels:
+            raise ValueError(
+                f"--geometry filter needs an axis of channels, got kernels of shape "
+                f"{_by(values.shape)}; use --geometry pair."
+            )
+        # One filter per entry, so that pieces of the file are pieces of the result.
+        filters = values.reshape(-1, *values.shape[-n_dims - (share == "filter") :])
+        results: list[Any] = []
+        for piece in filters.split(max(1, min(_PIECE, _PIECE_VALUES // filters[0].numel()))):
+            on_progress("Fitting", sum(map(len, results)), len(filters))
+            options: Any = {
+                "center": not fixed_center,
+                "isotropic": isotropic,
+                "n_starts": n_starts,
             }
-            write_fit(result, kernels, folder, limit=limit, facts=facts)
-    _print_fit(console, result, found.name)
-    _print_end(console, out / name, begun)
+            results.append(fit_kernels(piece, n_dims=n_dims, geometry=share, **options))
+        on_progress("Fitting", len(filters), len(filters))
+        facts = {
+            **_source(found),
+            "geometry": share,
+            "centre": "the kernel's middle" if fixed_center else "searched",
+            "aspect ratio": "1" if isotropic else "searched",
+            "starts": str(n_starts),
+        }
+        return FitResult.cat(results), filters, facts
+
+    _run("fit", output, work)
 
 
 def census(
-    source: Path,
+    file: Path,
     /,
     *,
-    key: str | None = None,
-    n_dims: Literal[1, 2, 3] = 2,
+    kernels: Kernels = _KERNELS,
     n_starts: int = 12,
-    name: str = "census",
-    out: Path = Path("runs"),
-    overwrite: bool = False,
+    output: Output = _OUTPUT,
 ) -> None:
-    """Say of every filter of a first layer what it is: a Gabor function, an edge, a blob, noise.
-
-    Writes result.json, result.csv with a row for each filter, report.html, and a figure as PDF,
-    SVG and PNG.
+    """Classify every filter of a first layer: Gabor function, edge, blob, noise and so on.
 
     Args:
-        source: A .npy, .npz, .safetensors, .pt, .pth or .onnx file, or a folder of images; axes
-            are (filters, height, width) or (filters, channels, height, width); nothing is
-            unpickled. Or a Python file whose setup() returns a network.
-        key: Name of the layer to take instead of the first convolution, as "conv1"; in a file
-            also the name of an array, as "conv1.weight".
-        n_dims: Spatial dimensions of a kernel in a file.
-        n_starts: Candidates that the fit follows for each filter at most.
-        name: Name of the run.
-        out: Folder of all runs.
-        overwrite: Replace an earlier run of this name.
+        file: A file as for gaborium fit, or a Python script whose setup() returns a network; the
+            script is run.
+        n_starts: Maximum number of starts of the fit for each filter.
     """
-    begun = time.monotonic()
-    console = require("rich.console", extra="cli", purpose="Commands").Console()
-    _check_least(1, n_starts=n_starts)
-    _check_name(name)
+    _at_least(1, n_starts=n_starts)
 
-    with console.status("Loading PyTorch"):
-        import torch
+    def work(_: Path, on_progress: Progress) -> tuple[Any, Tensor, Facts]:
+        from gaborium.conversion import census as classify
 
-        from gaborium.conversion import census as look_at
-        from gaborium.files import new_folder
-        from gaborium.readers import read_layer
-        from gaborium.reporting import write_census
+        layer, found = kernels.read(file)
+        n_dims: Any = layer.weight.ndim - 2
+        filters = layer.weight.detach()
+        result = classify(filters, n_dims=n_dims, n_starts=n_starts, on_progress=on_progress)
+        return result, filters, {**_source(found), "starts": str(n_starts)}
 
-    torch.set_num_threads(1)  # as in recover
-    conv, found = read_layer(source, key=key, n_dims=n_dims)
-    shown, kernels = found.name, conv.weight.detach()
-    n_dims = cast("Literal[1, 2, 3]", kernels.ndim - 2)
-    facts = {
-        "file": found.name,
-        **({"array": found.key} if found.key else {}),
-        "SHA-256": found.sha256,
-    }
-    facts |= {
-        "shape": " × ".join(map(str, found.values.shape)),
-        "command": _command(),
-        "starts": str(n_starts),
-    }
-    with new_folder(out / name, overwrite=overwrite) as folder:
-        with _progress(console) as on_progress:
-            result = look_at(kernels, n_dims=n_dims, n_starts=n_starts, on_progress=on_progress)
-        with console.status("Writing the report"):
-            write_census(result, kernels, folder, facts=facts)
-    _print_census(console, result, shown)
-    _print_end(console, out / name, begun)
+    _run("census", output, work)
 
 
 def convert(
-    source: Path,
+    file: Path,
     /,
     *,
-    key: str | None = None,
+    kernels: Kernels = _KERNELS,
     images: Path | None = None,
     max_images: int = 64,
     threshold: float = 0.8,
     filters: tuple[int, ...] = (),
     stride: int = 1,
     padding: int | None = None,
-    n_dims: Literal[1, 2, 3] = 2,
     n_starts: int = 12,
-    name: str = "convert",
-    out: Path = Path("runs"),
-    overwrite: bool = False,
+    output: Output = _OUTPUT,
 ) -> None:
-    """Replace the filters of a trained layer by Gabor functions, where they are good enough.
+    """Replace the filters of a trained layer by Gabor functions that explain them.
 
-    Writes layer.safetensors, the new layer for gaborium.storage.load_layer; weights.safetensors,
-    all that the file or network holds with the new kernels in it, for the network as it was;
-    result.json, result.csv, report.html, and a figure as PDF, SVG and PNG.
+    Also writes layer.safetensors, the new layer for gaborium.storage.load_layer, and
+    weights.safetensors, all tensors of the file or network with the new kernels.
 
     Args:
-        source: Weights of a network or of a layer: .safetensors, .pt, .pth, .npz or .npy; nothing
-            is unpickled. Or a Python file whose setup() returns a network.
-        key: Name of the layer to take instead of the first convolution, as "conv1"; in a file
-            also the name of an array, as "conv1.weight".
-        images: A photograph, or a folder of them. With it the responses to these images are kept,
-            and not the kernels; the images are brought to mean 0 and deviation 1.
-        max_images: Photographs to take of a folder.
-        threshold: Share of a filter's variance that its Gabor function must explain, from 0 to 1.
-        filters: Numbers of the filters to convert, whatever is explained.
-        stride: Of the layer, which the weights in a file do not tell.
-        padding: Of the layer in a file; by default half a kernel.
-        n_dims: Spatial dimensions of a kernel in a file.
-        n_starts: Candidates that the fit follows for each filter at most.
-        name: Name of the run.
-        out: Folder of all runs.
-        overwrite: Replace an earlier run of this name.
+        file: Weights of a network or a layer: .safetensors, .pt, .pth, .npz or .npy. Or a Python
+            script whose setup() returns a network; the script is run.
+        images: A photograph, or a folder of photographs. With it the responses to these images
+            are preserved, not the kernels; the images are normalised to mean 0 and deviation 1.
+        max_images: Maximum number of photographs from a folder.
+        threshold: Share of a filter's variance that its Gabor function must explain, 0 to 1.
+        filters: Numbers of the filters to convert, regardless of the share.
+        stride: Stride of the layer, which a file of weights does not contain.
+        padding: Padding of the layer; by default half a kernel.
+        n_starts: Maximum number of starts of the fit for each filter.
     """
-    begun = time.monotonic()
-    console = require("rich.console", extra="cli", purpose="Commands").Console()
-    _check_least(1, n_starts=n_starts, max_images=max_images, stride=stride)
-    _check_least(0, padding=padding)
-    _check_name(name)
+    _at_least(1, n_starts=n_starts, max_images=max_images, stride=stride)
+    _at_least(0, padding=padding or 0)
     if not 0 <= threshold <= 1:
         raise ValueError(f"--threshold must be from 0 to 1, got {threshold}.")
 
-    with console.status("Loading PyTorch"):
-        import torch
-
+    def work(folder: Path, on_progress: Progress) -> tuple[Any, Tensor, Facts]:
         from gaborium.conversion import convert as convert_layer
-        from gaborium.files import new_folder, write_tensors
-        from gaborium.readers import read_layer
-        from gaborium.reporting import write_conversion
+        from gaborium.files import write_tensors
         from gaborium.storage import save_layer
 
-    torch.set_num_threads(1)  # as in recover
-    conv, found = read_layer(source, key=key, n_dims=n_dims, stride=stride, padding=padding)
-    calibrate = None if images is None else _calibration(images, max_images, conv)
-    with new_folder(out / name, overwrite=overwrite) as folder:
-        with console.status("Looking for Gabor functions"), _called("filters", "--filters"):
+        conv, found = kernels.read(file, stride=stride, padding=padding)
+        batches = _calibration(images, max_images, conv) if images else None
+        on_progress("Converting", 0, 1)
+        with _rename("filters", "--filters"):
             conversion = convert_layer(
                 conv,
-                calibrate=calibrate,
+                calibrate=batches,
                 threshold=threshold,
                 filters=filters or None,
                 n_starts=n_starts,
             )
-        with console.status("Writing the report"):
-            facts = {
-                "file": found.name,
-                **({"array": found.key} if found.key else {}),
-                "shape": " × ".join(map(str, conv.weight.shape)),
-                "SHA-256": found.sha256,
-                **({"images": f"{len(calibrate)} from {images}"} if calibrate else {}),
-                "command": _command(),
-                "starts": str(n_starts),
-            }
-            if conversion.is_gabor.any():
-                save_layer(conversion.layer, folder / "layer.safetensors")
-            weights = found.weights_with(conversion.layer)
-            write_tensors(
-                folder / "weights.safetensors",
-                weights,
-                {"name": "gaborium.weights", "format": 1, "file": found.name, "array": found.key},
+        on_progress("Converting", 1, 1)
+        if conversion.is_gabor.any():
+            save_layer(conversion.layer, folder / "layer.safetensors")
+        weights = found.weights_with(conversion.layer)
+        header = {"name": "gaborium.weights", "format": 1, "file": found.name, "array": found.key}
+        write_tensors(folder / "weights.safetensors", weights, header)
+        for name in sorted(weights.keys() - found.arrays.keys() - {"weight"}):
+            warnings.warn(
+                f"weights.safetensors has {name!r}, a bias that keeps the responses' means; a "
+                "network that loads these weights needs a bias in this layer.",
+                stacklevel=1,
             )
-            write_conversion(conversion, conv.weight.detach(), folder, facts=facts)
-    _print_conversion(console, conversion, found, set(weights) - set(found.arrays))
-    _print_end(console, out / name, begun)
+        facts = _source(found) | {"starts": str(n_starts)}
+        if batches:
+            facts["images"] = f"{len(batches)} from {images}"
+        return conversion, conv.weight.detach(), facts
+
+    _run("convert", output, work)
 
 
 def diagnose(
     file: Path | None = None,
     /,
     *,
-    image: Path | None = None,
-    orientation: float = math.pi / 4,
-    wavelength: float = 6.0,
-    phase: tuple[float, ...] = (0.0,),
-    sigma: float = 3.0,
-    aspect_ratio: float = 1.0,
-    start_orientation: float = -math.pi / 4,
-    kernel_size: int | None = None,
+    experiment: Experiment = _EXPERIMENT,
     padding: int = 0,
-    crop: int = 96,
-    max_images: int = 8,
     loss: Literal["rmse", "mse"] = "rmse",
     learning_rate: float = 1.0,
     momentum: float = 0.0,
     steps: int = 100,
-    key: str | None = None,
-    n_dims: Literal[1, 2, 3] = 2,
-    name: str = "diagnose",
-    out: Path = Path("runs"),
-    overwrite: bool = False,
+    kernels: Kernels = _KERNELS,
+    output: Output = _OUTPUT,
 ) -> None:
-    """Find out why a Gabor layer does not learn, and what to do.
+    """Find out why a Gabor layer does not learn, and how to fix it.
 
-    Without a file it looks at the built-in experiment: a Gabor layer at the wrong orientation is
-    to find that of a planted kernel from a photograph and its responses. Writes diagnosis.json,
-    report.html and figures.
+    Without a file it diagnoses the built-in experiment: a Gabor layer at the wrong orientation
+    learns that of a planted kernel, from a photograph and its responses.
 
     Args:
-        file: A Python script of yours that defines setup(), which returns (module, loss,
-            (inputs, targets)) or the same and the optimizer; it is run. Or a saved Gabor layer
-            (a state dict as .safetensors or .pt) or other kernels, as for gaborium fit, whose
-            filters are looked at; nothing is unpickled.
-        image: Experiment: a photograph, or a folder of them; by default scikit-image's "camera".
-        orientation: Experiment: planted direction of the wave, rad from +x towards +y (y runs
-            down).
-        wavelength: Experiment: of the wave, px.
-        phase: Experiment: of the wave, rad; one number, or one per colour channel.
-        sigma: Experiment: standard deviation along the wave, px.
-        aspect_ratio: Experiment: along the stripes the standard deviation is sigma over it.
-        start_orientation: Experiment: where the layer begins, rad.
-        kernel_size: Experiment: height and width of the kernel, px; 15 by default. Saved layer:
-            its kernel size, which a state dict does not tell.
+        file: A Python script that defines setup(), which returns (module, loss, (inputs,
+            targets)), and optionally the optimizer; the script is run. Or a layer from
+            gaborium.storage.save_layer, or kernels as for gaborium fit, whose filters are checked.
         padding: Experiment: zeros around the photograph, px.
-        crop: Experiment: side of the square cut from the middle of each photograph, px; 0 takes
-            all of it.
-        max_images: Experiment: how many photographs of a folder to use.
-        loss: Experiment: between outputs and responses.
+        loss: Experiment: loss between outputs and responses.
         learning_rate: Experiment: step size of the descent.
-        momentum: Experiment: of the descent.
-        steps: Of each trial, with and without a remedy.
-        key: File: prefix of the layer, or name of the array, in a file with several.
-        n_dims: File: spatial dimensions of a kernel.
-        name: Name of the run.
-        out: Folder of all runs.
-        overwrite: Replace an earlier run of this name.
+        momentum: Experiment: momentum of the descent.
+        steps: Steps of each trial, with and without a remedy.
     """
-    begun = time.monotonic()
-    console = require("rich.console", extra="cli", purpose="Commands").Console()
+    _at_least(1, steps=steps)
+    _at_least(0, padding=padding, learning_rate=learning_rate, momentum=momentum)
+    options = (experiment, padding, loss, learning_rate, momentum)
+    if file is not None and options != (_EXPERIMENT, 0, "rmse", 1.0, 0.0):
+        raise ValueError(f"Options of the built-in experiment have no effect on {str(file)!r}.")
     is_script = file is not None and file.suffix == ".py"
-    if file is not None:
-        if kernel_size is not None:
-            raise ValueError(
-                f"--kernel-size is an option of the experiment; leave it out with {file}."
-            )
-        given = dict(locals())
-        options = {name: given[name] for name in _EXPERIMENT}
-        _refuse(diagnose, options, f"of the built-in experiment; leave it out with {file}")
-    if file is None or is_script:
-        _refuse(diagnose, {"key": key, "n_dims": n_dims}, "of a file of kernels")
-    if file is not None and not is_script and steps != _default(diagnose, "steps"):
-        raise ValueError("--steps is no option of a file of kernels, which does not train.")
-    _check_experiment(
-        *(steps, kernel_size, max_images, crop),
-        padding=padding,
-        learning_rate=learning_rate,
-        momentum=momentum,
-    )
-    _check_name(name)
+    if (file is None or is_script) and kernels != _KERNELS:
+        raise ValueError("--key and --n-dims are options of a file of kernels.")
+    if file is not None and not is_script and steps != 100:
+        raise ValueError(f"--steps is the length of trials, and {str(file)!r} has none.")
 
-    with console.status("Loading PyTorch"):
-        import torch
+    def work(_: Path, on_progress: Progress) -> tuple[Any, None, Facts]:
+        from gaborium import diagnostics
+        from gaborium.experiments import planted_setup
+        from gaborium.readers import run_setup, script_errors
 
-        from gaborium.diagnostics import diagnose as examine
-        from gaborium.files import new_folder
-        from gaborium.readers import read_layer, run_setup, script_errors
-        from gaborium.reporting import write_diagnosis
-
-    facts: dict[str, str] = {}
-    with new_folder(out / name, overwrite=overwrite, marker="diagnosis.json") as folder:
         if file is not None and not is_script:
-            torch.set_num_threads(1)  # as in recover
-            with console.status("Looking at the filters"):
-                layer, found = read_layer(file, key=key, n_dims=n_dims)
-                facts = {
-                    "file": found.name,
-                    **({"array": found.key} if found.key else {}),
-                    "shape": " × ".join(map(str, found.values.shape)),
-                    "SHA-256": found.sha256,
-                }
-                result = _diagnosis_of_filters(layer)
+            layer, found = kernels.read(file)
+            return diagnostics.diagnose_filters(layer), None, _source(found)
+        facts = {"steps": f"{steps} in each trial"}
+        if file is not None:
+            setup = run_setup(file)
+            facts["script"] = str(file)
         else:
-            if file is not None:
-                setup = run_setup(file)
-                facts["script"] = str(file)
-            else:
-                torch.set_num_threads(1)
-                setup, facts = _experiment(
-                    image, crop, max_images, kernel_size or 15, loss, learning_rate, momentum,
-                    padding, orientation, start_orientation,
-                    {"wavelength": wavelength, "sigma": sigma, "aspect_ratio": aspect_ratio,
-                     "phase": phase if len(phase) > 1 else phase[0]},
-                )  # fmt: skip
-            facts |= {"steps": f"{steps} in each trial"}
-            guard = script_errors(file) if file is not None else nullcontext()
-            with console.status("Looking at the gradients") as status, guard:
-                result = examine(
-                    setup.module,
-                    setup.loss,
-                    (setup.inputs, setup.targets),
-                    optimizer=setup.optimizer,
-                    n_steps=steps,
-                    on_progress=lambda part, *_: status.update(_plain(f"Looking at the {part}")),
-                )
-        with console.status("Writing the report"):
-            write_diagnosis(result, folder, facts=facts | {"command": _command()})
-    _print_diagnosis(console, result)
-    _print_end(console, out / name, begun)
+            arguments, more = experiment.arguments()
+            descent: Any = {"loss": loss, "learning_rate": learning_rate, "momentum": momentum}
+            setup = planted_setup(**arguments, **descent, padding=padding)
+            facts |= more | {
+                "planted orientation": f"{math.degrees(experiment.orientation):g}°",
+                "start": f"{math.degrees(experiment.start_orientation):g}°",
+                **{name.replace("_", " "): str(value) for name, value in descent.items()},
+            }
+        with nullcontext() if file is None else script_errors(file):
+            result = diagnostics.diagnose(
+                setup.module,
+                setup.loss,
+                (setup.inputs, setup.targets),
+                optimizer=setup.optimizer,
+                n_steps=steps,
+                on_progress=lambda part, *_: on_progress(f"Checking: {part}", 0, 0),
+            )
+        return result, None, facts
+
+    _run("diagnose", output, work)
 
 
 def train(
     recipe: Path | None = None,
     /,
     *,
-    data: str | None = None,
-    samples_per_class: int | None = None,
-    network: str | None = None,
-    first_layer: str | None = None,
-    compare_with: tuple[str, ...] | None = None,
-    n_filters: int | None = None,
-    kernel_size: int | None = None,
-    stride: int | None = None,
-    start: str | None = None,
-    learn: tuple[str, ...] | None = None,
-    optimizer: str | None = None,
-    learning_rate: float | None = None,
-    gabor_learning_rate: float | None = None,
-    schedule: str | None = None,
-    weight_decay: float | None = None,
-    label_smoothing: float | None = None,
-    epochs: int | None = None,
-    batch_size: int | None = None,
-    seeds: tuple[int, ...] | None = None,
-    n_evaluations: int | None = None,
-    accelerator: str | None = None,
-    devices: int | None = None,
-    precision: str | None = None,
+    options: Any = None,
     tensorboard: bool = False,
-    name: str = "train",
-    out: Path = Path("runs"),
-    overwrite: bool = False,
+    output: Output = _OUTPUT,
 ) -> None:
-    """Train a small network, with a Gabor first layer and beside it with an ordinary one.
+    """Train a small network with a Gabor first layer, and compare it with an ordinary one.
 
-    Without anything it learns textures that come with scikit-image. Writes recipe.toml,
-    metrics.jsonl as it goes, checkpoints, result.json, report.html and figures. Called again with
-    the same recipe and name after it was stopped, it goes on where it was.
+    By default it learns textures from scikit-image. Also writes recipe.toml, checkpoints, and
+    metrics.jsonl during the training. The same command continues a stopped training.
 
     Args:
-        recipe: A recipe as a TOML file. The options below stand above what it says.
-        data: "textures", "digits", "mnist", "fashion-mnist", "cifar10", a folder of images, or an
-            .npz file.
-        samples_per_class: Training images of each class; by default all.
-        network: "cnn", or "energy": a linear classifier on pooled Gabor energy.
-        first_layer: "gabor", "gabor-fixed", "mixed" or "free".
-        compare_with: First layers to train the same network with, for comparison.
-        n_filters: Filters of the first layer.
-        kernel_size: Of the first layer, px.
-        stride: Of the first layer, px.
-        start: Of the Gabor filters: "bank", "random", "v1" or "equal".
-        learn: Fields of the Gabor filters that train.
-        optimizer: Of the Gabor parameters: "adam" or "natural".
-        learning_rate: Of all that is no Gabor parameter.
-        gabor_learning_rate: Of the Gabor parameters.
-        schedule: Of all learning rates: "constant" or "cosine", which falls to 0.
-        weight_decay: Of all that is no Gabor parameter.
-        label_smoothing: Share of the wanted probability that is spread evenly over all classes.
-        epochs: Passes over the training images.
-        batch_size: Images of one step at most.
-        seeds: A network is trained for each.
-        n_evaluations: How often at most the test images are looked at during a run.
-        accelerator: "auto", "cpu", "cuda" or "mps".
-        devices: Processes on this machine, with a device each.
-        precision: "32-true", "64-true" or "bf16-mixed".
-        tensorboard: Write for TensorBoard too, where it is installed.
-        name: Name of the run.
-        out: Folder of all runs.
-        overwrite: Begin again, and replace an earlier run of this name.
+        recipe: A recipe as a TOML file. The options override it.
+        tensorboard: Write for TensorBoard too.
     """
-    given = dict(locals())
-    begun = time.monotonic()
-    console = require("rich.console", extra="cli", purpose="Commands").Console()
-    _check_name(name)
     if recipe is not None and not recipe.is_file():
         raise FileNotFoundError(f"There is no recipe {str(recipe)!r}.")
+    folder = output.out / (output.name or "train")
 
+    def work(_: Path, on_progress: Progress) -> tuple[Any, None, Facts]:
+        from gaborium.training import Recipe
+        from gaborium.training import train as train_networks
+
+        chosen = Recipe() if recipe is None else Recipe.from_toml(recipe)
+        given = {name: value for name, value in vars(options).items() if value is not None}
+        for package in ("jinja2", "matplotlib"):  # missing ones are reported before the training
+            require(package, extra="report", purpose="Reports")
+
+        def report(line: Mapping[str, Any]) -> None:
+            on_progress(f"{line['variant']}, seed {line['seed']}", line["step"], line["n_steps"])
+
+        result = train_networks(
+            chosen.replace(**given),
+            folder=folder,
+            resume=not output.overwrite,
+            tensorboard=tensorboard,
+            progress=report,
+        )
+        return result, None, {}
+
+    try:
+        _run("train", output, work, folder)
+    except KeyboardInterrupt:
+        _say(f"Interrupted; the same command continues from the last checkpoint in {folder}.")
+        sys.exit(_INTERRUPTED)
+
+
+def _run(command: str, output: Output, work: Work, folder: Path | None = None) -> None:
+    """Run the work of a command, write its report, and print its answer.
+
+    Args:
+        command: name of the command.
+        output: where to write.
+        work: takes the folder and a progress callback; returns the result, its kernels and facts.
+        folder: of work that keeps its own folder; others get one that appears when it is complete.
+    """
+    begun = time.monotonic()
+    console = require("rich.console", extra="cli", purpose="Commands").Console()
+    place = output.out / (output.name or command)
     with console.status("Loading PyTorch"):
         import torch
 
-        from gaborium.reporting import write_training
-        from gaborium.training import Recipe, load_dataset
-        from gaborium.training import train as follow
+        from gaborium.files import new_folder
+        from gaborium.report import write_index, write_report
+    # Small tensors: a second thread costs more than it gains, especially on a busy machine.
+    torch.set_num_threads(1)
 
-    torch.set_num_threads(1)  # as in recover
-    chosen = Recipe() if recipe is None else Recipe.from_toml(recipe)
-    fields = {field: given[field] for field in vars(chosen) if given[field] is not None}
-    chosen = chosen.replace(**fields)
-    # Told before any work is done, and not after it.
-    for package in ("jinja2", "matplotlib", "plotly"):
-        require(package, extra="report", purpose="Reports")
-    with console.status("Loading the images"):
-        dataset = load_dataset(chosen.data)
-    folder = out / name
-    try:
-        with _training_progress(console, chosen) as progress:
-            result = follow(
-                chosen,
-                dataset=dataset,
-                folder=folder,
-                resume=not overwrite,
-                tensorboard=tensorboard,
-                progress=progress,
-            )
-    except KeyboardInterrupt:
-        _say(f"Interrupted; the same command goes on from the last checkpoint in {folder}.")
-        sys.exit(_INTERRUPTED)
-    if int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0"))):
-        return  # only the first of several processes reports
-    with console.status("Writing the report"):
-        write_training(result, folder, facts={"command": _command()})
-    _print_training(console, result)
-    _print_end(console, folder, begun)
-
-
-_EXPERIMENT = (
-    *("image", "orientation", "wavelength", "phase", "sigma", "aspect_ratio"),
-    *("start_orientation", "padding", "crop", "max_images", "loss", "learning_rate", "momentum"),
-)
-
-
-def _diagnosis_of_filters(layer: Any) -> Any:
-    """What is wrong with the filters of a layer, without inputs and a loss."""
-    from gaborium.diagnostics import Diagnosis, TrainingSetup, health
-
-    found = health(layer)
-    nothing = "A file of kernels holds no inputs, no targets and no loss."
-    skipped = dict.fromkeys(("gradients", "landscapes", "step limit", "trials"), nothing)
-    setup = TrainingSetup(layer, cast("Any", None), None, None)
-    nan = (math.nan, math.nan)
-    return Diagnosis(found.findings, {"health": found}, skipped, [], nan, setup)
-
-
-def _refuse(command: Any, given: Mapping[str, Any], why: str) -> None:
-    """An option that would be ignored is a misunderstanding, which is better told."""
-    for name, value in given.items():
-        if value != _default(command, name):
-            raise ValueError(f"--{name.replace('_', '-')} is an option {why}.")
-
-
-def _default(command: Any, name: str) -> Any:
-    return inspect.signature(command).parameters[name].default
-
-
-def _experiment(
-    image: Path | None,
-    crop: int,
-    max_images: int,
-    kernel_size: int,
-    loss: str,
-    learning_rate: float,
-    momentum: float,
-    padding: int,
-    orientation: float,
-    start_orientation: float,
-    fields: dict[str, Any],
-) -> tuple[TrainingSetup, dict[str, str]]:
-    """The set-up of the built-in experiment, and how it was made."""
-    from gaborium.experiments import planted_setup
-    from gaborium.params import Gabor2d
-
-    photographs = _photographs(image, crop, max_images)
-    setup = planted_setup(
-        [pixels for _, pixels in photographs],
-        Gabor2d.of(orientation=orientation, **fields),
-        start=Gabor2d.of(orientation=start_orientation, **fields),
-        kernel_size=kernel_size,
-        loss=loss,
-        learning_rate=learning_rate,
-        momentum=momentum,
-        padding=padding,
-    )
-    return setup, {
-        "photograph": ", ".join(title for title, _ in photographs),
-        "crop": f"{crop} px" if crop else "none",
-        "set-up": (
-            f"{loss.upper()}, gradient descent on θ from {math.degrees(start_orientation):g}° "
-            f"with step size {learning_rate:g}"
-            + (f" and momentum {momentum:g}" if momentum else "")
-            + f"; planted at {math.degrees(orientation):g}°"
-        ),
-    }
-
-
-def _check_experiment(
-    steps: int, kernel_size: int | None, max_images: int, crop: int, **others: float
-) -> None:
-    """Ranges of the built-in experiment's options; the others must not be negative."""
-    _check_least(1, steps=steps, kernel_size=kernel_size, max_images=max_images)
-    _check_least(0, crop=crop, **others)
-
-
-def _check_least(least: int, **options: float | None) -> None:
-    for name, value in options.items():
-        if value is not None and not least <= value < math.inf:
-            raise ValueError(f"--{name.replace('_', '-')} must be at least {least}, got {value}.")
-
-
-@contextmanager
-def _called(option: str, ours: str) -> Iterator[None]:
-    """An option by the name that this command has for it, in errors and warnings."""
-    with warnings.catch_warnings(record=True) as told:
-        warnings.simplefilter("always")
-        try:
-            yield
-        except ValueError as error:
-            raise ValueError(str(error).replace(option, ours)) from None
-    for one in told:
-        warnings.warn(str(one.message).replace(option, ours), one.category, stacklevel=3)
-
-
-def _check_name(name: str) -> None:
-    if not name or Path(name).name != name or name.startswith("."):
-        raise ValueError(f"--name must be a plain folder name, got {name!r}.")
-
-
-def _command() -> str:
-    return shlex.join(["gaborium", *sys.argv[1:]])
-
-
-def _photographs(
-    image: Path | None, crop: int, max_images: int, *, alike: bool = True
-) -> list[tuple[str, Any]]:
-    """Names and pixels, cut to one size so that they make a batch, or each as it is."""
-    from gaborium.readers import center_crop, read_images, sample_image
-
-    if image is None:
-        photographs = [("camera (scikit-image)", sample_image())]
-    else:
-        photographs = read_images(image)
-        if len(photographs) > max_images:
-            _say(
-                f"Note: using the first {max_images} of {len(photographs)} photographs in "
-                f"{image}; --max-images takes more."
-            )
-            photographs = photographs[:max_images]
-        if not alike:
-            return photographs
-        if len({pixels.shape[0] for _, pixels in photographs}) > 1:
-            # Grey photographs among coloured ones have three equal channels.
-            photographs = [(title, p.expand(3, -1, -1)) for title, p in photographs]
-    smallest = [min(pixels.shape[axis] for _, pixels in photographs) for axis in (1, 2)]
-    side = [min(crop or axis, axis) for axis in smallest]
-    return [(title, center_crop(pixels, (side[0], side[1]))) for title, pixels in photographs]
-
-
-def _calibration(path: Path, max_images: int, layer: Any) -> list[Any]:
-    """Photographs as batches of one, as networks are fed: mean 0 and deviation 1."""
-    import torch
-
-    n_channels, n_dims = layer.weight.shape[1], layer.weight.ndim - 2
-    if n_channels not in (1, 3) or n_dims != 2:
-        raise ValueError(
-            f"--images is for kernels of 1 or 3 channels and 2 dimensions, got {n_channels} and "
-            f"{n_dims}; convert the network in Python, with calibrate."
-        )
-    photographs = [pixels for _, pixels in _photographs(path, 0, max_images, alike=False)]
-    if n_channels == 1:
-        photographs = [pixels.mean(0, keepdim=True) for pixels in photographs]
-    photographs = [pixels.expand(n_channels, -1, -1) for pixels in photographs]
-    values = torch.cat([pixels.flatten(1) for pixels in photographs], 1)
-    mean, deviation = values.mean(1)[:, None, None], values.std()
-    return [((pixels - mean) / deviation)[None].to(layer.weight) for pixels in photographs]
-
-
-class _progress:  # noqa: N801  (used like a function)
-    """A progress bar per stage on the terminal."""
-
-    def __init__(self, console: Any) -> None:
-        progress = require("rich.progress", extra="cli", purpose="Commands")
-        self._bars = progress.Progress(
-            progress.TextColumn("{task.description}"),
-            progress.BarColumn(),
-            progress.MofNCompleteColumn(),
-            progress.TimeElapsedColumn(),
-            console=console,
-        )
-        self._tasks: dict[str, Any] = {}
-
-    def __enter__(self) -> Any:
-        self._bars.__enter__()
-        return self._update
-
-    def __exit__(self, *error: object) -> None:
-        self._bars.__exit__(*error)
-
-    def _update(self, stage: str, done: int, total: int) -> None:
-        if stage not in self._tasks:
-            self._tasks[stage] = self._bars.add_task(stage, total=total)
-        self._bars.update(self._tasks[stage], completed=done)
-
-
-class _training_progress:  # noqa: N801  (used like a function)
-    """A bar for each run on a terminal; elsewhere a line for each evaluation."""
-
-    def __init__(self, console: Any, recipe: Any) -> None:
-        self._console, self._recipe = console, recipe
-        self._bars = _progress(console) if console.is_terminal else None
-        self._update: Any = None
-
-    def __enter__(self) -> Any:
-        if self._bars is not None:
-            self._update = self._bars.__enter__()
-        return self._tell
-
-    def __exit__(self, *error: object) -> None:
-        if self._bars is not None:
-            self._bars.__exit__(*error)
-
-    def _tell(self, line: Mapping[str, Any]) -> None:
-        run = f"{line['variant']}, seed {line['seed']}"
-        if self._update is not None:
-            self._update(run, line["step"], line["n_steps"])
-        elif line["kind"] == "epoch" and "test_accuracy" in line and line["step"]:
-            loss = f", loss {line['loss']:.3g}" if "loss" in line else ""
-            self._console.print(
-                f"{run}: epoch {line['epoch']} of {self._recipe.epochs}{loss}, test accuracy "
-                f"{100 * line['test_accuracy']:.1f} %",
-                highlight=False,
-            )
-
-
-def _print_training(console: Any, result: Any) -> None:
-    from gaborium.reporting import in_percent, training_headline, training_sentences
-
-    text = require("rich.text", extra="cli", purpose="Commands").Text
-    seeds = len(result.recipe.seeds)
-    table = _table(
-        f"{result.data['name']}, {result.data['n_train']} training images, {seeds} "
-        f"seed{'s' if seeds > 1 else ''}",
-        ("test accuracy", "put back", "numbers in it"),
-        first=("first layer",),
-    )
-    for variant in result.variants:
-        table.add_row(
-            variant,
-            in_percent(result.accuracy(variant)),
-            in_percent(result.accuracy_reset(variant)),
-            str(result.runs_of(variant)[0].n_first_parameters),
-        )
-    console.print(table)
-    console.print(text(training_headline(result), "bold"), highlight=False)
-    for sentence in training_sentences(result).values():
-        console.print(text(sentence), highlight=False)
-
-
-def _print_recovery(console: Any, result: Any, names: list[str]) -> None:
-    shown = names[0] if len(names) == 1 else f"{len(names)} photographs"
-    descents = _table(
-        f"Gradient descent on θ under RMSE, {shown}",
-        ("step size", "momentum", "at the truth", "end error"),
-        ("verdict",),
-    )
-    for descent in result.descents:
-        arrival = descent.first_arrival
-        descents.add_row(
-            f"{descent.learning_rate:g}",
-            f"{descent.momentum:g}",
-            "never" if arrival is None else f"step {arrival}",
-            f"{math.degrees(descent.final_error):.2f}°",
-            descent.verdict,
-        )
-    console.print(descents)
-
-    found = _table(
-        f"recover, no start given: {result.found.outcome[0].value}",
-        ("truth", "found", "error", "std. error", "by training"),
-        first=("parameter",),
-    )
-    for row in result.table():
-        unit = f" ({row['unit']})" if row["unit"] in ("rad", "px") else ""
-        found.add_row(
-            row["parameter"] + unit,
-            *(f"{row[key]:.4f}" for key in ("truth", "found")),
-            *(f"{row[key]:.1e}" for key in ("error", "standard_error", "trained_error")),
-        )
-    console.print(found)
-    errors = result.kernel_errors()
-    console.print(
-        f"Error of the kernel: {errors['found']:.1e} by recover, {errors['trained']:.1e} by "
-        "training a layer with gradients.",
-        highlight=False,
-    )
-
-
-def _print_fit(console: Any, result: Any, name: str) -> None:
-    from gaborium.reporting import fit_headline, fit_summary, percent
-
-    summary = fit_summary(result)
-    console.print(f"{name}: {fit_headline(result)}", highlight=False)
-    outcomes = _table("", ("filters",), first=("outcome",))
-    outcomes.add_column("what it means")
-    for outcome in sorted(set(result.outcome), key=result.outcome.count, reverse=True):
-        count = summary["outcomes"][outcome.name]
-        outcomes.add_row(outcome.name, str(count), outcome.value)
-    console.print(outcomes)
-    if summary["wavelength"] is not None and len(result) > 1:
-        low, median, high = map(percent, summary["explained_variance"])
-        console.print(
-            f"Explained variance: quartiles {low}, {median} and {high}.\n"
-            f"Median wavelength of the filters that converged: {summary['wavelength']:.3g} px.",
-            highlight=False,
-        )
-
-
-def _print_census(console: Any, result: Any, name: str) -> None:
-    from gaborium.reporting import census_headline
-
-    console.print(_plain(f"{name}: {census_headline(result)}"), highlight=False)
-    table = _table("", ("filters", "share", "confidence"), first=("class",))
-    for label, count in result.counts.items():
-        if count:
-            sure = result.confidence[result.filters(label)].mean().item()
-            share = f"{100 * count / len(result):.0f} %"
-            table.add_row(label, str(count), share, f"{sure:.2f}")
-    console.print(table)
-    kinds = Counter(pair.kind for pair in result.pairs)
-    if kinds:
-        told = ", ".join(f"{n} {kind}" for kind, n in kinds.most_common())
-        console.print(f"Pairs: {told}.", highlight=False)
-
-
-def _print_conversion(console: Any, conversion: Any, found: Any, added: set[str]) -> None:
-    from gaborium.reporting import conversion_headline, conversion_sentences
-
-    console.print(f"{found.name}: {conversion_headline(conversion)}", highlight=False)
-    for sentence in conversion_sentences(conversion):
-        console.print(sentence, highlight=False)
-    for key in sorted(added):
-        console.print(
-            _plain(
-                f"weights.safetensors has {key!r}, a bias that keeps the responses' means; a "
-                "network that takes these weights needs one in this layer."
-            )
-        )
-
-
-def _print_diagnosis(console: Any, result: Any) -> None:
-    from gaborium.reporting import (
-        diagnosis_headline,
-        joint_advice,
-        trial_sentence,
-        worded_numbers,
-    )
-
-    text = require("rich.text", extra="cli", purpose="Commands").Text
-    counts = Counter(found.severity.name for found in result.findings)
-    if counts["SEVERE"] or counts["WARNING"]:
-        told = ", ".join(
-            f"{counts[name]} {word}{'s' if counts[name] > 1 and word != 'severe' else ''}"
-            for name, word in (("SEVERE", "severe"), ("WARNING", "warning"), ("NOTE", "note"))
-            if counts[name]
-        )
-        console.print(text(f"Findings: {told}; the cause stands first.", "bold"), highlight=False)
-    else:
-        console.print(text(diagnosis_headline(result), "bold"), highlight=False)
-    colors = {"SEVERE": "bold red", "WARNING": "bold yellow", "NOTE": "bold cyan"}
-    for number, found in enumerate(result.findings, 1):
-        severity = found.severity.name
-        console.print()
-        head = text.assemble(
-            f"{number}  ", (severity, colors[severity]), ("  " + found.cause, "bold")
-        )
-        console.print(head)
-        _print_indented(console, found.sentence)
-        if found.location:
-            _print_indented(console, "Where: " + _shortened(found.location), "dim")
-        numbers = ", ".join(f"{name} {value}" for name, value in worded_numbers(found))
-        if numbers:
-            _print_indented(console, numbers[0].upper() + numbers[1:] + ".", "dim")
-        tried = trial_sentence(found)
-        if tried:
-            _print_indented(console, tried)
-        if found.remedy and severity == "NOTE":
-            _print_indented(console, "The report has code that changes it.", "dim")
-        elif found.remedy:
-            console.print()
-            _print_code(console, found.remedy)
-    advice = joint_advice(result)
-    if advice:
-        console.print()
-        console.print(text(advice, "bold"), highlight=False)
-    if result.skipped:
-        console.print()
-    for why in dict.fromkeys(result.skipped.values()):
-        parts = ", ".join(part for part, reason in result.skipped.items() if reason == why)
-        console.print(text(f"Not looked at: {parts}. {why}", "dim"))
-    console.print()
-
-
-def _print_indented(console: Any, words: str, style: str = "") -> None:
-    text = require("rich.text", extra="cli", purpose="Commands").Text
-    indent = " " * 3
-    wrapped = textwrap.fill(
-        words, max(console.width, 40), initial_indent=indent, subsequent_indent=indent,
-        break_long_words=False, break_on_hyphens=False,
-    )  # fmt: skip
-    console.print(text(wrapped, style), soft_wrap=True, highlight=False)
-
-
-def _print_code(console: Any, code: str) -> None:
-    """Highlighted on a terminal; elsewhere as it is, so that it can be copied from a log."""
-    if not console.is_terminal:
-        for line in code.rstrip().splitlines():
-            console.print(_plain(f"     {line}"), soft_wrap=True, highlight=False)
+    is_first = not int(os.environ.get("RANK", "0"))  # of the processes of torchrun
+    own = new_folder(place, overwrite=output.overwrite) if folder is None else nullcontext(folder)
+    with own as inside:
+        with _progress(console) as on_progress:
+            result, kernels, facts = work(inside, on_progress)
+        if is_first:
+            facts["command"] = shlex.join(["gaborium", *sys.argv[1:]])
+            with console.status("Writing the report"):
+                write_report(result, inside, kernels=kernels, facts=facts)
+    if not is_first:
         return
-    syntax = require("rich.syntax", extra="cli", purpose="Commands")
-    padding = require("rich.padding", extra="cli", purpose="Commands")
-    block = syntax.Syntax(
-        code.rstrip(), "python", theme="ansi_dark", background_color="default", word_wrap=True
-    )
-    console.print(padding.Padding(block, (0, 0, 0, 5)))
-
-
-def _plain(words: str) -> Any:
-    """Text in which square brackets are no markup."""
-    return require("rich.text", extra="cli", purpose="Commands").Text(words)
-
-
-def _shortened(names: Sequence[str], most: int = 8) -> str:
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
-
-
-def _print_end(console: Any, folder: Path, begun: float) -> None:
-    """Where the report is, how long it took, and where all runs are listed."""
-    from gaborium.reporting import write_index
-
-    console.print(f"Report: {folder / 'report.html'}", soft_wrap=True, highlight=False)
-    console.print(f"Took {time.monotonic() - begun:.0f} s.", highlight=False)
-    index = write_index(folder.parent)
+    _print_result(console, result)
+    console.print(f"Report: {place / 'report.html'}", soft_wrap=True, highlight=False)
+    index = write_index(output.out)
     if index is not None:
         console.print(f"All runs: {index}", soft_wrap=True, highlight=False)
+    console.print(f"Took {time.monotonic() - begun:.0f} s.", highlight=False)
 
 
-def _table(
-    title: str, numbers: Sequence[str], last: Sequence[str] = (), *, first: Sequence[str] = ()
-) -> Any:
-    """A table of numbers between columns of words that fits 80 characters."""
+def _print_result(console: Any, result: Any) -> None:
+    """Print the sections of the report that are text: the same words and tables as on the page."""
+    from gaborium.report import headline, sections, sentences
+
+    text = require("rich.text", extra="cli", purpose="Commands").Text
+    console.print(text(headline(result), "bold"), highlight=False)
+    for sentence in sentences(result):
+        console.print(text(sentence), highlight=False)
+    for section in sections(result):
+        table: Any = section.table
+        if table and not all(isinstance(cell, str) for row in table.rows for cell in row):
+            table = None  # of pictures
+        if not (section.tone or table):
+            continue
+        console.print()
+        console.print(text(section.title, _SEVERITY_STYLES.get(section.tone, "bold")))
+        for paragraph in section.text:
+            _print_indented(console, text, paragraph)
+        if table:
+            console.print(_table(table.head, table.rows, table.n_words))
+        if section.code:
+            console.print()
+            for line in section.code.rstrip().splitlines():
+                console.print(text(f"     {line}"), soft_wrap=True, highlight=False)
+
+
+def _print_indented(console: Any, text: Any, paragraph: str) -> None:
+    lines = textwrap.wrap(
+        paragraph, max(console.width, 40) - 3, break_long_words=False, break_on_hyphens=False
+    )
+    for line in lines:
+        console.print(text(f"   {line}"), soft_wrap=True, highlight=False)
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[Any]], n_words: int) -> Any:
     box = require("rich.box", extra="cli", purpose="Commands")
-    rich_table = require("rich.table", extra="cli", purpose="Commands")
-    table = rich_table.Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
-    for name in first:
-        table.add_column(name, no_wrap=True)
-    for name in numbers:
-        table.add_column(name, justify="right", no_wrap=True)
-    for name in last:
-        table.add_column(name, no_wrap=True)
+    table = require("rich.table", extra="cli", purpose="Commands").Table(
+        box=box.SIMPLE_HEAD, padding=(0, 0)
+    )
+    for index, name in enumerate(head):
+        table.add_column(name, justify="left" if index < n_words else "right")
+    for row in rows:
+        table.add_row(*row)
     return table
 
 
-def _app(cyclopts: Any) -> Any:
+@contextmanager
+def _progress(console: Any) -> Iterator[Progress]:
+    """Show a bar per stage; a stage without a total replaces the one before it."""
+    progress = require("rich.progress", extra="cli", purpose="Commands")
+    columns = [progress.TextColumn("{task.description}"), progress.BarColumn()]
+    columns += [progress.MofNCompleteColumn(), progress.TimeElapsedColumn()]
+    stages: dict[str, Any] = {}
+    with progress.Progress(*columns, console=console) as bars, console.status("Working") as status:
+
+        def update(stage: str, done: int, total: int) -> None:
+            if not total:
+                status.update(stage)
+                return
+            if stage not in stages:
+                stages[stage] = bars.add_task(stage, total=total)
+            bars.update(stages[stage], completed=done)
+
+        yield update
+
+
+def _read_photographs(path: Path, max_images: int) -> list[tuple[str, Tensor]]:
+    from gaborium.readers import read_images
+
+    named = read_images(path)
+    if len(named) > max_images:
+        _say(f"Note: using the first {max_images} of {len(named)} photographs (--max-images).")
+    return named[:max_images]
+
+
+def _calibration(path: Path, max_images: int, conv: Any) -> list[Tensor]:
+    """Photographs as batches of one, with mean 0 and standard deviation 1 over all of them."""
+    import torch
+
+    n_channels, n_dims = conv.weight.shape[1], conv.weight.ndim - 2
+    if n_channels not in (1, 3) or n_dims != 2:
+        raise ValueError(
+            f"--images needs kernels of 1 or 3 channels and 2 dimensions, got {n_channels} and "
+            f"{n_dims}; convert the network in Python, with calibrate."
+        )
+    images = [pixels for _, pixels in _read_photographs(path, max_images)]
+    if n_channels == 1:
+        images = [pixels.mean(0, keepdim=True) for pixels in images]
+    images = [pixels.expand(n_channels, -1, -1) for pixels in images]
+    values = torch.cat([pixels.flatten(1) for pixels in images], 1)
+    mean, deviation = values.mean(1)[:, None, None], values.std()
+    return [((pixels - mean) / deviation)[None].to(conv.weight) for pixels in images]
+
+
+def _source(found: Any) -> Facts:
+    """Where kernels come from."""
+    facts = {"file": found.name, "array": found.key, "shape": _by(found.values.shape)}
+    return {name: fact for name, fact in facts.items() if fact} | {"SHA-256": found.sha256}
+
+
+def _by(shape: Sequence[int]) -> str:
+    return " × ".join(map(str, shape))
+
+
+@contextmanager
+def _rename(option: str, ours: str) -> Iterator[None]:
+    """Errors name an argument of a function by the option of this command."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(str(error).replace(option, ours)) from None
+
+
+def _app(cyclopts: Any, tokens: Sequence[str]) -> Any:
     app = cyclopts.App(
         name="gaborium",
         help="Convolution layers whose kernels are Gabor functions with learned parameters.",
@@ -1108,21 +668,33 @@ def _app(cyclopts: Any) -> Any:
         default_parameter=cyclopts.Parameter(consume_multiple=True, negative=()),
         print_error=False,
         exit_on_error=False,
-        suppress_keyboard_interrupt=False,  # main tells what it means for the files
+        suppress_keyboard_interrupt=False,
     )
-    app.command(recover)
-    # A default that is on needs a way to turn it off.
-    app.command(diagnose)
-    app.command(
-        train,
-        default_parameter=cyclopts.Parameter(
-            negative=None, negative_bool=(), negative_iterable=("no-",)
-        ),
-    )
-    app.command(census)
-    app.command(convert)
-    app.command(fit, default_parameter=cyclopts.Parameter(negative=None, negative_bool=("no-",)))
+    for record in (Output, Experiment, Kernels):
+        cyclopts.Parameter(name="*")(record)
+    for command in (recover, fit, census, convert, diagnose):
+        app.command(command)
+    if tokens[:1] == ["train"]:  # reading the recipe's fields takes a while
+        kind = _recipe_options(cyclopts)
+        train.__annotations__["options"] = kind
+        train.__kwdefaults__ = {**(train.__kwdefaults__ or {}), "options": kind()}
+    # An empty list needs an option of its own, such as --no-compare-with.
+    negative = {"negative": None, "negative_bool": (), "negative_iterable": ("no-",)}
+    app.command(train, default_parameter=cyclopts.Parameter(**negative))
     return app
+
+
+def _recipe_options(cyclopts: Any) -> Any:
+    """The fields of a recipe as options, all ``None`` unless given, so that a file can set them."""
+    from gaborium.training.recipe import Recipe
+
+    hints, fields = get_type_hints(Recipe), []
+    for field in dataclasses.fields(Recipe):
+        shown = cyclopts.Parameter(show_default=lambda _, default=field.default: str(default))
+        fields.append((field.name, Annotated[hints[field.name] | None, shown], None))
+    options = dataclasses.make_dataclass("Options", fields, frozen=True)
+    options.__doc__, options.__module__ = Recipe.__doc__, __name__
+    return cyclopts.Parameter(name="*")(options)
 
 
 def _fail(error: object) -> NoReturn:

@@ -12,9 +12,9 @@ def require(package: str, *, extra: str, purpose: str) -> ModuleType:
     """Import an optional package, or say how to get it.
 
     Args:
-        package: import name, e.g. ``"plotly.graph_objects"``.
-        extra: the extra of this project that installs it, e.g. ``"report"``.
-        purpose: what needs it, as the subject of a sentence in the plural, e.g. ``"Reports"``.
+        package: import name, e.g. ``"matplotlib.pyplot"``.
+        extra: the extra of this project that installs it, e.g. ``"plot"``.
+        purpose: what needs it, as the subject of a sentence in the plural, e.g. ``"Plots"``.
 
     Returns:
         The imported module.
@@ -23,7 +23,7 @@ def require(package: str, *, extra: str, purpose: str) -> ModuleType:
         ImportError: the package is not installed; the message names the command that installs it.
 
     Example:
-        >>> require("json", extra="report", purpose="Reports").__name__
+        >>> require("json", extra="plot", purpose="Plots").__name__
         'json'
     """
     try:

@@ -12,7 +12,7 @@ import traceback
 import warnings
 import zipfile
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -42,12 +42,9 @@ def read_image(path: str | os.PathLike[str]) -> Tensor:
     r"""Read one image with Pillow, or a NumPy array. Nothing in a file is executed.
 
     Convention:
-        - 0 is black and 1 is white: 8-bit values are divided by 255, 16-bit values by 65535;
-          floating values must lie in [0, 1]
-        - values are as stored: gamma and colour profiles are not applied
+        - 0 is black and 1 is white; gamma and colour profiles are not applied
         - grey images have 1 channel; all others, also palettes, become colour
         - transparent pixels are laid over white; the EXIF orientation is applied
-        - animations and files of several pages are refused; a phone's JPEG with previews is read
 
     Args:
         path: a PNG, JPEG, TIFF, BMP, GIF, WebP or PPM file, whatever its name; or a ``.npy`` array
@@ -59,7 +56,8 @@ def read_image(path: str | os.PathLike[str]) -> Tensor:
 
     Raises:
         OSError: the file cannot be opened.
-        ValueError: it is no such image, is damaged, or its numbers have no agreed black and white.
+        ValueError: it is no such image, damaged, an animation, has several pages, or black and
+            white are not defined for its numbers.
         ImportError: Pillow is not installed.
 
     Example:
@@ -101,7 +99,7 @@ def read_image(path: str | os.PathLike[str]) -> Tensor:
 
 
 def _decode(path: str | os.PathLike[str], numpy: Any) -> tuple[Any, float]:
-    """An array of one image and its value for white, 0 where none is agreed."""
+    """An array of one image and its value for white, 0 if unknown."""
     pillow = require("PIL.Image", extra="cli", purpose="Images")
     # Not by its name: Pillow would map the file, and not turn a TIFF.
     with Path(path).open("rb") as file:
@@ -131,8 +129,8 @@ def _decode(path: str | os.PathLike[str], numpy: Any) -> tuple[Any, float]:
 def read_images(path: str | os.PathLike[str]) -> list[tuple[str, Tensor]]:
     r"""Read an image file, or all images of a folder in the order of their names.
 
-    The suffix (``.png``, ``.jpg``, ...) tells which files of a folder are images. A warning lists
-    other files that are skipped; hidden files and subfolders are left out.
+    Images are the files with a suffix such as ``.png`` or ``.jpg``. A warning lists other files;
+    hidden files and subfolders are ignored.
 
     Args:
         path: a file or a folder.
@@ -141,10 +139,8 @@ def read_images(path: str | os.PathLike[str]) -> list[tuple[str, Tensor]]:
         Pairs of the file's name, without its folder, and an image of ``read_image``.
 
     Raises:
-        FileNotFoundError: there is no such path, or the folder has no images.
-        OSError: as for ``read_image``.
+        OSError: as for ``read_image``, or the folder has no images.
         ValueError: as for ``read_image``, for the first file that cannot be read.
-        ImportError: Pillow is not installed.
 
     Example:
         >>> from tempfile import TemporaryDirectory
@@ -154,24 +150,19 @@ def read_images(path: str | os.PathLike[str]) -> list[tuple[str, Tensor]]:
         ...     [(name, tuple(image.shape)) for name, image in read_images(folder)]
         [('a.pgm', (1, 1, 2)), ('b.pgm', (1, 1, 2))]
     """
-    files = image_files(path) if Path(path).is_dir() else [Path(path)]
-    return [(file.name, read_image(file)) for file in files]
-
-
-def image_files(path: str | os.PathLike[str]) -> list[Path]:
-    """The files of a folder that ``read_images`` reads, in the order of their names."""
-    entries = sorted(entry for entry in Path(path).iterdir() if entry.name[0] != ".")
-    suffixes = (*_IMAGES, ".npy")
+    place, suffixes = Path(path), (*_IMAGES, ".npy")
+    if not place.is_dir():
+        return [(place.name, read_image(place))]
+    entries = sorted(entry for entry in place.iterdir() if entry.name[0] != ".")
     files = [entry for entry in entries if entry.suffix.lower() in suffixes and entry.is_file()]
-    skipped = [repr(entry.name) for entry in entries if entry not in files]
     if not files:
         raise FileNotFoundError(
-            f"No images in the folder {os.fspath(path)!r}; expected files that end in "
-            f"{', '.join(suffixes)}."
+            f"No images in the folder {os.fspath(path)!r}: {', '.join(suffixes)}."
         )
-    if skipped:
-        warnings.warn(f"Skipped in {os.fspath(path)!r}: {_some(skipped)}.", stacklevel=2)
-    return files
+    if len(files) < len(entries):
+        skipped = _some(repr(entry.name) for entry in entries if entry not in files)
+        warnings.warn(f"Skipped in {os.fspath(path)!r}: {skipped}.", stacklevel=2)
+    return [(file.name, read_image(file)) for file in files]
 
 
 def sample_image() -> Tensor:
@@ -230,7 +221,7 @@ class KernelFile:
 
     Args:
         values: floating, ``(filters, *size)``, ``(filters, channels, *size)`` or a single kernel;
-            NaN and infinity as they are in the file.
+            NaN and infinity are kept.
         name: of the file or folder, without its parents.
         key: the array's name in the file, or ``None`` where arrays have no names.
         sha256: of the file; of a folder, of its images one after another.
@@ -245,7 +236,7 @@ class KernelFile:
 
     @property
     def bias_key(self) -> str:
-        """The name that belongs to a bias: that of the kernels with ``bias`` for ``weight``."""
+        """Name of the kernels' bias: the key with ``bias`` in place of ``weight``."""
         stem, weight, _ = (self.key or "weight").rpartition("weight")
         return f"{stem}bias" if weight else f"{self.key}_bias"
 
@@ -268,11 +259,10 @@ def read_kernels(
 
     Convention:
         - axes are PyTorch's: ``(filters, channels, height, width)``; the first ones may be missing
-        - files that keep the order of layers (``.onnx``, and state dicts in ``.pt`` and ``.pth``)
-          give the first convolution; a warning names it where there are several
-        - other files give their only array of kernels: floating rather than whole numbers, with
-          ``n_dims`` axes of at least 2 px. Of several, the only one with 3 input channels, or else
-          with 1, is taken with a warning
+        - ``.onnx``, ``.pt`` and ``.pth`` keep the order of layers: the first convolution is taken
+        - otherwise the only array of kernels is taken: floating, with ``n_dims`` axes of at least
+          2 px. Of several, it is the only one with 3 input channels, or else with 1
+        - a warning names the array where others were possible
         - of images, mid-grey is 0, black -1 and white 1; next to colours, grey gets 3 channels
 
     Args:
@@ -286,8 +276,8 @@ def read_kernels(
 
     Raises:
         OSError: the file cannot be opened, or a folder has no images.
-        ValueError: it is damaged, of another kind, or needs unpickling; or it has no array
-            ``key``, no kernels, or several arrays that may be meant.
+        ValueError: it is damaged, of another kind, or needs unpickling; or the array of kernels is
+            missing or not clear.
         ImportError: safetensors, onnx or Pillow is needed and not installed.
 
     Example:
@@ -336,31 +326,27 @@ def read_kernels(
     if not values.is_floating_point():
         warnings.warn(
             f"{what} holds {str(values.dtype)[6:]}, in which 0 is taken as 0; if another value "
-            "stands for 0, subtract it before saving.",
+            "means 0, subtract it before saving.",
             stacklevel=2,
         )
         values = values.double()
-    return KernelFile(values, _name(file), name or None, _sha256([file]), arrays)
+    return KernelFile(values, file.absolute().name, name or None, _sha256([file]), arrays)
 
 
 def _image_kernels(path: Path) -> KernelFile:
     shown = repr(str(path))
     images = read_images(path)
     sizes = {tuple(image.shape[1:]) for _, image in images}
-    if len(sizes) > 1:
+    if len(sizes) > 1 or max(max(sizes)) > _MAX_SIDE:
         raise ValueError(
-            f"The images in {shown} must have one size, got {_some(map(_by, sorted(sizes)))} px."
-        )
-    if max(max(sizes)) > _MAX_SIDE:
-        raise ValueError(
-            f"{images[0][0]!r} in {shown} has {_by(*sizes)} px, expected a kernel of at most "
-            f"{_MAX_SIDE} px a side."
+            f"The images in {shown} must have one size of at most {_MAX_SIDE} px a side to be "
+            f"kernels, got {_some(map(_by, sorted(sizes)))} px."
         )
     n_channels = max(len(image) for _, image in images)
     values = torch.stack([image.expand(n_channels, -1, -1) for _, image in images])
     warnings.warn(f"{shown} is read as kernels whose 0 is mid-grey.", stacklevel=2)
     files = [path / name for name, _ in images] if path.is_dir() else [path]
-    return KernelFile(2 * values - 1, _name(path), None, _sha256(files))
+    return KernelFile(2 * values - 1, path.absolute().name, None, _sha256(files))
 
 
 def _chosen(file: Path, arrays: dict[str, Tensor], key: str | None, n_dims: int) -> tuple[str, int]:
@@ -373,28 +359,23 @@ def _chosen(file: Path, arrays: dict[str, Tensor], key: str | None, n_dims: int)
         return found, 1
     if len(arrays) == 1:
         return next(iter(arrays)), 1
+    floating = {name: array for name, array in arrays.items() if array.is_floating_point()}
     layers = [
         name
-        for name, array in arrays.items()
-        if array.ndim == n_dims + 2 and array.is_floating_point()
-        if file.suffix.lower() == ".onnx" or name.rpartition(".")[2] == "weight"
+        for name, array in floating.items()
+        if array.ndim == n_dims + 2 and (name.endswith("weight") or file.suffix.lower() == ".onnx")
     ]
-    kernels = [name for name, array in arrays.items() if _is_kernels(array, n_dims)]
-    kernels = [name for name in kernels if arrays[name].is_floating_point()] or kernels
+    # A vector is probably a bias.
+    shaped = {name: a for name, a in floating.items() if a.ndim >= max(n_dims, 2)}
+    kernels = [name for name, array in shaped.items() if min(array.shape[-n_dims:]) > 1]
+    n_candidates = len(kernels)
     if ordered and layers:
         kernels, n_candidates = layers[:1], len(layers)
-    else:
-        n_candidates = len(kernels)
-        for n_channels in (3, 1) if n_candidates > 1 else ():
-            # Channel-by-channel convolutions of later layers have 1 input channel too.
-            facing = [
-                name
-                for name in kernels
-                if arrays[name].ndim == n_dims + 2 and arrays[name].shape[1] == n_channels
-            ]
-            if facing:
-                kernels = facing
-                break
+    elif n_candidates > 1:
+        # Later convolutions of one channel each have 1 input channel too.
+        convs = {name: arrays[name].shape[1] for name in kernels if arrays[name].ndim == n_dims + 2}
+        colored = [name for name, n_channels in convs.items() if n_channels == 3]
+        kernels = colored or [name for name, n in convs.items() if n == 1] or kernels
     if len(kernels) != 1:
         candidates = {name: arrays[name] for name in kernels} or arrays
         raise ValueError(
@@ -407,11 +388,6 @@ def _chosen(file: Path, arrays: dict[str, Tensor], key: str | None, n_dims: int)
 def _is_real(array: Tensor) -> bool:
     plain = array.layout is torch.strided and not array.is_quantized
     return plain and not array.is_complex() and array.dtype != torch.bool
-
-
-def _is_kernels(array: Tensor, n_dims: int) -> bool:
-    """Whether the last axes look like those of kernels; a vector is rather a bias."""
-    return _is_real(array) and array.ndim >= max(n_dims, 2) and min(array.shape[-n_dims:]) > 1
 
 
 # -- layers -----------------------------------------------------------------------------------
@@ -428,23 +404,20 @@ def read_layer(
     """Read a convolution from a file of weights, a script or a file of ``save_layer``.
 
     Args:
-        path: as for ``read_kernels``; or a Python file as for ``run_setup``, whose ``setup()`` may
-            also return the network alone; or a file of ``save_layer``.
-        key: of weights, as for ``read_kernels``; of a script, the layer's name, by default the
-            first convolution.
-        n_dims: spatial dimensions of a kernel: 1, 2 or 3.
-        stride: of the layer, which files of weights do not hold.
-        padding: of the layer; by default half a kernel.
+        path: as for ``read_kernels``; or a file of ``save_layer``; or a Python file as for
+            ``run_setup``, whose ``setup()`` may also return the network alone.
+        key: of weights, as for ``read_kernels``; of a script, the layer's name.
+        n_dims: spatial dimensions of a kernel in a file: 1, 2 or 3.
+        stride: of a layer from weights.
+        padding: of a layer from weights; by default half a kernel.
 
     Returns:
-        The layer: a Gabor layer from ``save_layer``, otherwise an ``nn.ConvNd``, in the floating
-        type of the file or at least float32. And its kernels, with all tensors of the network.
+        The layer (a Gabor layer, or an ``nn.ConvNd`` of at least float32), and its kernels with
+        all tensors of the network.
 
     Raises:
         ValueError: as for ``read_kernels`` and ``run_setup``; or a bias is not one number per
             filter.
-        OSError: as for ``read_kernels``.
-        ImportError: as for ``read_kernels``.
 
     Example:
         >>> from tempfile import TemporaryDirectory
@@ -508,8 +481,8 @@ class ScriptError(ValueError):
 def run_setup(path: str | os.PathLike[str]) -> TrainingSetup:
     """Run a script and call its ``setup()``.
 
-    The script runs as when it is imported, with its own folder on the path. It may do anything, as
-    every program: run only scripts that you trust.
+    The script runs as when it is imported, with its folder on the path: run only scripts that you
+    trust.
 
     Args:
         path: a Python file that defines ``setup()``, without arguments, which returns
@@ -607,12 +580,19 @@ def _read_numpy(file: Path) -> Iterator[tuple[str, Tensor]]:
     numpy = require("numpy", extra="cli", purpose="Kernel files")
     with file.open("rb") as stream:
         content = numpy.load(stream, allow_pickle=False)
-        for key in content.files if file.suffix.lower() == ".npz" else [""]:
-            with suppress(ValueError, TypeError) if key else nullcontext():  # other objects
-                array = content[key] if key else content
-                wide = array.dtype.kind == "f" and array.dtype.itemsize > 8
-                dtype = numpy.float64 if wide else array.dtype.newbyteorder("=")
-                yield key, torch.from_numpy(numpy.array(array, dtype, order="C"))
+        if file.suffix.lower() == ".npy":
+            yield "", _tensor(content)
+            return
+        for key in content.files:
+            with suppress(ValueError, TypeError):  # texts and objects next to the kernels
+                yield key, _tensor(content[key])
+
+
+def _tensor(array: Any) -> Tensor:
+    """A NumPy array as a tensor, in the machine's byte order; float64 in place of wider types."""
+    dtype = array.dtype.newbyteorder("=")
+    wide = dtype.kind == "f" and dtype.itemsize > 8
+    return torch.from_numpy(array.astype("f8" if wide else dtype, order="C"))
 
 
 def _read_safetensors(file: Path) -> Iterator[tuple[str, Tensor]]:
@@ -656,10 +636,10 @@ def _read_onnx(file: Path) -> Iterator[tuple[str, Tensor]]:
         elif "Conv" in node.op_type and not found:
             raise ValueError(
                 f"the first convolution, the {node.op_type} {node.name or node.output[0]!r}, has "
-                "no kernels of its own: they are computed, or quantised, or of another kind"
+                "no stored kernels: they are computed, quantised, or of another kind"
             )
     if not found:
-        raise ValueError(f"none of its {len(graph.node)} nodes is a Conv")
+        raise ValueError(f"it has no Conv among its {len(graph.node)} nodes")
 
 
 _READERS = {
@@ -691,10 +671,6 @@ def _reading(path: str | os.PathLike[str]) -> Iterator[None]:
             if "allow_pickle" in text or "weights_only" in text or "Weights only" in text:
                 text = "it needs unpickling, which can run code; save the numbers or the state dict"
             raise ValueError(f"{shown} cannot be read: {text.rstrip('.'):.250}.") from None
-
-
-def _name(file: Path) -> str:
-    return file.name or file.resolve().name  # of "." and ".."
 
 
 def _sha256(files: list[Path]) -> str:

@@ -58,7 +58,7 @@ def save_layer(layer: GaborLayer | MixedConv, path: str | os.PathLike[str]) -> N
     """Write a layer into a safetensors file, all or nothing.
 
     Convention:
-        - the tensors are those of ``layer.state_dict()``, bit for bit
+        - the tensors are ``layer.state_dict()``, bit for bit
         - the metadata is one JSON text under ``gaborium``: ``name`` ("gaborium.layer"), ``format``
           (1), ``gaborium`` (the version), ``class``, ``arguments`` of the constructor, ``frozen``
           (parameters without gradient), ``units`` of the record's fields, and ``sha256`` of the
@@ -71,7 +71,7 @@ def save_layer(layer: GaborLayer | MixedConv, path: str | os.PathLike[str]) -> N
 
     Raises:
         ImportError: safetensors is not installed.
-        OSError: it cannot be written there. What was there before stays.
+        OSError: it cannot be written there; an old file stays.
         TypeError: ``layer`` is something else, or of a class derived from these.
 
     Example:
@@ -200,7 +200,7 @@ def to_plain(model: nn.Module) -> nn.Module:
 
     Raises:
         TypeError: ``model`` is no module.
-        ValueError: a class derived from one of the layers has a ``forward`` of its own.
+        ValueError: a subclass of one of the layers overrides ``forward``.
 
     Example:
         >>> import torch
@@ -234,8 +234,8 @@ def _plain(layer: Any, name: str) -> nn.Module:
     kind = next(kind for kind in _KINDS if isinstance(layer, kind))
     if type(layer).forward is not kind.forward:
         raise ValueError(
-            f"{name!r} is a {type(layer).__name__}, whose forward is not that of {kind.__name__}; "
-            "move the rest of its forward into a module of its own."
+            f"{name!r} is a {type(layer).__name__}, which overrides the forward of "
+            f"{kind.__name__}; move the change into a separate module."
         )
     if isinstance(layer, MixedConv) or layer.output != "energy":
         return layer.to_conv()
@@ -267,7 +267,7 @@ def to_onnx(
 
     Raises:
         ImportError: onnx or onnxscript is not installed.
-        OSError: it cannot be written there. What was there before stays.
+        OSError: it cannot be written there; an old file stays.
         TypeError: ``model`` is no module.
         ValueError: the network does not run on ``example``, depends on the size of the batch,
             needs an operator that ONNX lacks, or exceeds the 2 GB that one ONNX file holds.
@@ -351,9 +351,9 @@ def to_csv(source: Source, convention: str = "gaborium") -> str:
           values that channels share are repeated in the row of each
         - the columns are the record's fields with their units, as ``sigma (px)``; ``center`` has
           the columns ``center[0] (px)``, ``center[1] (px)``, ..., x first
-        - ``convention="skimage"`` has the arguments of ``skimage.filters.gabor_kernel`` as columns,
-          ``"opencv"`` those of ``cv2.getGaborKernel``; the (real part of the) kernel that they
-          give, times ``scale``, is our kernel
+        - with ``convention="skimage"`` the columns are arguments of
+          ``skimage.filters.gabor_kernel``, with ``"opencv"`` of ``cv2.getGaborKernel``; ``scale``
+          times the (real part of the) kernel that they give is our kernel
         - numbers have all digits: read in double precision they have the same bits
         - a ``MixedConv`` gives its Gabor filters, counted as in ``layer.gabor``
 
@@ -365,9 +365,9 @@ def to_csv(source: Source, convention: str = "gaborium") -> str:
 
     Raises:
         TypeError: ``source`` is neither, or not 2-D for another library.
-        ValueError: ``convention`` is none of these; the batch has more axes or is empty; a value
-            is not finite or has no place in the other library; or a layer with ``dc="remove"`` or
-            ``unit_norm=True`` has other kernels than another library would make.
+        ValueError: the convention is unknown; the batch has more axes or is empty; a value is not
+            finite or impossible in the other library; or a layer with ``dc="remove"`` or
+            ``unit_norm=True`` has kernels that another library cannot make.
 
     Example:
         >>> from gaborium import Gabor1d
@@ -415,8 +415,8 @@ def from_csv(text: str, *, dtype: torch.dtype = torch.float64) -> Gabor:
         channels, ``(filters, channels)``.
 
     Raises:
-        ValueError: the columns are not those of ``to_csv``, an entry is not a number, filters or
-            channels are missing or repeated, or a value is out of its range.
+        ValueError: the columns are unknown, an entry is not a number, filters or channels are
+            missing or repeated, or a value is out of its range.
 
     Example:
         >>> from gaborium import Gabor2d
@@ -478,7 +478,7 @@ def write_params(
         convention: as for ``to_csv``; for ``.csv`` only.
 
     Raises:
-        OSError: it cannot be written there. What was there before stays.
+        OSError: it cannot be written there; an old file stays.
         TypeError: ``source`` is neither.
         ValueError: the suffix is another, or as for ``to_csv``.
 

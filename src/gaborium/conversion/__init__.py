@@ -9,7 +9,6 @@ from gaborium.conversion.census import CLASSES, Census, Pair, census
 from gaborium.conversion.convert import Conversion, convert
 from gaborium.conversion.features import NUMBERS
 from gaborium.conversion.first_conv import find_first_conv, replace_first_conv
-from gaborium.conversion.named_networks import load_network, names_network
 
 __all__ = [
     "CLASSES",
@@ -20,7 +19,5 @@ __all__ = [
     "census",
     "convert",
     "find_first_conv",
-    "load_network",
-    "names_network",
     "replace_first_conv",
 ]

@@ -215,7 +215,7 @@ class Census:
         """Why filter ``index`` got its class: a sentence or two with the numbers that decided."""
         index = range(len(self))[index]
         n = {name: value[index].item() for name, value in self.numbers.items()}
-        label = kind = self.labels[index]
+        label = self.labels[index]
         variants = {
             "gabor, many bars": round(n["bars"]) > 2,
             "blob, constant": n["constant"] > 0.5,
@@ -493,14 +493,10 @@ def _checked(kernels: Tensor, n_dims: int) -> Tensor:
         raise TypeError(
             f"census needs kernels as a tensor or a network, got {type(kernels).__name__}."
         )
-    if n_dims not in (1, 2, 3):
-        raise ValueError(f"n_dims must be 1, 2 or 3, got {n_dims}.")
-    if kernels.is_complex():
-        raise TypeError("kernels are complex, and Gabor functions real; give .real or .abs().")
-    if kernels.is_quantized or not kernels.is_floating_point():
+    if kernels.is_complex() or kernels.is_quantized or not kernels.is_floating_point():
         raise TypeError(
-            f"kernels must be real and floating, got {kernels.dtype}; take the network before it "
-            "was quantised, or dequantise them."
+            f"kernels must be real and floating, got {kernels.dtype}; take the absolute values of "
+            "complex kernels, and a network before it was quantised."
         )
     shape = tuple(kernels.shape)
     if kernels.ndim not in (n_dims + 1, n_dims + 2) or kernels.numel() == 0:

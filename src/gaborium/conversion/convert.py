@@ -186,15 +186,10 @@ def convert(
         "n_dims": n_dims, "geometry": "filter", "center": True, "n_starts": n_starts,
     }  # fmt: skip
     kernels = responses = fit(weight, **options)
-    batches = (
-        [calibrate]
-        if isinstance(calibrate, Tensor)
-        else list(calibrate)
-        if calibrate is not None
-        else []
-    )
-    mean = covariance = None
+    batches: list[Tensor] = []
+    mean = error = output_error = None
     if calibrate is not None:
+        batches = [calibrate] if isinstance(calibrate, Tensor) else list(calibrate)
         mean, covariance = _input_moments(whole, place, batches, seed)
         damping = _DAMPING * covariance.diagonal().mean()
         metric = covariance + damping * torch.eye(len(mean), dtype=mean.dtype)
@@ -204,20 +199,21 @@ def convert(
     if chosen.any():
         new = _converted(layer, weight, responses.params, chosen, learn, mean)
         result = replace_first_conv(whole, new, place)
-        if batches and adapt_norms:
-            _adapt_norms(whole, result, batches)
     converted: Any = result.get_submodule(place)
-    change = weight - converted.weight.detach().cpu().double()
+    if batches:
+        if chosen.any() and adapt_norms:
+            _adapt_norms(whole, result, batches)
+        change = weight - converted.weight.detach().cpu().double()
+        error = _spread(change, covariance) / _spread(weight, covariance).clamp_min(1e-150)
+        output_error = _output_error(model, result, batches)
     return Conversion(
         model=result,
         name=place,
         is_gabor=chosen,
         kernels=kernels,
-        responses=None if covariance is None else responses,
-        response_error=None
-        if covariance is None
-        else _spread(change, covariance) / _spread(weight, covariance).clamp_min(1e-150),
-        output_error=_output_error(model, result, batches) if batches else None,
+        responses=responses if batches else None,
+        response_error=error,
+        output_error=output_error,
         n_first_parameters=(_n_parameters(found), _n_parameters(converted)),
         threshold=threshold if filters is None else None,
     )

@@ -1,7 +1,7 @@
 """Why does it not learn, and what to do: causes found in any layer, loss and training loop."""
 
 from gaborium.diagnostics.causes import Finding, Severity
-from gaborium.diagnostics.diagnosis import Diagnosis, diagnose
+from gaborium.diagnostics.diagnosis import Diagnosis, diagnose, diagnose_filters
 from gaborium.diagnostics.filters import Duplicate, Health, health, reinitialize_filters
 from gaborium.diagnostics.gradients import GradientCheck, ParameterCheck, check_gradients
 from gaborium.diagnostics.identifiability import Identifiability, identifiability
@@ -28,6 +28,7 @@ __all__ = [
     "TrainingSetup",
     "check_gradients",
     "diagnose",
+    "diagnose_filters",
     "health",
     "identifiability",
     "landscape",

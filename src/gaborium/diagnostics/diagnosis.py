@@ -163,6 +163,32 @@ def diagnose(
         return _Examination(setup, n_steps, seed, on_progress or (lambda _: None)).result()
 
 
+def diagnose_filters(layer: nn.Module) -> Diagnosis:
+    """Check the filters of a layer without inputs and loss, such as one from a file.
+
+    Args:
+        layer: a Gabor layer or a convolution.
+
+    Returns:
+        The findings of ``health``; the other checks are in ``skipped``.
+
+    Example:
+        >>> from gaborium import GaborConv2d
+        >>> [found.cause for found in diagnose_filters(GaborConv2d(1, 8, 9, seed=0)).findings]
+        ['DC leak']
+    """
+    found = health(layer)
+    reason = "There are no inputs and no loss."
+    skipped = dict.fromkeys(("gradients", "landscapes", "step limit", "trials"), reason)
+    unknown = (float("nan"), float("nan"))
+    setup = TrainingSetup(layer, _no_loss, None, None)
+    return Diagnosis(found.findings, {"health": found}, skipped, [], unknown, setup)
+
+
+def _no_loss(*_: Any) -> Any:
+    raise ValueError("A layer without inputs and targets has no loss.")
+
+
 class _Examination:
     """The work of ``diagnose``: the checks, then the trials of remedies, then the order."""
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from gaborium.diagnostics.causes import RECOVER, Finding, by_severity, finding
 from gaborium.diagnostics.sandbox import check_inputs
 from gaborium.layers import GABOR_LAYERS, GaborLayer
-from gaborium.optim.jacobian import kernels_and_slopes
+from gaborium.optim.kernel_family import kernel_jacobian
 from gaborium.params import POSITIVE_FIELDS
 from gaborium.patches import PatchStatistics
 
@@ -119,7 +119,8 @@ def identifiability(
     if inner is None:
         raise ValueError(f"There is no Gabor layer in this {type(layer).__name__}.")
     _check(inner, inputs, noise, targets)
-    names, slopes = field_slopes(inner)
+    names, jacobian = kernel_jacobian(inner)
+    slopes = jacobian[:, 0].cpu()  # of the one kernel of each filter
     units = _units(inner, names)
     kernels = inner.weight.detach().double().flatten(1).cpu()
     deviation = torch.full((inner.n_filters,), noise or 1.0, dtype=torch.float64)
@@ -155,6 +156,11 @@ def identifiability(
 
 
 def _check(layer: GaborLayer, inputs: Tensor, noise: float | None, targets: Tensor | None) -> None:
+    if layer.output != "real":
+        raise ValueError(
+            "This needs a layer with output='real', whose responses are linear in one kernel; "
+            f"got output={layer.output!r}."
+        )
     check_inputs(layer, inputs)
     if inputs.ndim != layer.n_dims + 2 or inputs.shape[1] != layer.in_channels:
         raise ValueError(
@@ -210,48 +216,6 @@ def filter_statistics(
     )  # fmt: skip
     statistics.add(layer.padded(own) if padded else own, answer)
     return statistics
-
-
-def field_slopes(layer: GaborLayer) -> tuple[tuple[str, ...], Tensor]:
-    """Derivatives of each filter's kernel by its learned fields, in float64.
-
-    Returns:
-        The parameters' names, such as ``"sigma"``, ``"center_x"`` or ``"phase[2]"``, and the
-        derivatives ``(filters, parameters, channels · pixels)``, in the parameters' own units.
-
-    Raises:
-        ValueError: the layer's output is an energy or a quadrature pair, or it learns no field.
-    """
-    if layer.output != "real":
-        raise ValueError(
-            f"This needs a layer with output='real', whose responses are linear in one kernel; "
-            f"got output={layer.output!r}."
-        )
-    params = layer.params.detach().to(torch.float64)
-    learned = {name: value for name, value in params.as_dict().items() if name in layer.learn}
-    if not learned:
-        raise ValueError("The layer learns no field of its record; give it learn=(...).")
-    names = []
-    for field, value in learned.items():
-        channels = [f"[{c}]" if value.shape[1] > 1 else "" for c in range(value.shape[1])]
-        axes = [f"_{axis}" for axis in "xyz"[: layer.n_dims]] if field == "center" else [""]
-        names += [f"{field}{axis}{channel}" for channel in channels for axis in axes]
-
-    coordinates = layer.raw_coordinates
-
-    def raw(flat: Tensor) -> Tensor:
-        """All raw numbers of the filters, summed over filters, which share none."""
-        parts = flat.split([value[0].numel() for value in learned.values()], 1)
-        fields = {n: p.reshape(v.shape) for p, (n, v) in zip(parts, learned.items(), strict=True)}
-        whole = coordinates.to_raw(params.replace(**fields))
-        return torch.cat([value.flatten(1) for value in whole.values()], 1).sum(0)
-
-    flat = torch.cat([value.flatten(1) for value in learned.values()], 1)
-    by_field = torch.autograd.functional.jacobian(raw, flat)  # (raw, filters, fields)
-    whole = coordinates.to_raw(params)
-    _, by_raw = kernels_and_slopes(layer, whole, list(whole))
-    slopes = torch.einsum("rfp,fmrn->fpmn", by_field, by_raw).flatten(2)
-    return tuple(names), slopes.cpu()
 
 
 def recover_options(layer: GaborLayer) -> dict[str, Any] | None:

@@ -68,8 +68,8 @@ class Landscape:
         present_slope: derivative of the loss there, per unit of each field.
         present_change: range of the loss within a fifth of the way to the best minimum.
         present_minimum: the minimum that steepest descent from the present position reaches.
-        half_width: for each field, distance from the best minimum to the point where the squared
-            error (of other losses: the loss) stops being convex; NaN if there is no such point.
+        half_width: distance from the best minimum to the points where the squared error (of other
+            losses: the loss) stops being convex; NaN if it never does, and for two fields.
         predicted_half_width: λ / (√2 π σ/γ) for an orientation, rad, from the layer's present
             values; ``None`` for other fields.
         exact: whether the values come from the patches' covariance, in float64.
@@ -91,7 +91,7 @@ class Landscape:
     present_slope: tuple[float, ...]
     present_change: float
     present_minimum: Minimum
-    half_width: tuple[float, ...]
+    half_width: float
     predicted_half_width: float | None
     exact: bool
     remedy: str
@@ -197,9 +197,9 @@ def landscape(
     bottoms, basins = _watershed(score.view([n] * len(axes)), periodic, rounding)
     places = points[bottoms]
     places[:_MOST_REFINED] = _refine(evaluate, places[:_MOST_REFINED], axes)
-    order = evaluate(places).argsort(stable=True)
-    places, basins = places[order], order.argsort()[basins]
     lows = evaluate(places)
+    order = lows.argsort(stable=True)
+    places, lows, basins = places[order], lows[order], order.argsort()[basins]
     positions = [axis.value(places[:, i]).tolist() for i, axis in enumerate(axes)]
     shares = basins.flatten().bincount(minlength=len(lows)).double() / basins.numel()
     rows = zip(zip(*positions, strict=True), loss_of(lows).tolist(), shares.tolist(), strict=True)
@@ -231,7 +231,9 @@ def landscape(
         present_slope=_slope(lambda points: loss_of(evaluate(points)), here, axes),
         present_change=(near.max() - near.min()).item() if len(near) else math.inf,
         present_minimum=minima[int(basins.flatten()[away(points).sum(1).argmin()])],
-        half_width=tuple(_half_width(evaluate, places[0], axes, i) for i in range(len(axes))),
+        half_width=_half_width(score, int(bottoms[order[0]]), axes[0])
+        if len(axes) == 1
+        else math.nan,
         predicted_half_width=varied.predicted_half_width,
         exact=exact is not None,
         remedy=varied.remedy(minima[best].position, exact=exact is not None),
@@ -521,27 +523,23 @@ def _slope(evaluate: _Function, here: Tensor, axes: Sequence[_Axis]) -> tuple[fl
     return tuple((difference / (2 * steps) / torch.tensor(values)).tolist())
 
 
-def _half_width(evaluate: _Function, best: Tensor, axes: Sequence[_Axis], number: int) -> float:
-    """Distance along one axis to where a spline through the score has its first inflections."""
-    axis = axes[number]
-    n = len(axis.coordinates)
-    at = axis.coordinates
+def _half_width(score: Tensor, bottom: int, axis: _Axis) -> float:
+    """Distance from a minimum to the first inflections of a spline through the score."""
+    n = len(score)
     if axis.periodic:
-        at = best[number] + (torch.arange(n) - n // 2) * axis.step
-    line = best.repeat(n, 1)
-    line[:, number] = at
+        score, bottom = score.roll(n // 2 - bottom), n // 2
     # Second derivatives of a cubic spline solve a system with the band (1, 4, 1).
     band = 3 * torch.eye(n - 2) + torch.ones(n - 2, n - 2).tril(1).triu(-1)
-    bend, at = torch.linalg.solve(band.double(), evaluate(line).diff().diff()), at[1:-1]
-    middle = int((at - best[number]).abs().argmin())
-    bent = (bend <= 0).nonzero().flatten()
-    left, right = bent[bent < middle], bent[bent > middle]
-    if not bend[middle] > 0 or not len(left) or not len(right):
+    bend = torch.zeros(n, dtype=torch.float64)
+    bend[1:-1] = torch.linalg.solve(band.double(), score.diff().diff())
+    bent = (bend[1:-1] <= 0).nonzero().flatten() + 1
+    left, right = bent[bent < bottom], bent[bent > bottom]
+    if not bend[bottom] > 0 or not len(left) or not len(right):
         return math.nan
     ends = []
-    for outer, inner in ((left[-1], left[-1] + 1), (right[0], right[0] - 1)):
-        share = bend[inner] / (bend[inner] - bend[outer])
-        end = at[inner] + share * (at[outer] - at[inner])
+    for outer, inner in ((int(left[-1]), int(left[-1]) + 1), (int(right[0]), int(right[0]) - 1)):
+        share = (bend[inner] / (bend[inner] - bend[outer])).item()
+        end = axis.coordinates[0] + axis.step * (inner + share * (outer - inner))
         ends.append(end.exp() if axis.logarithmic else end)
     return ((ends[1] - ends[0]) / 2).item()
 

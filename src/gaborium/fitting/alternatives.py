@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +19,7 @@ from gaborium.fitting.solver import Target, misfit
 from gaborium.kernels import offsets
 
 _N_WAVES = 9  # of which any two may be a plaid
-_TURNS = (0.4, 0.7)  # rad, to both sides of a wave that lies between two others
+_TURNS = (0.4, 0.7)  # rad, to both sides of a wave between two others
 _RATIOS = (1.2, 2.0, 4.0, 7.0)  # of a surround's width to its centre's
 _N_WIDTHS = 5  # of a centre or a blob that are tried
 _STRETCHES = (1.0, 0.4, 2.5)  # aspect ratios of a blob that are tried
@@ -34,7 +33,7 @@ class TwoGabors(Model):
     """The sum of two Gabor functions; a row of z is their two rows side by side.
 
     Args:
-        one: what each of the two may be.
+        one: the model of each.
     """
 
     n_basis = 4
@@ -54,16 +53,22 @@ class TwoGabors(Model):
         low, high = self.one.bounds(like)
         return low.repeat(2), high.repeat(2)
 
-    def at(self, z: Tensor) -> _SampledTwo:
-        """Kernels at geometries ``(batch, columns)``."""
-        first, second = z.split(self.width, dim=1)
-        return _SampledTwo(self.one.at(first), self.one.at(second))
+    def at(self, z: Tensor) -> Sampled:
+        """Both pairs, and their Jacobian."""
+        (first, by_first), (second, by_second) = map(self.one.at, z.split(self.width, dim=1))
+
+        def jacobian(coefficients: Tensor) -> Tensor:
+            return torch.cat(
+                [by_first(coefficients[..., :2]), by_second(coefficients[..., 2:4])], 2
+            )
+
+        return torch.cat([first, second], 1), jacobian
 
     def starts(self, target: Target, z: Tensor, waves: Tensor, n_starts: int) -> Tensor:
         """The most promising pairs of each problem, ``(batch, n_starts, columns)``.
 
         Pairs are: one Gabor function and the likeliest wave in its residual; any two likely waves;
-        and two that cross symmetrically about the one, as it lies between two of equal strength.
+        and two that cross symmetrically about the one, which is between two of equal strength.
 
         Args:
             target: in the metric's coordinates.
@@ -84,19 +89,6 @@ class TwoGabors(Model):
         likely = torch.stack([torch.cat(pair, 1) for pair in pairs], 1)
         likely = likeliest(self, target, likely, max(1, n_starts - len(between)))
         return torch.cat([likely, torch.stack(between, 1)], 1)
-
-
-class _SampledTwo(NamedTuple):
-    first: Sampled
-    second: Sampled
-
-    @property
-    def basis(self) -> Tensor:
-        return torch.cat([self.first.basis, self.second.basis], 1)
-
-    def jacobian(self, coefficients: Tensor) -> Tensor:
-        first, second = coefficients[..., :2], coefficients[..., 2:4]
-        return torch.cat([self.first.jacobian(first), self.second.jacobian(second)], 2)
 
 
 @dataclass(frozen=True)
@@ -123,13 +115,24 @@ class CenterSurround(Model):
         both = torch.tensor([low, high], dtype=torch.float64).to(like)
         return both[0], both[1]
 
-    def at(self, z: Tensor) -> _SampledRings:
-        """Kernels at geometries ``(batch, columns)``."""
+    def at(self, z: Tensor) -> Sampled:
+        """Centre and surround, and their Jacobian."""
         d = self.n_dims
-        away = offsets(self.sizes, z.dtype, z.device) - z[:, :d, None]  # (batch, d, pixels)
-        scale = torch.stack([z[:, d], z[:, d] + z[:, d + 1]], 1).mul(-2).exp()
+        away = offsets(self.sizes, z.dtype, z.device) - z[:, :d, None]  # px, (batch, d, pixels)
+        scale = torch.stack([z[:, d], z[:, d] + z[:, d + 1]], 1).mul(-2).exp()  # 1/σ² of each
         square = away.square().sum(1, keepdim=True) * scale.unsqueeze(-1)  # (batch, 2, pixels)
-        return _SampledRings((-0.5 * square).exp(), square, away, scale)
+        basis = (-0.5 * square).exp()
+
+        def jacobian(coefficients: Tensor) -> Tensor:
+            weighted = coefficients[..., :2].unsqueeze(-1) * basis.unsqueeze(1)  # (B, C, 2, N)
+            of_center = (weighted * scale[:, None, :, None]).sum(2, keepdim=True)
+            wider = weighted * square.unsqueeze(1)
+            of_ratio = wider[:, :, 1:]
+            return torch.cat(
+                [of_center * away.unsqueeze(1), wider.sum(2, keepdim=True), of_ratio], 2
+            )
+
+        return basis, jacobian
 
     def starts(self, target: Target, patterns: Tensor) -> Tensor:
         """The most promising geometry for each of some ratios, ``(batch, ratios, columns)``.
@@ -150,29 +153,20 @@ class CenterSurround(Model):
         return torch.cat(rows, 1)
 
 
-class _SampledRings(NamedTuple):
-    basis: Tensor  # centre and surround, (batch, 2, pixels)
-    square: Tensor  # squared distance in standard deviations of each, (batch, 2, pixels)
-    away: Tensor  # offset from the centre, px, (batch, d, pixels)
-    scale: Tensor  # 1/σ² of each, (batch, 2)
-
-    def jacobian(self, coefficients: Tensor) -> Tensor:
-        weighted = coefficients[..., :2].unsqueeze(-1) * self.basis.unsqueeze(1)  # (B, C, 2, N)
-        of_center = (weighted * self.scale[:, None, :, None]).sum(2, keepdim=True)
-        wider = weighted * self.square.unsqueeze(1)
-        return torch.cat(
-            [of_center * self.away.unsqueeze(1), wider.sum(2, keepdim=True), wider[:, :, 1:]], 2
-        )
-
-
 class Gaussian(GaborModel):
     """One Gaussian, round or elongated: the even half of a model of ``zero_frequency``."""
 
     n_basis = 1
 
-    def at(self, z: Tensor) -> _SampledEven:  # type: ignore[override]
-        """Kernels at geometries ``(batch, columns)``."""
-        return _SampledEven(super().at(z))
+    def at(self, z: Tensor) -> Sampled:
+        """The envelope, and its Jacobian."""
+        basis, jacobian = super().at(z)
+
+        def of_even(coefficients: Tensor) -> Tensor:
+            even = coefficients[..., :1]
+            return jacobian(torch.cat([even, torch.zeros_like(even)], -1))
+
+        return basis[:, :1], of_even
 
     def starts(self, target: Target, centers: Tensor) -> Tensor:
         """The most promising geometries at some centres ``(batch, several, d)``."""
@@ -192,25 +186,13 @@ class Gaussian(GaborModel):
         return likeliest(self, target, z, _N_BLOBS)
 
 
-class _SampledEven(NamedTuple):
-    pair: Sampled
-
-    @property
-    def basis(self) -> Tensor:
-        return self.pair.basis[:, :1]
-
-    def jacobian(self, coefficients: Tensor) -> Tensor:
-        even = coefficients[..., :1]
-        return self.pair.jacobian(torch.cat([even, torch.zeros_like(even)], -1))
-
-
 def _log_widths(narrow: float, wide: float) -> list[float]:
     steps = [i / (_N_WIDTHS - 1) for i in range(_N_WIDTHS)]
     return [math.log(narrow * (wide / narrow) ** step) for step in steps]
 
 
 def likeliest(model: Model, target: Target, z: Tensor, n: int) -> Tensor:
-    """Of geometries ``(batch, several, columns)`` those of least misfit, best first."""
+    """The geometries of least misfit among ``(batch, several, columns)``, best first."""
     several = z.shape[1]
     cost = misfit(target.repeat(several), model, z.flatten(0, 1)).reshape(-1, several)
     best = cost.topk(min(n, several), largest=False).indices
@@ -228,12 +210,11 @@ def crossing(model: TwoGabors, z: Tensor, coefficients: Tensor) -> Tensor:
     padded = [2 * size for size in model.sizes]
     powers, spectra, directions = [], [], []
     for row, own in zip(rows, (coefficients[..., :2], coefficients[..., 2:4]), strict=True):
-        sampled = one.at(row)
-        kernels = own @ sampled.basis
+        kernels = own @ one.at(row)[0]
         powers.append(kernels.square().sum((-2, -1)))
         spectrum = torch.fft.rfftn(kernels.unflatten(-1, model.sizes), s=padded, dim=axes)
         spectra.append(spectrum.abs().flatten(1))
-        directions.append(sampled.n)
+        directions.append(one.directions(row)[0])
     in_common = F.cosine_similarity(spectra[0], spectra[1], dim=1)
     parallel = (directions[0] * directions[1]).sum(-1).abs()
     cross = (in_common < _MAX_SPECTRAL_OVERLAP) & (parallel < _MAX_COSINE)

@@ -1,4 +1,4 @@
-"""``fit`` and ``recover``: the two ways to ask for Gabor functions."""
+"""``fit`` and ``recover``: Gabor functions from kernels, or from images and responses."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ from gaborium.params import RECORDS
 from gaborium.patches import PatchStatistics, root_of
 
 _PIECE = 2**22  # numbers in the kernels that are held as a problem at a time
-# Options of the search: which values are good, and how that is said.
+# Options of the search: a test for good values, and their description.
 _GOOD: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "n_dims": (lambda value: value in RECORDS, "1, 2 or 3"),
+    "n_dims": (RECORDS.__contains__, "1, 2 or 3"),
     "n_starts": (lambda value: value >= 1, "at least 1"),
     "max_iterations": (lambda value: value >= 1, "at least 1"),
     "tolerance": (lambda value: value > 0, "positive"),
     "dtype": (
-        lambda value: value in (torch.float32, torch.float64),
+        (torch.float32, torch.float64).__contains__,
         "torch.float32 or torch.float64",
     ),
 }
@@ -69,34 +69,35 @@ def fit(
 
     Args:
         kernels: ``(filters, *kernel_size)``, or ``(filters, channels, *kernel_size)`` with
-            ``geometry="filter"``; or one kernel without batch axis. Convolution weights are the
-            latter. They are fitted on the device where they are.
+            ``geometry="filter"``, such as convolution weights; or one kernel without batch axis.
+            They are fitted on their device.
         n_dims: spatial dimensions of a kernel: 1, 2 or 3.
-        geometry: ``"pair"``: every kernel for itself, leading axes are all batch.
+        geometry: ``"pair"``: each kernel separately, leading axes are all batch.
             ``"filter"``: the kernels along the last batch axis share orientation, wavelength,
             sigma, aspect ratio and centre, and have an amplitude and a phase each.
-        center: search for the envelope's centre as well; otherwise it is the kernel's middle.
+        center: search for the envelope's centre too; otherwise it is the kernel's middle.
         isotropic: keep the aspect ratio at 1.
-        offset: allow a constant beside every kernel, such as the mean of a receptive field's
-            estimate. It is fitted and not returned; explained variance is then that of the
-            kernel's variance, and not of its power.
-        weights: how much each pixel counts, not negative and of a shape that broadcasts to
-            ``kernels``: the inverse of its noise's variance, up to a factor. A pixel of weight 0 is
-            not looked at, whatever it holds.
-        metric: symmetric, not negative, ``(channels · pixels,) * 2``: the misfit of a kernel is
-            ``dᵀ metric d`` of its differences d. The inverse of the noise's covariance, or the
-            covariance of the patches that the kernels will see; by default all pixels count alike.
+        offset: add a free constant to every kernel, such as the mean of a receptive field's
+            estimate. It is not returned. Explained variance is then the share of the kernel's
+            variance instead of its power.
+        weights: weight of each pixel, not negative and of a shape that broadcasts to ``kernels``:
+            the inverse of its noise's variance, up to a factor. A pixel of weight 0 is ignored,
+            even if it is NaN.
+        metric: symmetric, not negative, ``(channels · pixels,) * 2``: the misfit of a kernel with
+            differences d is ``dᵀ metric d``. Give the inverse of the noise's covariance, or the
+            covariance of the patches that the kernels will see; by default all pixels count the
+            same.
         loss: ``"squared"``; or for kernels with a few wild pixels ``"huber"``, which counts large
             residuals linearly, or ``"cauchy"``, which counts them by their logarithm.
         bounds: narrower ranges, as ``{"wavelength": (3.0, 8.0)}``: of wavelength, sigma (px),
             aspect ratio and centre (px from the middle, for every axis).
         n_starts: candidates that are followed at most; the best end is returned. After an exact
-            fit, or one that leaves nothing but noise, no other is tried. Of 24 and more a quarter
-            is drawn at random, the same for all kernels.
+            fit, or one that leaves only noise, no other is tried. From 24 on a quarter is drawn at
+            random, the same for all kernels.
         max_iterations: steps at most, for each search.
-        tolerance: a search has arrived when a step changes the kernel by less than this share.
-        dtype: what to search in. ``torch.float32`` is faster, and still takes the last steps in
-            double precision.
+        tolerance: a search has converged when a step changes the kernel by less than this share.
+        dtype: precision of the search. ``torch.float32`` is faster; the last steps are in double
+            precision.
 
     Returns:
         A result with one entry per filter, in float64. Fields have shape ``(filters,)``; with
@@ -105,7 +106,7 @@ def fit(
 
     Raises:
         ValueError: ``kernels`` has too few axes, or is empty or not floating; or an option is not
-            one of those above.
+            valid.
 
     Example:
         >>> from gaborium import Gabor2d, gabor
@@ -116,13 +117,8 @@ def fit(
     """
     one_of("geometry", geometry, ("pair", "filter"))
     one_of("loss", loss, LOSSES)
-    _check(
-        n_starts=n_starts,
-        max_iterations=max_iterations,
-        tolerance=tolerance,
-        dtype=dtype,
-        n_dims=n_dims,
-    )
+    _check(n_starts=n_starts, max_iterations=max_iterations, tolerance=tolerance)
+    _check(dtype=dtype, n_dims=n_dims)
     shared = geometry == "filter"
     if not kernels.is_floating_point():
         raise ValueError(f"kernels must be floating, got {kernels.dtype}; use kernels.float().")
@@ -145,12 +141,11 @@ def fit(
     grid = StartGrid(model, flat.new_empty(0, dtype=dtype), metric)
     rounding = 0.25 * torch.finfo(kernels.dtype).eps ** 2
     search = Search(grid, n_starts, max_iterations, tolerance, rounding)
-    pieces = []
-    for number in torch.arange(len(flat), device=flat.device).split(
-        max(1, _PIECE // flat[0].numel())
-    ):
-        own = weight if weight is None or len(weight) == 1 else weight[number]
-        pieces.append(_fit_piece(flat[number].double(), own, root, search, loss, shared))
+    size, pieces = max(1, _PIECE // flat[0].numel()), []
+    for start in range(0, len(flat), size):
+        rows = slice(start, start + size)
+        own = weight if weight is None or len(weight) == 1 else weight[rows]
+        pieces.append(_fit_piece(flat[rows].double(), own, root, search, loss, shared))
     return FitResult.cat(pieces)
 
 
@@ -188,8 +183,7 @@ def _fit_piece(
     variance = cost / n_left
     statistics = FitStatistics(
         explained=1 - cost / power,
-        # Noise in the pixels would flatter the fit: a parameter explains as much noise as a pixel
-        # has.
+        # Less the noise that parameters explain: each explains the noise of one pixel.
         explained_signal=1 - variance * n_data / power,
         noise=variance if noise is None else noise,
         n_left=n_left,
@@ -216,32 +210,32 @@ def recover(
 ) -> FitResult:
     """Find the Gabor filters that turn images into responses.
 
-    The responses are taken as ``conv(image, kernel) + bias + noise``, with white noise. The
-    images enter by the covariance of their patches only, gathered in one pass.
+    The model of the responses is ``conv(image, kernel) + bias + noise``, with white noise. Of the
+    images only the covariance of their patches is used, gathered in one pass.
 
     Args:
         images: ``(batch, channels, *size)``, or an iterable of such batches that need not fit in
             memory together.
         responses: ``(batch, filters, *size)`` as the convolution of these arguments gives them,
-            or an iterable beside that of the images.
-        kernel_size: pixels along each axis; their number is the number of dimensions when it is a
-            tuple, otherwise the images' axes tell.
+            or an iterable of such batches.
+        kernel_size: pixels along each axis; a tuple has one number per dimension.
         stride: of the convolution.
         padding: zeros around the images: numbers, ``"valid"`` or ``"same"``.
-        center: search for the envelope's centre as well.
+        center: search for the envelope's centre too.
         isotropic: keep the aspect ratio at 1.
         bounds: narrower ranges, as for ``fit``.
         n_starts: candidates that are followed at most; the best end is returned.
         max_iterations: steps at most, for each search.
-        tolerance: a search has arrived when a step changes the responses by less than this share.
+        tolerance: a search has converged when a step changes the responses by less than this
+            share.
 
     Returns:
         A result with one entry per filter, in float64: geometry ``(filters, 1)``, phase and
-        amplitude ``(filters, channels)``. Explained variance is that of the responses.
+        amplitude ``(filters, channels)``. Explained variance is the responses' share.
 
     Raises:
         ValueError: shapes do not agree, an image is smaller than the kernel, a value is not
-            finite, or the images are constant, so that nothing can be recovered.
+            finite, or the images are constant.
 
     Example:
         >>> from gaborium import Gabor2d, GaborConv2d
@@ -296,8 +290,8 @@ def _solve_statistics(
     variance, count = statistics.response_variance, statistics.count
     if statistics.is_constant:
         raise ValueError(
-            "The images are constant: every kernel of the same sum gives the same responses, so "
-            "nothing can be recovered; use images with structure."
+            "The images are constant: every kernel of the same sum gives the same responses; use "
+            "images with structure."
         )
     root, inverse = root_of(C)
     scale = variance.clamp_min(1e-300).sqrt()
@@ -309,7 +303,7 @@ def _solve_statistics(
     cost = best.solution.cost
 
     # Of the responses' variance (here 1) a free kernel explains |y|² and leaves noise; the Gabor
-    # leaves |y - R K|² more. In each there is a known part of the noise, one per parameter.
+    # function leaves |y - R K|² more. Each contains a known part of the noise, one per parameter.
     n_free, n_parameters = len(root), model.n_parameters
     free_power = y.square().sum(-1)
     left = (1 - free_power).clamp_min(0.0)
@@ -317,8 +311,8 @@ def _solve_statistics(
     gained = free_power - cost - noise * n_parameters
     missed = cost - noise * (n_free - n_parameters)
     residual = left + cost
-    # The best of all Gabor functions explains some of pure noise, too: it must be worth its
-    # parameters (Bayesian information criterion).
+    # The best of all Gabor functions explains some of pure noise too: it must explain more than
+    # its parameters would (Bayesian information criterion).
     worth = -count * residual.log() > n_parameters * math.log(count)
     fit_statistics = FitStatistics(
         explained=1 - residual,
@@ -339,7 +333,7 @@ def _model(
     offset: bool,
     bounds: Mapping[str, tuple[float, float]] | None,
 ) -> GaborModel:
-    """What is searched, within ``bounds``."""
+    """The model to search, within ``bounds``."""
     bounds, searched = bounds or {}, {"center": center, "aspect_ratio": not isotropic}
     limits = []
     for name, pair in bounds.items():
@@ -352,9 +346,9 @@ def _model(
     low, high = model.bounds(torch.zeros(1, dtype=torch.float64))
     if (low > high).any():
         raise ValueError(
-            f"bounds of {', '.join(bounds)} must leave something of what kernels of {sizes} px "
-            f"can tell: wavelength from 2 px, sigma from 0.2 to {4 * max(sizes)} px, aspect_ratio "
-            f"from 0.05 to 20, center within the kernel; got {dict(bounds)}."
+            f"bounds of {', '.join(bounds)} must leave part of the range for kernels of {sizes} px:"
+            f" wavelength from 2 px, sigma from 0.2 to {4 * max(sizes)} px, aspect_ratio from 0.05 "
+            f"to 20, center within the kernel; got {dict(bounds)}."
         )
     return model
 
@@ -372,7 +366,7 @@ def _limit(name: str, pair: tuple[float, float]) -> tuple[str, float, float]:
     if name == "center":
         return name, low, high
     if name == "wavelength":
-        # Without a longest wave a blob is in the range, and both signs lead there.
+        # Without a longest wave the range includes blobs, which both signs approach.
         slowest = (-math.inf if low == 0 else -1 / low) if high == math.inf else 1 / high
         return "frequency", slowest, math.inf if low == 0 else 1 / low
     return name, math.log(low) if low else -math.inf, math.log(high)
@@ -391,14 +385,14 @@ def _root_weights(weights: Tensor, kernels: Tensor, *, shared: bool, n_dims: int
         torch.broadcast_to(weights, kernels.shape)
     except RuntimeError:
         raise ValueError(
-            f"weights must have a shape that broadcasts to that of kernels, "
+            f"weights must have a shape that broadcasts to the kernels' shape "
             f"{tuple(kernels.shape)}, got {tuple(weights.shape)}."
         ) from None
     weights = weights.detach().to(kernels.device, torch.float64)
     if not (weights.isfinite().all() and (weights >= 0).all() and (weights > 0).any()):
         raise ValueError("weights must be finite and not negative, and some of them positive.")
     weights = weights[(None,) * (kernels.ndim - weights.ndim)]
-    one = kernels.ndim - n_dims - shared  # axes before those of a filter
+    one = kernels.ndim - n_dims - shared  # batch axes
     shape = kernels.shape
     if weights.shape[:one].numel() == 1:
         shape = torch.Size([1] * one) + shape[one:]

@@ -1,4 +1,4 @@
-"""From where searches ended to a result: records, standard errors, an outcome for each filter."""
+"""The ends of searches as a result: records, standard errors, an outcome for each filter."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from gaborium.fitting.solver import Target
 from gaborium.kernels import gabor_jacobian
 from gaborium.params import Gabor
 
-_MIN_EIGENVALUE = 1e-11  # of the scaled Fisher information; below, a direction has none
+_MIN_EIGENVALUE = 1e-11  # of the scaled Fisher information; below, a direction is unknown
 _MAX_UNKNOWN_SHARE = 1e-3  # of a parameter in such directions, up to which it is determined
 _DISTINCT = 3.0  # standard errors by which the parameters of two kernels differ
 # Standard deviation without any knowledge: of a uniform number between 0 and the period; for a
@@ -43,7 +43,7 @@ class FitStatistics:
         noise: variance of the noise in the metric's coordinates.
         n_left: numbers in a target that are not used up by parameters.
         scale: what targets were divided by.
-        bad: whether there was nothing to fit.
+        bad: whether the target is zero or not finite.
     """
 
     explained: Tensor
@@ -60,10 +60,10 @@ def judge(
     """Turn ends into a result.
 
     Args:
-        model: what was searched.
-        target: what for.
-        best: the ends.
-        statistics: how well they explain it.
+        model: of the search.
+        target: of the search.
+        best: its ends.
+        statistics: how well they explain the target.
         shared: whether fields keep their channel axis.
     """
     solution, bad = best.solution, statistics.bad

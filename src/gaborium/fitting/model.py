@@ -1,4 +1,4 @@
-"""What a fit can search: kernels that depend on a row of geometry, and linearly on coefficients.
+"""Models that a fit can search: kernels are linear in coefficients, given a row of geometry.
 
 The logarithm of a Gabor function's envelope is a quadratic polynomial of the pixel's offset, and
 the carrier's angle a linear one. Their values at all pixels are products of a few numbers per
@@ -8,9 +8,9 @@ geometry with one matrix of monomials, and so are their derivatives. That makes 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -18,25 +18,14 @@ from torch import Tensor
 from gaborium.kernels import direction_and_slopes, offsets
 from gaborium.params import RECORDS, Gabor
 
-
-class Sampled(Protocol):
-    """A model's kernels at a batch of geometries, and their derivatives."""
-
-    @property
-    def basis(self) -> Tensor:
-        """The kernels that coefficients combine, ``(batch, n_basis, pixels)``."""
-        ...
-
-    def jacobian(self, coefficients: Tensor) -> Tensor:
-        """Derivatives of the combined kernels by each free column.
-
-        ``(batch, channels, n_basis or more)`` coefficients give ``(batch, channels, p, pixels)``.
-        """
-        ...
+# The basis ``(batch, n_basis, pixels)``, and a function from coefficients ``(batch, channels,
+# n_basis or more)`` to the Jacobian of the kernels that they combine, by the free columns of z:
+# ``(batch, channels, p, pixels)``.
+Sampled = tuple[Tensor, Callable[[Tensor], Tensor]]
 
 
 class Model:
-    """Base of all models: sizes, channels, what is free, and how many numbers a fit chooses.
+    """Base of all models: sizes, channels, free columns, and the number of parameters.
 
     A subclass has the attributes below, and the methods ``bounds`` and ``at``.
 
@@ -62,7 +51,7 @@ class Model:
         raise NotImplementedError
 
     def at(self, z: Tensor) -> Sampled:
-        """Kernels at geometries ``(batch, columns)``."""
+        """The basis and its Jacobian at geometries ``(batch, columns)``."""
         raise NotImplementedError
 
     @property
@@ -72,7 +61,7 @@ class Model:
 
     @property
     def n_coefficients(self) -> int:
-        """Coefficients per channel, with that of the offset."""
+        """Coefficients per channel, with the offset's."""
         return self.n_basis + self.offset
 
     @property
@@ -86,7 +75,7 @@ class GaborModel(Model):
     """Gabor functions: the envelope times cosine and times minus sine, with two coefficients.
 
     A geometry is a row z of ``(angles..., frequency, log σ, log γ, center...)``. The frequency may
-    change its sign: nothing special happens at zero, where the wave becomes a blob.
+    change its sign; at zero the wave becomes a blob.
 
     Args:
         sizes: pixels along each axis.
@@ -142,13 +131,17 @@ class GaborModel(Model):
         bounds = torch.tensor([low, high], dtype=torch.float64).to(like)
         return bounds[0], bounds[1]
 
-    def at(self, z: Tensor) -> _SampledGabor:
-        """Kernels at geometries ``(batch, columns)``; the phase counts from the kernel's middle."""
+    def directions(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """Unit wave vectors ``(batch, d)``, and their derivatives ``(batch, angles, d)``."""
+        angles = {name: z[:, self.columns[name]] for name in self.angle_names}
+        n, slopes = direction_and_slopes(angles, z[:, self.columns["frequency"]])
+        return n, torch.stack([*slopes.values()], 1) if slopes else n.new_zeros(len(z), 0, 1)
+
+    def at(self, z: Tensor) -> Sampled:
+        """The pair, whose phase counts from the kernel's middle, and its Jacobian."""
         columns = self.columns
-        angles = {name: z[:, columns[name]] for name in self.angle_names}
         frequency = z[:, columns["frequency"]]
-        n, slopes = direction_and_slopes(angles, frequency)
-        by_angle = torch.stack([*slopes.values()], 1) if slopes else n.new_zeros(len(z), 0, 1)
+        n, by_angle = self.directions(z)
         along = n.unsqueeze(-1) * n.unsqueeze(-2)
         ratio = (2 * z[:, columns["aspect_ratio"]]).exp()
         scale = (-2 * z[:, columns["sigma"]]).exp()[:, None, None]
@@ -165,7 +158,53 @@ class GaborModel(Model):
         else:
             basis = torch.stack([angle.cos(), angle.sin().neg_()], 1)
         basis *= envelope.unsqueeze(1)
-        return _SampledGabor(self, basis, z, n, by_angle, along, precision)
+
+        def jacobian(coefficients: Tensor) -> Tensor:
+            even, odd = coefficients[..., 0, None], coefficients[..., 1, None]
+            cosine, minus_sine = basis[:, :1], basis[:, 1:2]
+            kernel = even * cosine + odd * minus_sine  # (batch, channels, pixels)
+            slope = -odd * cosine  # by the carrier's angle
+            if not self.zero_frequency:
+                slope += even * minus_sine
+            of_envelope, of_angle = self._slopes(z, n, by_angle, along, precision)
+            J = kernel.unsqueeze(-2) * of_envelope.unsqueeze(1)
+            J[:, :, : of_angle.shape[1]].addcmul_(slope.unsqueeze(-2), of_angle.unsqueeze(1))
+            return J
+
+        return basis, jacobian
+
+    def _slopes(
+        self, z: Tensor, n: Tensor, by_angle: Tensor, along: Tensor, precision: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Derivatives of log envelope ``(batch, p, pixels)`` and angle ``(batch, ≤ p, pixels)``.
+
+        By each free column; of the angle only by the first ones, on which it depends.
+        """
+        columns, d = self.columns, self.n_dims
+        center = z[:, columns["center"] :]
+        frequency = z[:, columns["frequency"], None]
+        monomials = _monomials(self.sizes, z.dtype, z.device)
+        ratio = (2 * z[:, columns["aspect_ratio"]]).exp()
+        scale = (-2 * z[:, columns["sigma"]]).exp()
+
+        squeezed = (scale * (1 - ratio))[:, None, None, None]
+        tilt = by_angle.unsqueeze(-1) * n[:, None, None, :]
+        changes = [squeezed * (tilt + tilt.mT)]  # of the precision, by each column
+        if not self.zero_frequency:
+            changes.append(torch.zeros_like(precision).unsqueeze(1))  # by the frequency
+        changes.append(-2 * precision.unsqueeze(1))
+        if columns["aspect_ratio"] in self.free:
+            changes.append((2 * (precision - scale[:, None, None] * along)).unsqueeze(1))
+        rows = [_quadratic(torch.cat(changes, 1), center.unsqueeze(1))]
+        if self.free_center:
+            moved = rows[0].new_zeros(len(z), d, len(monomials))
+            moved[:, :, 0] = -(precision @ center.unsqueeze(-1)).squeeze(-1)
+            moved[:, :, 1 : 1 + d] = precision
+            rows.append(moved)
+        waves = by_angle.expand(-1, -1, d)
+        if not self.zero_frequency:
+            waves = 2 * math.pi * torch.cat([frequency.unsqueeze(-1) * waves, n.unsqueeze(1)], 1)
+        return torch.cat(rows, 1) @ monomials, waves @ monomials[1 : 1 + d]
 
     def record(self, z: Tensor, coefficients: Tensor) -> Gabor:
         """Geometry ``(batch, 1)``, phase and amplitude ``(batch, channels)``, in float64."""
@@ -201,61 +240,6 @@ class GaborModel(Model):
         columns.append(fields["aspect_ratio"].log() if self.n_dims > 1 else 0 * params.sigma)
         flat = torch.stack([value.reshape(n) for value in columns], -1)
         return torch.cat([flat, params.center.reshape(n, -1)], -1)
-
-
-class _SampledGabor(NamedTuple):
-    model: GaborModel
-    basis: Tensor  # envelope times cosine and times minus sine, (batch, 2, pixels)
-    z: Tensor
-    n: Tensor  # direction of the wave, (batch, d)
-    by_angle: Tensor  # its derivatives by the angles, (batch, angles, d)
-    along: Tensor  # n nᵀ, (batch, d, d)
-    precision: Tensor  # P of the envelope exp(-u·P u / 2), (batch, d, d)
-
-    def jacobian(self, coefficients: Tensor) -> Tensor:
-        even, odd = coefficients[..., 0, None], coefficients[..., 1, None]
-        cosine, minus_sine = self.basis[:, :1], self.basis[:, 1:2]
-        kernel = even * cosine + odd * minus_sine  # (batch, channels, pixels)
-        slope = -odd * cosine  # by the carrier's angle
-        if not self.model.zero_frequency:
-            slope += even * minus_sine
-        of_envelope, of_angle = self._slopes()
-        J = kernel.unsqueeze(-2) * of_envelope.unsqueeze(1)
-        J[:, :, : of_angle.shape[1]].addcmul_(slope.unsqueeze(-2), of_angle.unsqueeze(1))
-        return J
-
-    def _slopes(self) -> tuple[Tensor, Tensor]:
-        """Derivatives of log envelope ``(batch, p, pixels)`` and angle ``(batch, ≤ p, pixels)``.
-
-        By each free column; of the angle only by the first ones, on which it depends.
-        """
-        model = self.model
-        columns, d = model.columns, model.n_dims
-        z, n, by_angle, precision = self.z, self.n, self.by_angle, self.precision
-        center = z[:, columns["center"] :]
-        frequency = z[:, columns["frequency"], None]
-        monomials = _monomials(model.sizes, z.dtype, z.device)
-        ratio = (2 * z[:, columns["aspect_ratio"]]).exp()
-        scale = (-2 * z[:, columns["sigma"]]).exp()
-
-        squeezed = (scale * (1 - ratio))[:, None, None, None]
-        tilt = by_angle.unsqueeze(-1) * n[:, None, None, :]
-        changes = [squeezed * (tilt + tilt.mT)]  # of the precision, by each column
-        if not model.zero_frequency:
-            changes.append(torch.zeros_like(precision).unsqueeze(1))  # by the frequency
-        changes.append(-2 * precision.unsqueeze(1))
-        if columns["aspect_ratio"] in model.free:
-            changes.append((2 * (precision - scale[:, None, None] * self.along)).unsqueeze(1))
-        rows = [_quadratic(torch.cat(changes, 1), center.unsqueeze(1))]
-        if model.free_center:
-            moved = rows[0].new_zeros(len(z), d, len(monomials))
-            moved[:, :, 0] = -(precision @ center.unsqueeze(-1)).squeeze(-1)
-            moved[:, :, 1 : 1 + d] = precision
-            rows.append(moved)
-        waves = by_angle.expand(-1, -1, d)
-        if not model.zero_frequency:
-            waves = 2 * math.pi * torch.cat([frequency.unsqueeze(-1) * waves, n.unsqueeze(1)], 1)
-        return torch.cat(rows, 1) @ monomials, waves @ monomials[1 : 1 + d]
 
 
 @lru_cache(maxsize=32)

@@ -1,4 +1,4 @@
-"""What a fit returns: parameters, an outcome per filter, and how far to trust them."""
+"""The result of a fit: parameters, errors and an outcome per filter."""
 
 from __future__ import annotations
 
@@ -41,8 +41,8 @@ class FitResult:
         params: the record; geometry ``(filters, 1)`` and phase and amplitude ``(filters,
             channels)`` where channels share a geometry, otherwise every field ``(filters,)``.
         outcome: one per filter.
-        explained_variance: ``(filters,)``; 1 is a perfect fit. Of kernels the share of their
-            power, of responses the share of their variance.
+        explained_variance: ``(filters,)``, the share of a kernel's power, or of a response's
+            variance; 1 is a perfect fit.
         standard_error: for every field a tensor in the field's shape and unit: the standard
             deviation that noise like the residual gives it; infinite where the data do not
             determine the field.
@@ -72,18 +72,11 @@ class FitResult:
         """The filters at ``index``, as a result again: a number, a slice or a list of numbers."""
         numbers = range(len(self))
         if isinstance(index, slice):
-            where = list(numbers[index])
+            chosen = list(numbers[index])
         else:
-            where = [numbers[i] for i in ([index] if isinstance(index, int) else index)]
-        return FitResult(
-            params=type(self.params)(**{n: v[where] for n, v in self.params.as_dict().items()}),
-            outcome=tuple(self.outcome[i] for i in where),
-            explained_variance=self.explained_variance[where],
-            standard_error={name: value[where] for name, value in self.standard_error.items()},
-            correlation=self.correlation[where],
-            names=self.names,
-            n_iterations=self.n_iterations[where],
-        )
+            chosen = [numbers[i] for i in ([index] if isinstance(index, int) else index)]
+        tensors, metadata = fit_tensors(self)
+        return fit_from_tensors({name: v[chosen] for name, v in tensors.items()}, metadata)
 
     @property
     def converged(self) -> Tensor:
@@ -100,21 +93,11 @@ class FitResult:
 
     @classmethod
     def cat(cls, results: Sequence[FitResult]) -> FitResult:
-        """One result of several, in their order."""
-        first = results[0]
-        fields = [result.params.as_dict() for result in results]
-        return cls(
-            params=type(first.params)(**{n: torch.cat([f[n] for f in fields]) for n in fields[0]}),
-            outcome=tuple(outcome for result in results for outcome in result.outcome),
-            explained_variance=torch.cat([result.explained_variance for result in results]),
-            standard_error={
-                name: torch.cat([result.standard_error[name] for result in results])
-                for name in first.standard_error
-            },
-            correlation=torch.cat([result.correlation for result in results]),
-            names=first.names,
-            n_iterations=torch.cat([result.n_iterations for result in results]),
-        )
+        """One result from several, in their order."""
+        parts = [fit_tensors(result) for result in results]
+        tensors, metadata = parts[0]
+        joined = {name: torch.cat([part[0][name] for part in parts]) for name in tensors}
+        return fit_from_tensors(joined, metadata)
 
     def to_json(self, *, indent: int | None = None) -> str:
         """The result as JSON text; infinities and missing numbers are the texts inf and nan."""
@@ -137,15 +120,15 @@ class FitResult:
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the result into a safetensors file, all or nothing.
 
-        The file holds numbers and names, and no code. It carries its own SHA-256, so that damage
-        is noticed, and equal results make equal bytes.
+        The file holds numbers and names, no code, and a checksum against damage. Equal results make
+        equal bytes.
 
         Args:
             path: the file, in a folder that exists; an existing file is replaced.
 
         Raises:
             ImportError: safetensors is not installed.
-            OSError: it cannot be written there. What was there before stays.
+            OSError: it cannot be written. An earlier file stays.
 
         Example:
             >>> from tempfile import TemporaryDirectory
@@ -156,27 +139,20 @@ class FitResult:
             ...     FitResult.load(f"{folder}/fit.safetensors")
             FitResult(2 x Gabor2d: 2 CONVERGED)
         """
-        tensors, facts = fit_tensors(self)
-        write_tensors(path, tensors, {"name": "gaborium.fit", "format": 1, **facts})
+        tensors, metadata = fit_tensors(self)
+        write_tensors(path, tensors, {"name": "gaborium.fit", "format": 1, **metadata})
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> FitResult:
-        """Read what ``save`` has written, and verify its checksum.
-
-        Args:
-            path: the file.
-
-        Returns:
-            The result, with its tensors on the CPU.
+        """Read what ``save`` has written, with its tensors on the CPU.
 
         Raises:
             ImportError: safetensors is not installed.
             OSError: the file cannot be read.
-            ValueError: it is cut off or damaged, is no saved fit, or has a newer format.
+            ValueError: it is damaged, is not a saved fit, or has a newer format.
         """
-        tensors, facts = read_tensors(path, kind="fit")
         try:
-            return fit_from_tensors(tensors, facts)
+            return fit_from_tensors(*read_tensors(path, kind="fit"))
         except LookupError as error:
             raise ValueError(
                 f"{os.fspath(path)!r} has no {error} that this version knows; update gaborium."
@@ -207,39 +183,39 @@ class FitResult:
 
 
 def fit_tensors(result: FitResult) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """A result as named tensors, and facts for the file that holds them."""
-    # The codes count the names that are stored beside them, not the places in the enum, which may
-    # change.
-    names = list(dict.fromkeys(outcome.name for outcome in result.outcome))
+    """A result as named tensors with one entry per filter, and metadata for all filters."""
+    # Codes count the names stored with them, because the order in the enum may change.
+    names = [outcome.name for outcome in Outcome]
+    codes = [names.index(outcome.name) for outcome in result.outcome]
     tensors = {
-        "outcome": torch.tensor(
-            [names.index(outcome.name) for outcome in result.outcome], dtype=torch.uint8
-        ),
+        "outcome": torch.tensor(codes, dtype=torch.uint8),
         "explained_variance": result.explained_variance,
         "correlation": result.correlation,
         "n_iterations": result.n_iterations,
         **{f"params.{name}": value for name, value in result.params.as_dict().items()},
         **{f"standard_error.{name}": value for name, value in result.standard_error.items()},
     }
-    facts = {"record": type(result.params).__name__, "names": result.names, "outcomes": names}
-    return tensors, facts
+    return tensors, {
+        "record": type(result.params).__name__,
+        "names": result.names,
+        "outcomes": names,
+    }
 
 
-def fit_from_tensors(tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> FitResult:
-    """The result that ``fit_tensors`` took apart.
+def fit_from_tensors(tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> FitResult:
+    """The result of ``fit_tensors``, back.
 
     Raises:
         LookupError: a name is missing, or of another version.
     """
-    record = {record.__name__: record for record in RECORDS.values()}[facts["record"]]
-    fields = record.field_names()
-    outcomes = [Outcome[name] for name in facts["outcomes"]]
+    record = {record.__name__: record for record in RECORDS.values()}[metadata["record"]]
+    fields, names = record.field_names(), metadata["outcomes"]
     return FitResult(
         params=record(**{name: tensors[f"params.{name}"] for name in fields}),
-        outcome=tuple(outcomes[code] for code in tensors["outcome"].tolist()),
+        outcome=tuple(Outcome[names[code]] for code in tensors["outcome"].tolist()),
         explained_variance=tensors["explained_variance"],
         standard_error={name: tensors[f"standard_error.{name}"] for name in fields},
         correlation=tensors["correlation"],
-        names=tuple(facts["names"]),
+        names=tuple(metadata["names"]),
         n_iterations=tensors["n_iterations"],
     )

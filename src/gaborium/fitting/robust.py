@@ -1,8 +1,8 @@
-"""Fits that a few wild pixels do not spoil, by weights that follow the residuals.
+"""Robust fits: a few wild pixels lose their weight.
 
-A robust loss ρ is minimised by weighted least squares whose weights are ``ρ'(r) / r`` of the last
+A robust loss ρ is minimised by weighted least squares with weights ``ρ'(r) / r`` of the last
 residuals (iteratively reweighted least squares). The first weights come from the kernel alone: a
-pixel that is far from the median of its neighbours is not believed, before anything is fitted.
+pixel far from the median of its neighbours is not trusted.
 
 Reference:
     Holland and Welsch (1977), Commun. Stat. Theory Methods 6(9), doi:10.1080/03610927708827533.
@@ -21,10 +21,10 @@ from gaborium.fitting.search import Best, Search
 from gaborium.fitting.solver import Solution, Target, kernels_of
 
 LOSSES = ("squared", "huber", "cauchy")
-_TUNING = {"huber": 1.345, "cauchy": 2.385}  # 95 % efficient where the noise is normal after all
-_ROUNDS = 50
-_SEARCHES = 2  # of these rounds, how many look at all starts
-_ARRIVED = 1e-6  # change of the kernel, as a share of the residuals' scale
+_TUNING = {"huber": 1.345, "cauchy": 2.385}  # 95 % efficient if the noise is normal
+_MAX_ROUNDS = 50
+_N_SEARCHES = 2  # of these rounds, how many try all starts
+_TOLERANCE = 1e-6  # change of the kernel, as a share of the residuals' scale
 
 
 def reweighted(target: Target, search: Search, loss: str) -> tuple[Best, Tensor, Tensor]:
@@ -36,27 +36,27 @@ def reweighted(target: Target, search: Search, loss: str) -> tuple[Best, Tensor,
         loss: ``"huber"`` or ``"cauchy"``.
 
     Returns:
-        The best ends, whose cost is that of the last weights; the variance of noise that gives the
-        right standard errors in the metric of ``target``, ``(batch,)``; and those last weights,
+        The best ends, with the cost under the last weights; the variance of noise that gives the
+        right standard errors in the metric of ``target``, ``(batch,)``; and the last weights,
         between 0 and 1, ``(batch, channels, pixels)``.
     """
     model, y = search.model, target.y
     own = torch.ones_like(y) if target.weight is None else target.weight.expand_as(y)
     counted = own > 0
-    # Residuals are looked at as the target weighs them: in units of each pixel's own noise.
-    difference, spread = _beside_neighbours(torch.where(counted, y / own, 0.0), model)
+    # Residuals are in units of each pixel's noise, as the target weighs them.
+    difference, spread = _from_neighbours(torch.where(counted, y / own, 0.0), model)
     difference, spread = difference * own, spread * own
     scale = _spread(difference, counted)
-    # Before anything is fitted, rather too little trust than too much.
+    # Without a fit, rather too little trust than too much.
     trust = _trust(difference, "cauchy", torch.maximum(scale[:, None, None], spread)).square()
     before = torch.zeros_like(y)
     best: Best | None = None
     everyone = torch.arange(len(y), device=y.device)
-    for round_ in range(_ROUNDS):
+    for round_ in range(_MAX_ROUNDS):
         last = trust
         root = trust.sqrt()
         here = Target(y * root, None, own * root)
-        if best is None or round_ < _SEARCHES:
+        if best is None or round_ < _N_SEARCHES:
             best = search.best(here)
         else:
             z = best.solution.z
@@ -66,7 +66,7 @@ def reweighted(target: Target, search: Search, loss: str) -> tuple[Best, Tensor,
         scale = _spread(residual, counted)
         trust = _trust(residual, loss, scale[:, None, None])
         change = (now - before).square().sum((-2, -1)).sqrt()
-        if round_ >= _SEARCHES and (change <= _ARRIVED * scale).all():
+        if round_ >= _N_SEARCHES and (change <= _TOLERANCE * scale).all():
             break
         before = now
     assert best is not None
@@ -79,14 +79,15 @@ def _with_offset(model: GaborModel, solution: Solution) -> Tensor:
     return kernels + solution.coefficients[..., 2:3] if model.offset else kernels
 
 
-def _beside_neighbours(kernels: Tensor, model: GaborModel) -> tuple[Tensor, Tensor]:
-    """Differences from the median of a pixel and its neighbours, and how much these spread.
+def _from_neighbours(kernels: Tensor, model: GaborModel) -> tuple[Tensor, Tensor]:
+    """Differences from the median of a pixel and its neighbours, and the spread of these.
 
-    Both ``(batch, channels, pixels)``. Where the kernel waves, all differ, and none is wild.
+    Both ``(batch, channels, pixels)``. Where the kernel oscillates, neighbours differ without being
+    wild.
     """
     d = model.n_dims
     around = kernels.unflatten(-1, model.sizes).flatten(0, 1).unsqueeze(1)
-    # Replicate padding knows one to three axes, the reflecting one not single pixels.
+    # Replicate padding has one to three axes; reflecting does not work on single pixels.
     around = F.pad(around, (1, 1) * d, mode="replicate")
     for axis in range(2, 2 + d):
         around = around.unfold(axis, 3, 1)
@@ -97,7 +98,7 @@ def _beside_neighbours(kernels: Tensor, model: GaborModel) -> tuple[Tensor, Tens
 
 
 def _spread(residual: Tensor, counted: Tensor) -> Tensor:
-    """Standard deviation of the tame part of residuals, by their median: ``(batch,)``."""
+    """Robust standard deviation of residuals, by their median: ``(batch,)``."""
     size = torch.where(counted, residual.abs(), torch.nan).flatten(1)
     least = 1e2 * torch.finfo(residual.dtype).eps
     return (1.4826 * size.nanmedian(1).values).clamp_min(least)
@@ -110,7 +111,7 @@ def _trust(residual: Tensor, loss: str, scale: Tensor) -> Tensor:
 
 
 def _noise(t: Tensor, loss: str, counted: Tensor, model: GaborModel) -> Tensor:
-    """Variance, in squared scales, that an estimate by this loss behaves as if it had."""
+    """Variance of normal noise, in squared scales, that gives the same standard errors."""
     c = _TUNING[loss]
     if loss == "huber":
         force, slope = t.clamp(-c, c), (t.abs() < c).to(t)

@@ -35,11 +35,11 @@ NEGLIGIBLE_SHARE = 1e-5  # misfit below which no other model is tried
 PLAID_SHARE = 0.03  # misfit from which on two waves are tried
 MIN_EXPLAINED = 0.5  # of the explainable power; a kernel below is not called a Gabor function
 MIN_EXPLAINED_STRUCTURED = 0.8  # the same where more than noise is left
-SECOND_WAVE_SHARE = 0.1  # of a Gabor function's power, from which on another one beside it counts
+SECOND_WAVE_SHARE = 0.1  # of a Gabor function's power, from which on a second one counts
 DIFFERENT_KERNEL_SHARE = 1e-4  # squared distance from which on two kernels are different
 
 # Noise.
-MIN_NUMBERS_LEFT = 100  # numbers per target, less parameters, that can tell noise from structure
+MIN_NUMBERS_LEFT = 100  # numbers per target, less parameters, that distinguish noise from structure
 FALSE_ALARM_RATE = 0.02  # probability that noise is taken for a second wave
 N_CORRELATED_CANDIDATES = 5  # waves on the grid that are nearly one; from noise at 5 to 15 px
 EQUAL_COST_FACTOR = 2.0  # difference of misfits without meaning, in units of the noise's variance
@@ -48,7 +48,7 @@ RIVAL_COST_RATIO = 1.25  # of misfits, up to which another kernel is remembered
 # Radians that a wave turns within a standard deviation of its envelope.
 SLOW_TURN = 1.0  # below, the limit of frequency zero is tried
 MIN_EXACT_TURN = 0.5  # above, that limit is no exact fit where a wave is one
-ZERO_TURN = 1e-4  # stands for zero, where that limit is meant
+ZERO_TURN = 1e-4  # written instead of zero where that limit is an edge
 
 # Work.
 LOOSE_TOLERANCE = 1e-4  # while ends are compared; the best one is then refined
@@ -67,9 +67,9 @@ class Best:
 
     Args:
         solution: where it is.
-        rival: another kernel that fits nearly as well; where there is none, its cost is infinite.
+        rival: another kernel that fits nearly as well; otherwise its cost is infinite.
         structured: ``(batch,)``, whether more than noise is left.
-        second: ``(batch,)``, power that one more Gabor function would explain of what is left.
+        second: ``(batch,)``, power of the residual that one more Gabor function would explain.
         other: ``(batch,)``, whether two Gabor functions, or a centre with its surround, explain
             the target better.
     """
@@ -86,7 +86,7 @@ class Search:
     """Solve from several starts and keep, for each problem, the end of least misfit.
 
     Args:
-        grid: where starts come from, and what is searched.
+        grid: the source of starts; its model is searched.
         n_starts: candidates that are followed at most.
         max_iterations: steps at most, for each of them.
         tolerance: relative step of the kernel at which a search has converged.
@@ -101,7 +101,7 @@ class Search:
 
     @property
     def model(self) -> GaborModel:
-        """What is searched."""
+        """The model that is searched."""
         return self.grid.model
 
     def best(self, target: Target) -> Best:
@@ -232,7 +232,7 @@ class Search:
         return ends.scatter(slow[as_good], still)
 
     def _second(self, target: Target, best: Solution, number: Tensor, before: Tensor) -> Tensor:
-        """Power that the most promising start explains of what is left, for some problems."""
+        """Power of the residual that the most promising start explains, for some problems."""
         second = before.clone()
         for i in _batches(number, self.model, target.y, at_least=MIN_START_BATCH):
             left = target.select(i)
@@ -255,7 +255,7 @@ class Search:
         return target.n_data() - self.model.n_parameters
 
     def _ends(self, target: Target, best: Solution, first: Tensor, number: Tensor) -> Solution:
-        """The first end, those of all other starts, and one across: ``(problems, n, ...)``."""
+        """The first end, the ends of all other starts, and one across: ``(problems, n, ...)``."""
         starts = self._starts(target, number, self.n_starts, thorough=True)
         others = _without(first[number], starts)
         width, loose = others.shape[1], max(self.tolerance, LOOSE_TOLERANCE)
@@ -307,7 +307,7 @@ class Search:
         return best.scatter(resting[better], going.select(better))
 
     def _try_bounds(self, target: Target, best: Solution, number: Tensor) -> Solution:
-        """Where a search creeps, try what it may creep to: an endless or a thin envelope."""
+        """Where a search creeps, try the bounds it may creep to: an endless or a thin envelope."""
         low, high = self.model.bounds(best.z)
         columns = self.model.columns
         for name, bound in (("sigma", high), ("aspect_ratio", low), ("aspect_ratio", high)):
@@ -323,7 +323,7 @@ class Search:
     def _is_other(self, target: Target, best: Solution, number: Tensor, power: Tensor) -> Tensor:
         """Whether another model explains problems better than one Gabor function.
 
-        In one dimension a Gabor function has a surround of its own, and no two waves cross.
+        In one dimension a Gabor function has a surround already, and no two waves cross.
         """
         other = torch.zeros_like(best.converged)
         near = number[best.cost[number] > NEGLIGIBLE_SHARE * power[number]]
@@ -382,7 +382,7 @@ def _numbers(problems: Tensor) -> Tensor:
 
 
 def _is_exact(cost: Tensor, power: Tensor) -> Tensor:
-    """Whether misfits are rounding, and nothing can do better."""
+    """Whether misfits are only rounding."""
     return cost <= max(EXACT_SHARE, 1e5 * torch.finfo(power.dtype).eps ** 2) * power
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import threading
@@ -25,6 +24,8 @@ from gaborium.fitting.result import FitResult
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+_MANIFEST = "manifest.json"
+
 
 def fit_shards(
     kernels: Tensor | NDArray[Any] | str | os.PathLike[str],
@@ -37,13 +38,13 @@ def fit_shards(
 ) -> list[Path]:
     """Fit kernels shard by shard into a folder; called again after a failure, it continues.
 
-    The workers are joblib's. Inside ``joblib.parallel_config(backend=...)`` they are those of Dask,
-    Ray or another backend; every worker must see ``folder``.
+    The workers are joblib's, or inside ``joblib.parallel_config(backend=...)`` the workers of Dask,
+    Ray or another backend. Every worker must see ``folder``.
 
     Args:
         kernels: as for ``fit``, with the batch axis first: a tensor, an array, or the path of a
-            ``.npy`` file, of which every worker reads only its own shards.
-        folder: a new or empty folder for the shards, or that of an earlier call.
+            ``.npy`` file, which is read shard by shard.
+        folder: a new or empty folder for the shards, or the folder of an earlier call.
         shard_size: kernels that a worker holds at a time, and that a failure costs.
         n_jobs: workers, as joblib counts them; by default one, or what ``parallel_config`` says.
         options: keyword arguments of ``fit``, the same for all kernels.
@@ -76,38 +77,37 @@ def fit_shards(
     report, options = on_progress or (lambda *_: None), dict(options or {})
     if not isinstance(shard_size, int) or shard_size < 1:
         raise ValueError(f"shard_size must be a positive whole number, got {shard_size!r}.")
-    source: Path | NDArray[Any]
-    if isinstance(kernels, Tensor):
-        source = kernels.detach().cpu().numpy()
-    else:  # a full path, because a worker may have another working directory
-        source = Path(kernels).resolve() if isinstance(kernels, (str, os.PathLike)) else kernels
-    # The first kernel shows whether the options are good, and how many results a kernel gives.
-    per_kernel = len(fit(torch.from_numpy(_read(source, slice(0, 1))), **options))
-    n, *shape = _open(source).shape
-    if len(shape) < options.get("n_dims", 2) + (options.get("geometry") == "filter"):
-        raise ValueError(f"kernels must have a batch axis first, got shape {(n, *shape)}.")
-    folder = Path(folder).resolve()
-    shards = {
-        folder / f"shard-{i:06}.safetensors": slice(start, min(start + shard_size, n))
-        for i, start in enumerate(range(0, n, shard_size))
+    array = _open(kernels)
+    fit(_tensor(array[:1]), **options)  # shows whether the options are good
+    if array.ndim < 1 + options.get("n_dims", 2) + (options.get("geometry") == "filter"):
+        raise ValueError(f"kernels must have a batch axis first, got shape {array.shape}.")
+    folder, n = Path(folder).resolve(), len(array)
+    parts = [array[start : start + shard_size] for start in range(0, n, shard_size)]
+    shards = {folder / f"shard-{i:06}.safetensors": part for i, part in enumerate(parts)}
+    # Tensors as arrays, because their content must count.
+    arrays = {k: v.cpu().numpy() if isinstance(v, Tensor) else v for k, v in options.items()}
+    manifest = {
+        "gaborium": version("gaborium"),
+        "shape": array.shape,
+        "shard_size": shard_size,
+        "options": {name: repr(value) for name, value in options.items()},
+        "hash": joblib.hash([array, arrays], coerce_mmap=True),
     }
-    sizes = {path: rows.stop - rows.start for path, rows in shards.items()}
-    with locked_folder(folder, "manifest.json"):
+    with locked_folder(folder, _MANIFEST):
         for part in folder.glob(".gaborium-*.part"):  # of a process that was killed
             part.unlink(missing_ok=True)
-        _claim(folder / "manifest.json", source, list(shards.values()), options)
-        todo = [path for path, size in sizes.items() if not _is_done(path, per_kernel * size)]
-        n_done = n - sum(sizes[path] for path in todo)
+        _claim(folder / _MANIFEST, json.dumps(manifest, indent=2) + "\n")
+        todo = [path for path in shards if not _is_whole(path)]
+        n_done = n - sum(len(shards[path]) for path in todo)
         report(n_done, n)
-        # Without max_nbytes, joblib would put kernels into files of its own.
+        # Workers open a .npy file themselves; max_nbytes would put other kernels into files too.
         pool = joblib.Parallel(n_jobs, return_as="generator_unordered", max_nbytes=None)
         finished = pool(
-            joblib.delayed(_fit_shard)(path, *_work(source, shards[path]), options, os.getpid())
-            for path in todo
+            joblib.delayed(_fit_shard)(path, shards[path], options, os.getpid()) for path in todo
         )
         try:
             for path in finished:
-                n_done += sizes[path]
+                n_done += len(shards[path])
                 report(n_done, n)
         finally:  # or workers would continue after an interrupt, when the lock is gone
             with warnings.catch_warnings():
@@ -116,24 +116,13 @@ def fit_shards(
     return list(shards)
 
 
-def _work(source: Path | NDArray[Any], rows: slice) -> tuple[Path | NDArray[Any], slice]:
-    """What is sent to a worker: a path, or only its own kernels."""
-    return (source, rows) if isinstance(source, Path) else (_read(source, rows), slice(None))
-
-
-def _fit_shard(
-    path: Path,
-    source: Path | NDArray[Any],
-    rows: slice,
-    options: Mapping[str, Any],
-    caller: int,
-) -> Path:
+def _fit_shard(path: Path, part: NDArray[Any], options: Mapping[str, Any], caller: int) -> Path:
     if os.getppid() == caller:
         _end_with(caller)
     n_threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # the other cores have shards of their own
+    torch.set_num_threads(1)  # the other cores fit other shards
     try:
-        fit(torch.from_numpy(_read(source, rows)), **options).save(path)
+        fit(_tensor(part), **options).save(path)
     finally:
         torch.set_num_threads(n_threads)
     return path
@@ -151,58 +140,39 @@ def _end_with(parent: int) -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def _is_done(path: Path, n_results: int) -> bool:
-    try:
-        return len(FitResult.load(path)) == n_results
-    except (FileNotFoundError, ValueError):  # missing or damaged
-        return False
-
-
-def _open(source: Path | NDArray[Any]) -> NDArray[Any]:
+def _open(kernels: Tensor | NDArray[Any] | str | os.PathLike[str]) -> NDArray[Any]:
+    """The kernels as an array; a file is not read yet."""
     np = require("numpy", extra="shards", purpose="Shards")
-    if not isinstance(source, Path):
-        array: NDArray[Any] = np.asarray(source)
+    if not isinstance(kernels, (str, os.PathLike)):
+        array: NDArray[Any] = np.asarray(
+            kernels.detach().cpu() if isinstance(kernels, Tensor) else kernels
+        )
         return array
     try:
-        return np.lib.format.open_memmap(source, mode="r")
+        return np.lib.format.open_memmap(kernels, mode="r")
     except ValueError as error:
-        raise ValueError(f"{str(source)!r} is not a whole .npy file: {error}") from None
+        raise ValueError(f"{os.fspath(kernels)!r} is not a whole .npy file: {error}") from None
 
 
-def _read(source: Path | NDArray[Any], rows: slice) -> NDArray[Any]:
-    """A copy of some kernels, in the machine's byte order."""
-    part = _open(source)[rows]
-    return part.astype(part.dtype.newbyteorder("="), order="C")
+def _tensor(part: NDArray[Any]) -> Tensor:
+    """A copy; torch needs the machine's byte order."""
+    return torch.from_numpy(part.astype(part.dtype.newbyteorder("="), order="C"))
 
 
-def _claim(
-    path: Path, source: Path | NDArray[Any], shards: list[slice], options: Mapping[str, Any]
-) -> None:
-    """Write what the shards of a folder have in common, or check that it is the same."""
-    digest, array = hashlib.sha256(), _open(source)
-    for rows in shards:
-        digest.update(_read(source, rows).data)
-    manifest = {
-        "gaborium": version("gaborium"),
-        "shape": list(array.shape),
-        "dtype": array.dtype.newbyteorder("=").name,
-        "sha256": digest.hexdigest(),
-        "shards": len(shards),
-        "shard_size": shards[0].stop,
-        "options": {name: _text(value) for name, value in options.items()},
-    }
-    text = json.dumps(manifest, indent=2, sort_keys=True) + "\n"
+def _is_whole(path: Path) -> bool:
+    try:
+        FitResult.load(path)
+    except (FileNotFoundError, ValueError):  # missing or damaged
+        return False
+    return True
+
+
+def _claim(path: Path, manifest: str) -> None:
+    """Write the folder's manifest, or check that it is the same."""
     if not path.exists():
-        write_text(path, text)
-    elif path.read_text(encoding="utf-8") != text:
+        write_text(path, manifest)
+    elif path.read_text(encoding="utf-8") != manifest:
         raise ValueError(
             f"{str(path)!r} is of another fit; choose another folder, or give the same kernels, "
             "options and shard_size in the same version of gaborium."
         )
-
-
-def _text(value: object) -> str:
-    if not isinstance(value, Tensor):
-        return repr(value)
-    data = value.detach().cpu().contiguous().numpy().data
-    return f"{value.dtype} {tuple(value.shape)} {hashlib.sha256(data).hexdigest()}"

@@ -1,9 +1,9 @@
 """Levenberg-Marquardt with variable projection, for a batch of geometries at once.
 
 The kernel is ``Σ coefficient · basis(z)``. For a given geometry z the coefficients are a linear
-least-squares problem, so the search runs over z alone: the residual is what the basis leaves of the
-target, and its derivative (in Kaufman's approximation) is the part of dK/dz that the basis does not
-span.
+least-squares problem, so the search runs over z alone. The residual is the part of the target that
+the basis does not span, and its derivative (in Kaufman's approximation) the part of dK/dz that the
+basis does not span.
 
 Reference:
     Golub and Pereyra (1973), SIAM J. Numer. Anal. 10(2), doi:10.1137/0710036; Kaufman (1975),
@@ -25,7 +25,7 @@ from gaborium.fitting.model import Model
 class Target(NamedTuple):
     """Targets in the coordinates of a metric, where the misfit of kernels K is ``|y - R K|²``.
 
-    The metric is one matrix for all, or a weight per pixel, or none: all pixels count the same.
+    The metric is one matrix for all, or a weight per pixel; by default all pixels count the same.
     """
 
     y: Tensor  # (*batch, groups, m); one group with a root, otherwise one per channel
@@ -103,18 +103,6 @@ class _State(NamedTuple):
     hessian: Tensor  # (batch, p, p), by Gauss and Newton
     coefficients: Tensor  # (batch, channels, n_coefficients)
 
-    def select(self, index: Tensor) -> _State:
-        return _State(*(value[index] for value in self))
-
-    def where(self, mask: Tensor, other: _State) -> _State:
-        """These where ``mask`` holds, otherwise the others."""
-        return _State(
-            *(
-                torch.where(mask.reshape(-1, *[1] * (a.ndim - 1)), a, b)
-                for a, b in zip(self, other, strict=True)
-            )
-        )
-
 
 def solve(
     target: Target,
@@ -129,7 +117,7 @@ def solve(
 
     Args:
         target: one per problem, in the metric's coordinates.
-        model: what is searched.
+        model: to search.
         start: a row of z per problem.
         max_iterations: steps at most.
         tolerance: a search has converged when a step changes the kernel by less than this share.
@@ -161,7 +149,7 @@ def solve(
         hessian = state.hessian.masked_fill(held.unsqueeze(-1) | held.unsqueeze(-2), 0.0)
         # Marquardt's scaling, which never shrinks (Moré): towards frequency zero a wave changes
         # less and less, and would need a damping that stops all other columns. The floor is for
-        # directions that change nothing.
+        # directions without effect.
         scale = torch.maximum(scale, hessian.diagonal(dim1=-2, dim2=-1))
         floor = 1e4 * eps * scale.amax(-1, keepdim=True) + torch.finfo(start.dtype).tiny
         damped = hessian + torch.diag_embed(damp.unsqueeze(-1) * (scale + floor))
@@ -177,7 +165,7 @@ def solve(
         size = (step.mT @ hessian @ step).flatten()  # of the kernel's change, squared
         promised = 2 * (gradient * step.squeeze(-1)).sum(-1) - size
         gain = torch.where(better, (state.cost - new.cost) / promised, 0.0)
-        state = new.where(better, state)
+        state = _where(better, new, state)
         # The step changes the kernel by a share below the tolerance, or the fit is exact.
         converged = size <= tolerance**2 * power
         converged |= state.cost <= 100 * eps**2 * power
@@ -197,10 +185,15 @@ def solve(
                 return ends
             rest = is_open.nonzero().flatten()
             number, power, is_open = number[rest], power[rest], is_open[rest]
-            target, state = target.select(rest), state.select(rest)
+            target, state = target.select(rest), _State(*(value[rest] for value in state))
             damp, scale = damp[rest], scale[rest]
     _store(ends, number, state)
     return ends
+
+
+def _where(mask: Tensor, new: _State, old: _State) -> _State:
+    pairs = zip(new, old, strict=True)
+    return _State(*(torch.where(mask.reshape(-1, *[1] * (a.ndim - 1)), a, b) for a, b in pairs))
 
 
 def _store(ends: Solution, number: Tensor, state: _State) -> None:
@@ -216,7 +209,7 @@ def misfit(target: Target, model: Model, z: Tensor) -> Tensor:
 
 def residual(target: Target, model: Model, z: Tensor) -> Tensor:
     """``y - R K(z)`` with the best coefficients: ``(batch, groups, m)``."""
-    return _regress(target.y, _design(target, model, model.at(z).basis))[1]
+    return _regress(target.y, _design(target, model, model.at(z)[0]))[1]
 
 
 def without_offset(target: Target, model: Model) -> Tensor:
@@ -229,7 +222,7 @@ def without_offset(target: Target, model: Model) -> Tensor:
 
 def kernels_of(model: Model, z: Tensor, coefficients: Tensor) -> Tensor:
     """The kernels themselves, without offset: ``(batch, channels, pixels)``."""
-    basis = model.at(z).basis
+    basis, _ = model.at(z)
     return coefficients[..., : basis.shape[1]] @ basis
 
 
@@ -238,10 +231,10 @@ def linearize(target: Target, model: Model, z: Tensor) -> tuple[Tensor, Tensor, 
 
     To first order, the residual at ``z + dz`` is the residual at z less ``dz · Jacobian``.
     """
-    sampled = model.at(z)
-    coefficients, left, rows = _regress(target.y, _design(target, model, sampled.basis))
+    basis, jacobian = model.at(z)
+    coefficients, left, rows = _regress(target.y, _design(target, model, basis))
     by_channel = coefficients.reshape(len(z), model.n_channels, -1)
-    J = sampled.jacobian(by_channel)
+    J = jacobian(by_channel)
     if target.root is not None:  # each row is a kernel of all channels
         J = (J.transpose(1, 2).flatten(-2) @ target.root.T).unsqueeze(1)
     elif target.weight is not None:
@@ -259,7 +252,7 @@ def _state_at(target: Target, model: Model, z: Tensor) -> _State:
 
 
 def _design(target: Target, model: Model, basis: Tensor) -> Tensor:
-    """What coefficients multiply, in the metric: ``(batch, groups or 1, columns, m)``."""
+    """The basis and the constant in the metric: ``(batch, groups or 1, columns, m)``."""
     if model.offset:
         basis = torch.cat([basis, torch.ones_like(basis[:, :1])], 1)
     return target.apply_metric(basis.unsqueeze(1))
@@ -280,11 +273,11 @@ def _orthonormalize(rows: Tensor) -> tuple[Tensor, Tensor]:
     """Orthonormal rows with the same span, and the matrix that makes them from ``rows``.
 
     By Gram and Schmidt, twice for each row. The inverse of the rows' inner products would lose
-    twice as many digits where a slow wave's cosine and sine, or those on the pixels of a thin line,
-    are nearly the same: searches that lead there would creep.
+    twice the digits where cosine and sine are nearly the same, as for a slow wave or on the pixels
+    of a thin line, and searches that lead there would creep.
     """
     size = torch.linalg.vector_norm(rows, dim=-1, keepdim=True)
-    # Zero compared with the others, or because the envelope lies outside of the kernel.
+    # Zero compared with the others, or because the envelope is outside of the kernel.
     least = torch.finfo(rows.dtype).tiny ** 0.25
     silent = size <= (1e-10 * size.amax(-2, keepdim=True)).clamp_min(least)
     scale = size.masked_fill(silent, torch.inf).reciprocal()

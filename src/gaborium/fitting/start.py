@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import itertools
 import math
-from dataclasses import dataclass
 from functools import cached_property
 
 import torch
@@ -30,31 +29,73 @@ _DRAWS_PER_START = 50  # random geometries, of which the best are taken
 _N_TURNED = 2  # of the best waves, how many are tried in other directions
 
 
-@dataclass(frozen=True)
 class _Windows:
     """Round windows of one width at several centres, and the waves that are tried in them."""
 
-    width: float
-    centers: Tensor  # (centres, d)
-    k: Tensor  # wave vectors, (K, d)
-    near: Tensor  # which of them share a peak, (K, K)
-    close: Tensor  # which centres share one, (centres, centres)
-    pairs: Tensor  # windows times cosine and times sine, (2, centres · K, pixels)
-    covariance: Tensor | None
+    def __init__(
+        self, model: GaborModel, width: float, like: Tensor, covariance: Tensor | None
+    ) -> None:
+        axes = []
+        for size in reversed(model.sizes):
+            reach = size / 4 if model.free_center else 0.0
+            n = math.ceil(reach / (1.5 * width))
+            axes.append([reach * i / max(n, 1) for i in range(-n, n + 1)])
+        # A narrow window and an axis of few pixels have wide spectra: a coarser grid is enough.
+        steps = [max(0.5 / size, 0.1 / width) for size in model.sizes]
+        self.width, self.covariance = width, covariance
+        self.centers = torch.tensor(list(itertools.product(*axes))).to(like)  # (centres, d)
+        self.k = _wave_vectors(model, steps).to(like)  # (K, d)
+        in_steps = self.k / torch.tensor(steps[::-1]).to(like)
+        # Waves, and centres, that share a peak.
+        self.near = torch.cdist(in_steps, in_steps) < 1.9
+        self.close = torch.cdist(self.centers, self.centers) < 2.0 * width
+        u = offsets(model.sizes, like.dtype, like.device)
+        envelope = (-0.5 * (u - self.centers.unsqueeze(-1)).square().sum(1) / width**2).exp()
+        angle = 2 * math.pi * self.k @ u
+        waves = torch.stack([angle.cos(), angle.sin()])
+        # Windows times cosine and times sine, (2, centres · K, pixels).
+        self.pairs = (waves.unsqueeze(1) * envelope.unsqueeze(1)).flatten(1, 2)
 
     @cached_property
     def duals(self) -> Tensor:
-        """Orthonormal in the metric, ``(channels or 1, 2 · centres · K, pixels)``."""
-        return _orthonormal(self.pairs, self.covariance)
+        """Two rows per pair, whose squared products with a target are the power it explains.
+
+        ``(channels or 1, 2 · centres · K, pixels)``
+        """
+        pairs, n, rows = self.pairs, self.pairs.shape[-1], []
+        blocks: list[Tensor | None] = [None]
+        if self.covariance is not None:
+            parts = [slice(i, i + n) for i in range(0, len(self.covariance), n)]
+            blocks = [self.covariance[part, part] for part in parts]
+        for block in blocks:
+            seen = pairs if block is None else pairs @ block.to(pairs)
+            a, b = (pairs * seen).sum(-1)
+            c = (pairs[0] * seen[1]).sum(-1)
+            rest = torch.stack([pairs[0], pairs[1] - pairs[0] * (c / a).unsqueeze(-1)])
+            rows.append((rest * torch.stack(_inverse_lengths(a, b, c)).unsqueeze(-1)).flatten(0, 1))
+        return torch.stack(rows)
+
+    def explained(self, target: Target, cross: Tensor) -> Tensor:
+        """Power that each pair explains, summed over channels: ``(batch, centres · K)``."""
+        if target.weight is None:
+            inside = cross.transpose(0, 1) @ self.duals.mT  # (channels, batch, 2 · centres · K)
+            return inside.square_().sum(0).unflatten(-1, (2, -1)).sum(1)
+        # Weights differ between problems, and so do the pairs' lengths.
+        cos, sin = self.pairs
+        weight = target.weight.square()
+        a, b, c = (weight @ (one * other).mT for one, other in ((cos, cos), (sin, sin), (cos, sin)))
+        x, y = cross @ cos.mT, cross @ sin.mT
+        first, second = _inverse_lengths(a, b, c)
+        return ((x * first).square() + ((y - x * c / a) * second).square()).sum(1)
 
 
 class StartGrid:
     """All round Gabor functions on a grid of wave vectors, widths and centres.
 
     Args:
-        model: what is searched.
+        model: to search.
         like: a tensor of the dtype and device to compute with.
-        covariance: the metric, ``(channels · pixels,) * 2``; ``None``: a weight per pixel or none.
+        covariance: the metric, ``(channels · pixels,) * 2``, if it is a matrix.
     """
 
     def __init__(self, model: GaborModel, like: Tensor, covariance: Tensor | None = None) -> None:
@@ -62,7 +103,7 @@ class StartGrid:
         sizes = [size for size in model.sizes if size > 1] or [1]
         narrow, wide = max(0.4, min(sizes) / 14), max(sizes) / 2
         widths = [narrow * (wide / narrow) ** (i / (_N_WIDTHS - 1)) for i in range(_N_WIDTHS)]
-        self._windows = [_windows(model, width, like, covariance) for width in widths]
+        self._windows = [_Windows(model, width, like, covariance) for width in widths]
 
     def starts(self, target: Target, *, n_starts: int, thorough: bool) -> Tensor:
         """The most promising geometries of each problem, best first.
@@ -81,7 +122,7 @@ class StartGrid:
         n_kept = max(_N_STRETCHED_THOROUGH, n_starts) if thorough else _N_STRETCHED
         n_peaks = max(2, math.ceil(n_kept / len(self._windows)))
         for windows in self._windows:
-            table = _explained(windows, target, cross)  # (batch, centres · K)
+            table = windows.explained(target, cross)  # (batch, centres · K)
             for _ in range(n_peaks):
                 power, best = table.max(-1)
                 at, wave = best // len(windows.k), best % len(windows.k)
@@ -139,67 +180,10 @@ class StartGrid:
         return sum(windows.pairs.shape[1] for windows in self._windows)
 
 
-def _windows(model: GaborModel, width: float, like: Tensor, covariance: Tensor | None) -> _Windows:
-    axes = []
-    for size in reversed(model.sizes):
-        reach = size / 4 if model.free_center else 0.0
-        n = math.ceil(reach / (1.5 * width))
-        axes.append([reach * i / max(n, 1) for i in range(-n, n + 1)])
-    centers = torch.tensor(list(itertools.product(*axes))).to(like)
-    # A narrow window and an axis of few pixels have wide spectra: a coarser grid is enough.
-    steps = [max(0.5 / size, 0.1 / width) for size in model.sizes]
-    k = _wave_vectors(model, steps).to(like)
-    in_steps = k / torch.tensor(steps[::-1]).to(like)
-    u = offsets(model.sizes, like.dtype, like.device)
-    envelope = (-0.5 * (u - centers.unsqueeze(-1)).square().sum(1) / width**2).exp()
-    angle = 2 * math.pi * k @ u
-    waves = torch.stack([angle.cos(), angle.sin()])
-    pairs = (waves.unsqueeze(1) * envelope.unsqueeze(1)).flatten(1, 2)  # (2, centres · K, N)
-    return _Windows(
-        width,
-        centers,
-        k,
-        near=torch.cdist(in_steps, in_steps) < 1.9,
-        close=torch.cdist(centers, centers) < 2.0 * width,
-        pairs=pairs,
-        covariance=covariance,
-    )
-
-
-def _orthonormal(pairs: Tensor, covariance: Tensor | None) -> Tensor:
-    """Two rows per pair, whose squared products with a target are the power that it explains."""
-    n, rows = pairs.shape[-1], []
-    blocks: list[Tensor | None] = [None]
-    if covariance is not None:
-        parts = [slice(i, i + n) for i in range(0, len(covariance), n)]
-        blocks = [covariance[part, part] for part in parts]
-    for block in blocks:
-        seen = pairs if block is None else pairs @ block.to(pairs)
-        a, b = (pairs * seen).sum(-1)
-        c = (pairs[0] * seen[1]).sum(-1)
-        rest = torch.stack([pairs[0], pairs[1] - pairs[0] * (c / a).unsqueeze(-1)])
-        rows.append((rest * torch.stack(_inverse_lengths(a, b, c)).unsqueeze(-1)).flatten(0, 1))
-    return torch.stack(rows)
-
-
-def _explained(windows: _Windows, target: Target, cross: Tensor) -> Tensor:
-    """Power that each pair explains, summed over channels: ``(batch, centres · K)``."""
-    if target.weight is None:
-        inside = cross.transpose(0, 1) @ windows.duals.mT  # (channels, batch, 2 · centres · K)
-        return inside.square_().sum(0).unflatten(-1, (2, -1)).sum(1)
-    # Weights differ between problems, and so do the pairs' lengths.
-    cos, sin = windows.pairs
-    weight = target.weight.square()
-    a, b, c = (weight @ (one * other).mT for one, other in ((cos, cos), (sin, sin), (cos, sin)))
-    x, y = cross @ cos.mT, cross @ sin.mT
-    first, second = _inverse_lengths(a, b, c)
-    return ((x * first).square() + ((y - x * c / a) * second).square()).sum(1)
-
-
 def _inverse_lengths(a: Tensor, b: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
     """Inverse lengths of the cosine and of the part of the sine that is orthogonal to it.
 
-    From their squared lengths a, b and inner product c. A sine of zero explains nothing.
+    From their squared lengths a, b and inner product c. A sine of zero gets length infinity.
     """
     rest = b - c.square() / a
     return a.rsqrt(), torch.where(rest > 1e-6 * a, rest, torch.inf).rsqrt()

@@ -1,4 +1,4 @@
-"""The natural gradient on the family of Gabor kernels, with steps across the hills of the loss."""
+"""Natural gradient descent on the family of Gabor kernels, with global steps."""
 
 from __future__ import annotations
 
@@ -12,62 +12,63 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from gaborium.layers import GABOR_LAYERS, KernelGradientHook
-from gaborium.optim.family import KernelFamily
-from gaborium.optim.quadratic import Evidence, Metric, inner, pull_of_brightness
-from gaborium.optim.steps import Slopes, descend, leap, reseed
+from gaborium.optim.kernel_family import KernelFamily
+from gaborium.optim.quadratic import Metric, QuadraticEstimator, gradient_of_mean, inner, where
+from gaborium.optim.steps import Linearization, descend, global_step, reinitialize_filters
 from gaborium.patches import mean_patch, patch_moments, sample_patches
 
-_PATCH_MOMENTUM = 0.9  # of the patches' moments, from look to look
-_HEEDED = 1e-6  # share of the gradient that the responses' means must have, to be heeded
-_STALE = 0.05  # share of a kernel by which it may change before its derivatives are found anew
-_SELDOM = 200  # times leap_every: as rare as leaps become
-# Standard errors by which a leap must be better: the best of thousands is often better by four.
-_CERTAIN = 6.0
-# A leap has ended higher where the loss rises there so many times as steeply as it fell where the
-# leap began: a quadratic loss does at 1, but its root is a cone, which rises as it falls.
-_UPHILL = 1.25
-_ALIKE, _SAME = 0.95, 0.99  # correlations of the responses of filters, young and older
-_BOLD = 0.5  # share of the largest rate so far, below which it is too late to leap
-_YOUNG = 100  # steps in which filters move at every one
-_REST = 4  # steps from move to move when they are older
+_PATCH_MOMENTUM = 0.9  # of the patch covariance
+_MIN_OFFSET_SHARE = 1e-6  # of the gradient, for the responses' means to be used
+_MAX_CHANGE = 0.05  # of a kernel, for its derivatives to be used again
+_WARMUP_STEPS = 100  # in which filters move at every step
+_UPDATE_INTERVAL = 4  # steps from move to move after that
+_MAX_INTERVALS = 200  # global_step_interval grows to at most this many times itself
+_MIN_RATE_SHARE = 0.5  # of the largest rate so far; below, no global steps
+# Standard errors that a global step must gain: the best of thousands often seems to gain four.
+_Z_SCORE = 6.0
+# A global step is undone if the loss rises at its end more steeply than this times its fall at the
+# start. A quadratic rises at 1, but the root of one is a cone, which rises as steeply as it falls.
+_MAX_SLOPE_RATIO = 1.25
+_EARLY_CORRELATION, _MAX_CORRELATION = 0.95, 0.99  # of two filters' responses; above: duplicates
 
 
-class News(NamedTuple):
-    """What the batches since the last move say of the loss, on average."""
+class GradientAverage(NamedTuple):
+    """Mean gradients of the batches since the last move."""
 
     gradient: Tensor  # by the kernels, (filters, members, n)
     offset: Tensor  # by the responses' means, (filters, members); zeros where they do not matter
     mean: Tensor  # patch of the batch, (groups, n)
-    heard: Tensor  # of which filters there is news, (filters,)
+    valid: Tensor  # filters that have a finite gradient, (filters,)
     n_batches: int = 1
 
 
 class NaturalGradient(Optimizer):
-    """Trains the Gabor layers of a model; any other optimiser trains the rest beside it.
+    """Trains the Gabor layers of a model; another optimiser trains the other layers.
 
-    Of every layer the covariance C of its input patches is known, and from the gradient of the
-    *kernels* their loss as a quadratic (see ``gaborium.optim.quadratic``). A step minimises it
-    over the Gabor functions near by: Gauss-Newton in the raw parameters with C as the metric,
-    which is natural gradient descent on the family of kernels, within a radius that is measured in
-    responses. So one learning rate serves all fields, every sigma, and images of any contrast. From
-    time to time a filter leaps to the best Gabor function of all, where the quadratic says that it
-    is clearly better than the one at hand: out of the minima that no small step leaves. A filter
-    that is dead, or responds as another one does, begins again where the loss asks for a filter.
+    The optimiser estimates the covariance C of each layer's input patches, and from the gradient
+    of the *kernels* their loss as a quadratic (see ``gaborium.optim.quadratic``). A step minimises
+    the quadratic over the Gabor functions near by: Gauss-Newton in the raw parameters with C as
+    the metric, which is natural gradient descent on the family of kernels, within a radius that is
+    measured in responses. So one learning rate serves all fields, every sigma, and images of any
+    contrast. From time to time a filter takes a global step to the best Gabor function anywhere,
+    if the quadratic is clearly lower there: so it leaves minima that small steps do not leave.
+    Dead and duplicate filters are reinitialised where the loss asks for a filter.
 
-    Give it whole layers: it steps all their parameters but the bias, which belongs to the rest.
+    It takes whole layers and steps all their parameters except the bias, which belongs to the
+    other optimiser.
 
     Args:
         layers: a module with Gabor layers in it, a list of Gabor layers, or parameter groups with
             the key ``"layers"``.
         lr: share of the way to the best Gabor function near by that a step goes, in (0, 1].
         momentum: of the running means of kernels and gradients, in [0, 1).
-        trust_radius: how far a step may change a filter's responses, as a share of their own
-            standard deviation.
+        trust_radius: how far a step may change a filter's responses, as a share of their standard
+            deviation.
         damping: added to the variance of every pixel, as a share of the mean variance.
-        leap_every: steps before the first leap; the waits between leaps double, up to 200
-            times as many. 0: no leaps, and no filter begins again.
-        look_every: steps between two looks at the input's patches, after as many in a row; from
-            the hundredth step on three times as many.
+        global_step_interval: steps before the first global step; the interval doubles each time,
+            up to 200 times this. 0: no global steps, and no filter is reinitialised.
+        patch_interval: steps between two samples of the input's patches, after a sample in each of
+            the first ``patch_interval`` steps; three times as long from step 100 on.
         seed: of the choice of patches.
 
     Raises:
@@ -95,8 +96,8 @@ class NaturalGradient(Optimizer):
         momentum: float = 0.9,
         trust_radius: float = 0.3,
         damping: float = 1e-3,
-        leap_every: int = 5,
-        look_every: int = 20,
+        global_step_interval: int = 5,
+        patch_interval: int = 20,
         seed: int = 0,
     ) -> None:
         defaults = {
@@ -104,13 +105,16 @@ class NaturalGradient(Optimizer):
             "momentum": momentum,
             "trust_radius": trust_radius,
             "damping": damping,
-            "leap_every": leap_every,
-            "look_every": look_every,
+            "global_step_interval": global_step_interval,
+            "patch_interval": patch_interval,
             "seed": seed,
         }
         self._families: dict[Tensor, KernelFamily] = {}
-        self._known: dict[Tensor, Evidence] = {}
-        super().__init__(_groups_of(layers), defaults)
+        self._estimators: dict[Tensor, QuadraticEstimator] = {}
+        groups = layers if isinstance(layers, nn.Module) else list(layers)
+        if isinstance(groups, nn.Module) or not (groups and isinstance(groups[0], dict)):
+            groups = [{"layers": groups}]
+        super().__init__(groups, defaults)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Take in further layers: ``{"layers": ..., "lr": ...}``."""
@@ -120,11 +124,11 @@ class NaturalGradient(Optimizer):
                 "A parameter group of NaturalGradient needs the key 'layers', got only "
                 f"{', '.join(group)}; give plain parameters to another optimiser."
             )
-        families = [_family_of(layer) for layer in _layers_in(group.pop("layers"))]
         group["params"] = []
-        for family in families:
-            hook = family.layer.gradient_hook
-            self._families[hook.kernel] = family
+        for layer in _layers_in(group.pop("layers")):
+            hook = layer.gradient_hook or KernelGradientHook(layer.weight.detach())
+            layer.gradient_hook = hook
+            family = self._families[hook.kernel] = KernelFamily(layer)
             group["params"] += [hook.kernel, hook.offset, *family.parameters()]
         _check(self.defaults | group)
         super().add_param_group(group)
@@ -132,18 +136,19 @@ class NaturalGradient(Optimizer):
     @property
     def n_global_steps(self) -> int:
         """Global steps taken so far, over all filters and layers."""
-        return sum(int(state["leaps"].sum()) for state in self.state.values() if "leaps" in state)
+        counts = [state["global_steps"] for state in self.state.values() if "global_steps" in state]
+        return int(sum(count.sum() for count in counts))
 
     def __getstate__(self) -> dict[str, Any]:
-        # Copies and pickles know their layers too.
-        return super().__getstate__() | {"_families": self._families, "_known": {}}
+        # Copies and pickles keep their layers.
+        return super().__getstate__() | {"_families": self._families, "_estimators": {}}
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Move every layer that has a gradient.
 
         Args:
-            closure: evaluates the model anew and returns the loss.
+            closure: evaluates the model again and returns the loss.
         """
         loss = None
         if closure is not None:
@@ -152,225 +157,219 @@ class NaturalGradient(Optimizer):
         for group in self.param_groups:
             for parameter in group["params"]:
                 family = self._families.get(parameter)
-                if (
-                    family is not None
-                    and family.names
-                    and _share_of(parameter.grad is not None, parameter) > 0
-                ):
-                    self._step(family, group)
+                has_gradient = parameter.grad is not None
+                if family and family.names and _mean_over_processes(has_gradient, parameter) > 0:
+                    state = self.state[parameter]
+                    average = self._average_gradient(family, state, group)
+                    if average is not None:
+                        self._move(family, state, group, average)
+                    self._request_output_mean(family, group)
         return loss
 
-    def _step(self, family: KernelFamily, group: dict[str, Any]) -> None:
-        state = self.state[family.layer.gradient_hook.kernel]
-        news = self._news(family, state, group)
-        if news is not None:
-            self._move(family, state, group, news)
-        self._listen(family, group)
-
-    def _listen(self, family: KernelFamily, group: dict[str, Any]) -> None:
-        """Ask for what the next step needs to know of the responses' means."""
-        state = self.state.get(family.layer.gradient_hook.kernel, {})
-        step = int(state.get("step", 0)) + 1
-        looks = _is_time_to_look(step, group["look_every"])
-        family.layer.gradient_hook.needs_output_mean = looks or not state.get("centred", False)
-
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from what ``state_dict`` gave."""
+        """Continue from a saved state."""
         super().load_state_dict(state_dict)
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter in self._families:
-                    self._listen(self._families[parameter], group)
+                    self._request_output_mean(self._families[parameter], group)
 
-    def _news(
+    def _request_output_mean(self, family: KernelFamily, group: dict[str, Any]) -> None:
+        """Have the layer give the gradient by the responses' means, if the next step needs it."""
+        hook = family.layer.gradient_hook
+        state = self.state.get(hook.kernel, {})
+        step = int(state.get("step", 0)) + 1
+        due = _is_patch_step(step, group["patch_interval"])
+        hook.needs_output_mean = due or not state.get("centred", False)
+
+    def _average_gradient(
         self, family: KernelFamily, state: dict[str, Any], group: dict[str, Any]
-    ) -> News | None:
-        """What the last batches say; nothing yet, where it is not time to move."""
+    ) -> GradientAverage | None:
+        """The mean gradient since the last move, or ``None`` if it is not time to move."""
         layer, hook = family.layer, family.layer.gradient_hook
-        inputs, seen = list(hook.inputs), _share_of(bool(hook.inputs), hook.kernel)
+        inputs = list(hook.inputs)
         hook.inputs.clear()
-        shape = (family.n_filters, family.n_members)
-        device = layer.log_sigma.device
-        gradient = _mean(hook.kernel.grad, hook.kernel).to(device).reshape(*shape, -1)
-        offset = _mean(hook.offset.grad, hook.offset).to(device).reshape(shape)
-        heard = gradient.isfinite().flatten(1).all(1) & offset.isfinite().all(1)
-        if not bool(heard.any()):
+        share = _mean_over_processes(bool(inputs), hook.kernel)
+        shape, device = (family.n_filters, family.n_members), layer.log_sigma.device
+        gradient = _all_reduced(hook.kernel.grad, hook.kernel).to(device).reshape(*shape, -1)
+        offset = _all_reduced(hook.offset.grad, hook.offset).to(device).reshape(shape)
+        valid = gradient.isfinite().flatten(1).all(1) & offset.isfinite().all(1)
+        if not bool(valid.any()):
             return None
-        gradient = torch.where(heard[:, None, None], gradient, 0.0)
-        offset = torch.where(heard[:, None], offset, 0.0)
+        gradient, offset = where(valid, gradient, 0.0), where(valid, offset, 0.0)
         state["step"] = state.get("step", torch.zeros(())) + 1
-        state["boldest"] = max(state.get("boldest", 0.0), float(group["lr"]))
+        state["max_lr"] = max(state.get("max_lr", 0.0), float(group["lr"]))
 
         step = int(state["step"])
-        looks = _is_time_to_look(step, group["look_every"])
-        if looks and seen > 0:
-            draw = torch.Generator().manual_seed(group["seed"] * 1_000_003 + step - 1)
-            first, second = (part / seen for part in _moments(family, inputs, draw))
+        is_patch_step = _is_patch_step(step, group["patch_interval"])
+        if is_patch_step and share > 0:
+            generator = torch.Generator().manual_seed(group["seed"] * 1_000_003 + step - 1)
+            first, second = (part / share for part in _patch_moments(family, inputs, generator))
             covariance = second - first.unsqueeze(-1) * first.unsqueeze(-2)
-            self._evidence(hook.kernel, group["damping"]).see_patches(covariance, _PATCH_MOMENTUM)
-            state.pop("slopes", None)
+            self._estimator(hook.kernel, group).update_covariance(covariance, _PATCH_MOMENTUM)
+            state.pop("jacobian", None)
 
-        # With a bias or a norm behind it, the loss does not mind the responses' means.
+        # A bias or a normalisation that follows compensates the responses' means.
         has_bias = layer.bias is not None and layer.bias.requires_grad and layer.output != "energy"
         mean = None
-        if looks or has_bias or not state.get("centred", False):
-            mean = _mean_patch(family, inputs) / max(seen, 1e-9)
-            heeded = self._is_heeded(state, gradient, offset, mean, group["momentum"])
-            state["centred"] = has_bias or not heeded
-        if mean is not None and not state["centred"]:
-            state.pop("waiting", None)
-            return News(gradient, offset, mean, heard)
-        if mean is not None:
-            gradient = gradient - pull_of_brightness(offset, mean)
+        if is_patch_step or has_bias or not state.get("centred", False):
+            mean = _mean_patch(family, inputs) / max(share, 1e-9)
+            matters = _offset_matters(state, gradient, offset, mean, group["momentum"])
+            state["centred"] = has_bias or not matters
+            if not state["centred"]:
+                state.pop("gradient_sum", None)
+                return GradientAverage(gradient, offset, mean, valid)
+            gradient = gradient - gradient_of_mean(offset, mean)
 
-        # Between two moves the kernels stay, and gradients add up.
-        if "waiting" not in state:
-            state["waiting"] = torch.zeros_like(gradient)
-            state["n_waiting"] = torch.zeros_like(gradient[:, 0, 0])
-            state["waits"] = 0
-        state["waiting"] += gradient
-        state["n_waiting"] += heard
-        state["waits"] += 1
-        if not _is_time_to_move(step):
+        # Between two moves the kernels stay, so that gradients can be averaged.
+        if "gradient_sum" not in state:
+            state["gradient_sum"] = torch.zeros_like(gradient)
+            state["n_summed"] = torch.zeros_like(gradient[:, 0, 0])
+            state["n_batches"] = 0
+        state["gradient_sum"] += gradient
+        state["n_summed"] += valid
+        state["n_batches"] += 1
+        if step > _WARMUP_STEPS and step % _UPDATE_INTERVAL:
             return None
-        count = state.pop("n_waiting")
-        gradient = state.pop("waiting") / count.clamp_min(1)[:, None, None]
-        none = torch.zeros_like(gradient[:1, 0])
-        return News(gradient, torch.zeros_like(offset), none, count > 0, state.pop("waits"))
+        count = state.pop("n_summed")
+        return GradientAverage(
+            gradient=state.pop("gradient_sum") / count.clamp_min(1)[:, None, None],
+            offset=torch.zeros_like(offset),
+            mean=torch.zeros_like(gradient[:1, 0]),
+            valid=count > 0,
+            n_batches=state.pop("n_batches"),
+        )
 
     def _move(
-        self, family: KernelFamily, state: dict[str, Any], group: dict[str, Any], news: News
-    ) -> None:
-        """A step of all filters that are heard of, and now and then leaps of some."""
-        evidence = self._evidence(family.layer.gradient_hook.kernel, group["damping"])
-        z, heard = family.read(), news.heard
-        if "leapt" in state:
-            back = inner(news.gradient, state["leap"]) > -_UPHILL * state["leap_slope"]
-            back &= state["leapt"]
-            home = state["home"]
-            if bool(back.any()) and home.shape == z.shape:
-                # The loss did not fall that way, whatever the quadratic said.
-                z = torch.where(back.unsqueeze(-1), home, z)
-                evidence.recall(back)
-                state["doubt"] = torch.where(back, 2.0 * state["doubt"], state["doubt"])
-                heard = heard & ~back
-            for name in ("leapt", "leap_slope", "leap", "home"):
-                del state[name]
-            evidence.forget()
-
-        kernels = family.kernels(z)
-        loss = evidence.see_gradient(
-            kernels,
-            news.gradient,
-            news.offset,
-            news.mean,
-            group["momentum"] ** news.n_batches,
-            centred=bool(state["centred"]),
-            heard=heard,
-        )
-        here = loss.at(kernels)
-        length = here.length
-        least = evidence.least_length(length, loss.metric)
-        radius = group["trust_radius"] * length.clamp_min(least)
-        if "trust" not in state:
-            state["trust"] = torch.full_like(length, 1e-3)
-            state["doubt"] = torch.ones_like(length)
-        slopes = self._slopes(family, state, loss.metric, z, kernels)
-        near, there, state["trust"] = descend(
-            family, loss, z, radius, state["trust"], place=here, slopes=slopes
-        )
-        moved = z + group["lr"] * (near - z)
-        leaps = torch.zeros_like(heard)
-        if self._may_leap(state, group, news.n_batches):
-            far, beyond = leap(family, loss, near)
-            needed = _CERTAIN * state["doubt"] * loss.error * beyond.distance(here)
-            leaps = there.value - beyond.value > needed + 1e-6 * length.square()
-            leaps &= heard
-            if bool(leaps.any()):
-                moved = torch.where(leaps.unsqueeze(-1), far, moved)
-                along = beyond.kernels - kernels
-                evidence.keep()
-                state.update(leapt=leaps, leap=along, home=z)
-                state["leap_slope"] = -loss.scale * inner(here.downhill, along)
-            state["leaps"] = state.get("leaps", torch.zeros_like(length)) + leaps
-        if self._may_reseed(state, group, news.n_batches):
-            again = state.get("reseeds", torch.zeros_like(length))
-            # A running mean of few moves is worth less than its error says.
-            past = group["momentum"] ** int(state["step"])
-            certain = _CERTAIN * 2.0**again * math.sqrt((1 + past) / (1 - past))
-            # Filters that begin alike soon part; of older ones only those that met count.
-            same = _ALIKE if int(state["step"]) < group["leap_every"] else _SAME
-            moved, new = reseed(family, loss, moved, heard & ~leaps, certain=certain, same=same)
-            state["reseeds"] = again + new
-        family.write(torch.where(news.heard.unsqueeze(-1), moved, family.read()))
-
-    def _evidence(self, parameter: Tensor, damping: float) -> Evidence:
-        """What is known of a layer's loss; anew where a state has been loaded."""
-        state, known = self.state[parameter], self._known.get(parameter)
-        if known is None or known.state is not state or known.damping != damping:
-            known = self._known[parameter] = Evidence(state, damping)
-        return known
-
-    def _slopes(
         self,
         family: KernelFamily,
         state: dict[str, Any],
-        metric: Metric,
-        z: Tensor,
-        kernels: Tensor,
-    ) -> Slopes:
-        """How kernels change at z; where a filter has hardly moved, how they did before."""
-        old = state.get("slopes_at", torch.full_like(kernels, torch.inf))
-        moved = (kernels - old).flatten(1).norm(dim=1) > _STALE * kernels.flatten(1).norm(dim=1)
-        if "slopes" in state and state["slopes"].shape[2] == z.shape[1]:
-            known = Slopes(state["slopes"], state["hessian"])
-            slopes = known.anew(family, metric, z, moved)
-            at = torch.where(moved[:, None, None], kernels, old)
-        else:
-            slopes, at = Slopes.at(family, metric, z), kernels
-        state.update(slopes=slopes.kernels, hessian=slopes.hessian, slopes_at=at)
-        return slopes
+        group: dict[str, Any],
+        average: GradientAverage,
+    ) -> None:
+        """Move all filters with a gradient; some take a global step or are reinitialised."""
+        estimator = self._estimator(family.layer.gradient_hook.kernel, group)
+        z, valid = _undo_global_steps(state, estimator, family.read(), average)
+        kernels, momentum = family.kernels(z), group["momentum"]
+        loss = estimator.update_gradient(
+            kernels,
+            average.gradient,
+            average.offset,
+            average.mean,
+            momentum**average.n_batches,
+            centred=bool(state["centred"]),
+            valid=valid,
+        )
+        here = loss.at(kernels)
+        length = here.length
+        radius = length.clamp_min(estimator.min_length(length, loss.metric))
+        if "damping" not in state:
+            state["damping"] = torch.full_like(length, 1e-3)
+            state["acceptance_factor"] = torch.ones_like(length)
+        near, there, state["damping"] = descend(
+            family,
+            loss,
+            z,
+            group["trust_radius"] * radius,
+            state["damping"],
+            here=here,
+            linearization=_linearize(family, state, loss.metric, z, kernels),
+        )
+        moved, taken = z + group["lr"] * (near - z), torch.zeros_like(valid)
+        step, interval = int(state["step"]), group["global_step_interval"]
+        # Once the rate has fallen, the rest of the network cannot follow a global step.
+        is_due = 0 < group["lr"] >= _MIN_RATE_SHARE * state["max_lr"] and any(
+            _is_global_step(i, interval) for i in range(step - average.n_batches + 1, step + 1)
+        )
+        if is_due:
+            far, beyond = global_step(family, loss, near)
+            needed = state["acceptance_factor"] * _Z_SCORE * loss.error * beyond.distance(here)
+            taken = there.value - beyond.value > needed + 1e-6 * length.square()
+            taken &= valid
+            if bool(taken.any()):
+                moved = where(taken, far, moved)
+                direction = beyond.kernels - kernels
+                state["pending"] = {
+                    "taken": taken,
+                    "direction": direction,
+                    "slope": -loss.scale * inner(here.descent, direction),
+                    "previous": z,
+                    "estimates": estimator.snapshot(),
+                }
+            state["global_steps"] = state.get("global_steps", torch.zeros_like(length)) + taken
+        is_early = 1 < step < interval and group["lr"] > 0
+        if is_due or is_early:
+            n_before = state.get("reinitializations", torch.zeros_like(length))
+            # A running mean of few values is less certain than its error says.
+            past = momentum**step
+            moved, new = reinitialize_filters(
+                family,
+                loss,
+                moved,
+                valid & ~taken,
+                n_errors=_Z_SCORE * 2.0**n_before * math.sqrt((1 + past) / (1 - past)),
+                # Filters that start equal soon become different.
+                max_correlation=_EARLY_CORRELATION if step < interval else _MAX_CORRELATION,
+            )
+            state["reinitializations"] = n_before + new
+        family.write(where(average.valid, moved, family.read()))
 
-    def _may_leap(self, state: dict[str, Any], group: dict[str, Any], n_batches: int) -> bool:
-        """Whether it was time to leap in the steps since the last move."""
-        # Where the rate has fallen the network settles, and has no time to follow a leap.
-        is_bold = 0 < group["lr"] >= _BOLD * state["boldest"]
-        steps = range(int(state["step"]) - n_batches + 1, int(state["step"]) + 1)
-        return is_bold and any(_is_time_to_leap(step, group["leap_every"]) for step in steps)
-
-    def _may_reseed(self, state: dict[str, Any], group: dict[str, Any], n_batches: int) -> bool:
-        """As leaps, and at the first steps too: filters that begin alike soon part a little."""
-        every = group["leap_every"]
-        is_early = every > 0 and 1 < int(state["step"]) < every and group["lr"] > 0
-        return is_early or self._may_leap(state, group, n_batches)
-
-    def _is_heeded(
-        self,
-        state: dict[str, Any],
-        gradient: Tensor,
-        offset: Tensor,
-        mean: Tensor,
-        momentum: float,
-    ) -> bool:
-        """Whether the loss minds the responses' means; behind a norm it does not."""
-        size = mean.square().sum(-1).repeat_interleave(len(offset) // len(mean))
-        share = (offset.square().sum(-1) * size).sum() / gradient.square().sum().clamp_min(1e-30)
-        kept = state.get("heeded", share)
-        state["heeded"] = kept + (1 - momentum) * (share - kept)
-        return bool(state["heeded"] >= _HEEDED)
+    def _estimator(self, parameter: Tensor, group: dict[str, Any]) -> QuadraticEstimator:
+        """The estimator of a layer's loss; a new one if a state has been loaded."""
+        state, known = self.state[parameter], self._estimators.get(parameter)
+        if known is None or known.state is not state or known.damping != group["damping"]:
+            known = self._estimators[parameter] = QuadraticEstimator(state, group["damping"])
+        return known
 
 
-def _groups_of(layers: Any) -> list[dict[str, Any]]:
-    if isinstance(layers, nn.Module):
-        return [{"layers": layers}]
-    layers = list(layers)
-    if layers and all(isinstance(group, dict) for group in layers):
-        return layers
-    return [{"layers": layers}]
+def _undo_global_steps(
+    state: dict[str, Any], estimator: QuadraticEstimator, z: Tensor, average: GradientAverage
+) -> tuple[Tensor, Tensor]:
+    """Undo the last global steps that ended at a higher loss: z, and which filters may move."""
+    pending, valid = state.pop("pending", None), average.valid
+    if pending is None or pending["previous"].shape != z.shape:
+        return z, valid
+    rise = inner(average.gradient, pending["direction"])
+    undone = pending["taken"].bool() & (rise > -_MAX_SLOPE_RATIO * pending["slope"])
+    if bool(undone.any()):
+        z = where(undone, pending["previous"], z)
+        estimator.restore(pending["estimates"], undone)
+        factor = state["acceptance_factor"]
+        state["acceptance_factor"] = torch.where(undone, 2.0 * factor, factor)
+    return z, valid & ~undone
+
+
+def _linearize(
+    family: KernelFamily, state: dict[str, Any], metric: Metric, z: Tensor, kernels: Tensor
+) -> Linearization:
+    """Derivatives at z; the previous ones for filters that have hardly changed since."""
+    known, at = state.get("jacobian"), state.get("jacobian_at")
+    if known is not None and at is not None and known.shape[2] == z.shape[1]:
+        changed = (kernels - at).flatten(1).norm(dim=1)
+        changed = changed > _MAX_CHANGE * kernels.flatten(1).norm(dim=1)
+        linearization = Linearization(known, state["hessian"])
+        linearization = linearization.recompute(family, metric, z, changed)
+        kernels = where(changed, kernels, at)
+    else:
+        linearization = Linearization.at(family, metric, z)
+    state["jacobian"], state["hessian"] = linearization
+    state["jacobian_at"] = kernels
+    return linearization
+
+
+def _offset_matters(
+    state: dict[str, Any], gradient: Tensor, offset: Tensor, mean: Tensor, momentum: float
+) -> bool:
+    """Whether the loss depends on the responses' means; before a normalisation it does not."""
+    size = mean.square().sum(-1).repeat_interleave(len(offset) // len(mean))
+    share = (offset.square().sum(-1) * size).sum() / gradient.square().sum().clamp_min(1e-30)
+    old = state.get("offset_share", share)
+    state["offset_share"] = old + (1 - momentum) * (share - old)
+    return bool(state["offset_share"] >= _MIN_OFFSET_SHARE)
 
 
 def _layers_in(layers: Any) -> list[Any]:
-    """The Gabor layers of a module, or those listed, that learn anything."""
+    """The Gabor layers of a module or a list that learn any field."""
     if isinstance(layers, nn.Module):
         found = [part for part in layers.modules() if isinstance(part, GABOR_LAYERS)]
         if not found:
@@ -386,95 +385,80 @@ def _layers_in(layers: Any) -> list[Any]:
                     "NaturalGradient takes Gabor layers, or a module that has some, got "
                     f"{type(layer).__name__}; give its parameters to another optimiser."
                 )
-    learning = [layer for layer in found if any(True for _ in _learned(layer))]
+    learning = [
+        layer
+        for layer in found
+        if any(name != "bias" for name, _ in layer.named_parameters(recurse=False))
+    ]
     if not learning:
         raise ValueError("None of the Gabor layers learns anything; see their learn= argument.")
     return learning
 
 
-def _learned(layer: Any) -> Iterable[nn.Parameter]:
-    return (p for name, p in layer.named_parameters(recurse=False) if name != "bias")
-
-
-def _family_of(layer: Any) -> KernelFamily:
-    if layer.gradient_hook is None:
-        layer.gradient_hook = KernelGradientHook(layer.weight.detach())
-    return KernelFamily(layer)
-
-
 def _check(group: dict[str, Any]) -> None:
-    for name, low, high in (
-        ("lr", 0.0, 1.0),
-        ("momentum", 0.0, 1.0),
-        ("trust_radius", 0.0, float("inf")),
-        ("damping", 0.0, float("inf")),
-    ):
+    for name in ("lr", "momentum", "trust_radius", "damping"):
+        high = 1.0 if name in ("lr", "momentum") else math.inf
         value = group[name]
-        if not low <= float(value) <= high or (name == "momentum" and value == 1.0):
-            raise ValueError(f"{name} must be in [{low:g}, {high:g}], got {value}.")
-    for name, least in (("leap_every", 0), ("look_every", 1)):
+        if not 0.0 <= float(value) <= high or (name == "momentum" and value == 1.0):
+            raise ValueError(f"{name} must be in [0, {high:g}], got {value}.")
+    for name, least in (("global_step_interval", 0), ("patch_interval", 1)):
         if float(group[name]) % 1 != 0 or group[name] < least:
             raise ValueError(f"{name} must be a whole number from {least} on, got {group[name]}.")
 
 
-def _is_time_to_look(step: int, every: int) -> bool:
-    """The first batches are all looked at, since one alone may be of a cloud; later, few."""
-    if step <= every:
+def _is_patch_step(step: int, interval: int) -> bool:
+    """Whether to sample patches: of all first batches, which differ much, and of few later."""
+    if step <= interval:
         return True
-    return step % (every if step <= _YOUNG else 3 * every) == 0
+    return step % (interval if step <= _WARMUP_STEPS else 3 * interval) == 0
 
 
-def _is_time_to_move(step: int) -> bool:
-    """At every step at first; later the mean of some gradients is worth as much, and costs less."""
-    return step <= _YOUNG or step % _REST == 0
-
-
-def _is_time_to_leap(step: int, every: int) -> bool:
-    """After ``every`` steps, then more and more rarely: less and less is new of the loss."""
-    if every == 0 or step < every:
+def _is_global_step(step: int, interval: int) -> bool:
+    """Whether to search globally: after 1, 2, 4, ... intervals, since the loss changes less."""
+    if interval == 0 or step < interval:
         return False
-    if step >= _SELDOM * every:
-        return step % (_SELDOM * every) == 0
-    return step % every == 0 and (step // every).bit_count() == 1
+    if step >= _MAX_INTERVALS * interval:
+        return step % (_MAX_INTERVALS * interval) == 0
+    return step % interval == 0 and (step // interval).bit_count() == 1
 
 
 def _mean_patch(family: KernelFamily, inputs: list[Tensor]) -> Tensor:
-    """The mean of the patches in all inputs; zeros from a process that had none."""
+    """The mean of the patches in all inputs; zeros in a process without inputs."""
     layer, n_images = family.layer, sum(map(len, inputs))
-    means = [mean_patch(layer, part) * (len(part) / n_images) for part in inputs]
-    n = layer.in_channels // layer.groups * math.prod(layer.kernel_size)
-    none = layer.log_sigma.new_zeros(layer.groups, n, dtype=family.dtype)
-    return _mean(torch.stack(means).sum(0).to(family.dtype) if means else none, none)
-
-
-def _moments(
-    family: KernelFamily, inputs: list[Tensor], draw: torch.Generator
-) -> tuple[Tensor, Tensor]:
-    """Mean and second moment of some patches; zeros from a process that had no inputs."""
-    layer = family.layer
-    n = layer.in_channels // layer.groups * math.prod(layer.kernel_size)
-    patches = layer.log_sigma.new_zeros(1, layer.groups, n, dtype=family.dtype)
+    mean = layer.log_sigma.new_zeros(layer.groups, family.n_pixels, dtype=family.dtype)
     if inputs:
-        drawn = [sample_patches(layer, part, draw) for part in inputs]
-        patches = torch.cat(drawn).to(family.dtype)
+        means = [mean_patch(layer, part) * (len(part) / n_images) for part in inputs]
+        mean = torch.stack(means).sum(0).to(family.dtype)
+    return _all_reduced(mean, mean)
+
+
+def _patch_moments(
+    family: KernelFamily, inputs: list[Tensor], generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """Mean and second moment of sampled patches; zeros in a process without inputs."""
+    layer = family.layer
+    patches = layer.log_sigma.new_zeros(1, layer.groups, family.n_pixels, dtype=family.dtype)
+    if inputs:
+        samples = [sample_patches(layer, part, generator) for part in inputs]
+        patches = torch.cat(samples).to(family.dtype)
     mean, second = patch_moments(patches)
-    return _mean(mean, mean), _mean(second, second)
+    return _all_reduced(mean, mean), _all_reduced(second, second)
 
 
 def _n_processes() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
-def _share_of(there: bool, like: Tensor) -> float:
-    """In what share of the processes of a distributed training something is there."""
+def _mean_over_processes(value: bool, like: Tensor) -> float:
+    """Share of the processes in which something is true, such as that a layer was used."""
     if _n_processes() == 1:
-        return float(there)
-    # A layer may be unused in one process: all must know, or one would wait for ever.
-    return float(_mean(torch.full((), float(there), device=like.device), like))
+        return float(value)
+    # All processes must decide the same, or one would wait for ever.
+    return float(_all_reduced(torch.full((), float(value), device=like.device), like))
 
 
-def _mean(value: Tensor | None, like: Tensor) -> Tensor:
-    """The mean over the processes of a distributed training; zeros count where there is none."""
+def _all_reduced(value: Tensor | None, like: Tensor) -> Tensor:
+    """The mean over the processes of a distributed training; a missing value counts as zeros."""
     value = torch.zeros_like(like) if value is None else value
     if _n_processes() == 1:
         return value

@@ -1,22 +1,22 @@
-"""What gradients say about a loss: a quadratic in the kernels, from running means.
+"""A quadratic model of the loss in the kernels, estimated from gradients.
 
-Near any kernel W the loss of one filter is, but for a constant, ``s (½ W·C W - c·W)``: responses
-are linear in W, so the curvature is the covariance C of the patches, times a scale s that belongs
-to whatever lies behind the layer. The gradient there is ``g = s (C W - c)``, and therefore
+The responses of a filter are linear in its kernel W. Near any kernel its loss is therefore, up to a
+constant, ``s (½ W·C W - c·W)``, with the covariance C of the patches and a scale s that depends on
+the layers that follow. The gradient there is ``g = s (C W - c)``, so that
 
     c = C W - g / s
 
-*wherever the kernel is now*. Its running mean is all that gradients can tell about the loss: it
-does not age while the filter moves, and the noise of mini-batches averages out of it. Where
-``c = C T``, the best of all kernels is T, and the best Gabor function is the one nearest to it in
-the metric C: to find it, nothing has to be divided by C, which would amplify noise.
+*at any kernel*. The running mean of c stays valid while the filter moves, and averages out the
+noise of mini-batches. If ``c = C T``, then T is the best of all kernels, and the best Gabor
+function is the nearest to T in the metric C. C is never inverted for this, which would amplify
+noise.
 
-The scale is found from how much the gradient changes when the kernel moves.
+The scale is estimated from the changes of the gradient when the kernel moves.
 
-Brightness is kept apart, since it differs so much between images. With the mean m of the patches
-of one batch and the loss's gradient o by the mean of its responses, ``g - o m`` is the part of the
-gradient to which C, the covariance *within* a batch, belongs; ``o m`` belongs to ``m mᵀ``. Where a
-bias or a normalisation behind the layer takes care of the responses' mean, it tells nothing.
+Brightness differs much between images, so it has a separate term. With the mean m of one batch's
+patches and the gradient o of the loss by the mean response, ``g - o m`` belongs to C, the
+covariance *within* a batch, and ``o m`` belongs to ``m mᵀ``. The second term is left out where a
+bias or a normalisation compensates the mean response.
 """
 
 from __future__ import annotations
@@ -24,19 +24,19 @@ from __future__ import annotations
 import math
 from collections.abc import MutableMapping
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-_MEMORY = 0.1  # of what is known of the scale, a move as long as all before makes one forget
-_SURE, _MUCH = 5.0, 1.5  # standard errors and times: a change of the scale that is believed
-_FARTHEST = 5.0  # lengths of the kernel: no target is believed to lie farther away
+_MAX_FORGETTING = 0.1  # share of the old estimate of the scale that one move replaces at most
+_Z_SCORE, _MIN_FACTOR = 5.0, 1.5  # standard errors and factor of a change of the scale
+_MAX_DISTANCE = 5.0  # of the estimated best kernel, in lengths of the present one
 _TINY = 1e-30
-_OF_FILTERS = (
-    *("kernel", "gradient", "level", "pull"),
-    *("spread", "slope", "gradient_spread", "known_spread", "known_slope"),
+_MOVES = ("squared_move", "curvature", "squared_change")
+_PER_FILTER = (
+    *("kernel", "gradient", "mean_response", "mean_gradient"),
+    *(*_MOVES, "known_squared_move", "known_curvature"),
 )
 
 
@@ -46,41 +46,47 @@ class Metric:
 
     covariance: Tensor
 
-    @cached_property
-    def inverse(self) -> Tensor:
-        """C⁻¹."""
-        # Rounding must not make the smallest variances negative.
-        root = torch.linalg.cholesky_ex(self.covariance.double())[0]
-        return torch.cholesky_inverse(root).to(self.covariance.dtype)
-
     @classmethod
-    def of(cls, covariance: Tensor, damping: float) -> Metric:
+    def damped(cls, covariance: Tensor, damping: float) -> Metric:
         """A covariance, with ``damping`` of its mean variance added to the variance of a pixel."""
         extra = damping * covariance.diagonal(dim1=-2, dim2=-1).mean(-1).clamp_min(_TINY)
         one = torch.eye(covariance.shape[-1], dtype=covariance.dtype, device=covariance.device)
         return cls(covariance + extra[:, None, None] * one)
 
+    @property
+    def n_groups(self) -> int:
+        """Groups of filters, which have as many filters each."""
+        return len(self.covariance)
+
+    def inverse(self) -> Tensor:
+        """C⁻¹, ``(groups, n, n)``."""
+        # Rounding must not make the smallest variances negative.
+        root = torch.linalg.cholesky_ex(self.covariance.double())[0]
+        return torch.cholesky_inverse(root).to(self.covariance.dtype)
+
     def times(self, kernels: Tensor) -> Tensor:
         """C times kernels ``(filters, ..., n)``."""
-        return _by_group(kernels, self.covariance)
-
-    def divide(self, kernels: Tensor) -> Tensor:
-        """C⁻¹ times kernels ``(filters, ..., n)``."""
-        return _by_group(kernels, self.inverse)
+        return _times(self.covariance, kernels)
 
     def length(self, kernels: Tensor) -> Tensor:
         """Standard deviation of the responses to ``(filters, members, n)``: ``(filters,)``."""
         return inner(kernels, self.times(kernels)).clamp_min(0).sqrt()
 
 
-def _by_group(kernels: Tensor, matrices: Tensor) -> Tensor:
+def _times(matrices: Tensor, kernels: Tensor) -> Tensor:
+    """Symmetric matrices ``(groups, n, n)`` times kernels ``(filters, ..., n)``."""
     groups, n = matrices.shape[:2]
     return (kernels.reshape(groups, -1, n) @ matrices).reshape(kernels.shape)
 
 
+def inner(a: Tensor, b: Tensor) -> Tensor:
+    """Inner products of ``(filters, members, n)``: ``(filters,)``."""
+    return (a * b).sum((-2, -1))
+
+
 @dataclass(frozen=True)
 class Quadratic:
-    """The loss of every filter, ``½ W·C W - c·W`` in units of its scale, and how sure that is.
+    """The loss of every filter in units of its scale, ``½ W·C W - c·W``, and its standard error.
 
     Args:
         metric: C.
@@ -94,92 +100,78 @@ class Quadratic:
     scale: Tensor
     error: Tensor
 
-    def pick(self, chosen: Tensor) -> Quadratic:
-        """That of some filters: of several groups as many of each, in their order."""
-        return Quadratic(self.metric, self.linear[chosen], self.scale[chosen], self.error[chosen])
+    def select(self, index: Tensor) -> Quadratic:
+        """The loss of some filters, with the same number of filters from each group in order."""
+        return Quadratic(self.metric, self.linear[index], self.scale[index], self.error[index])
 
-    def at(self, kernels: Tensor) -> Place:
-        """The loss of kernels ``(filters, members, n)``, but for a constant, and its slope."""
-        seen = self.metric.times(kernels)
-        return Place(kernels, seen, inner(0.5 * seen - self.linear, kernels), self.linear - seen)
+    def at(self, kernels: Tensor) -> Evaluation:
+        """The loss of kernels ``(filters, members, n)`` up to a constant, and its slope."""
+        weighted = self.metric.times(kernels)
+        value = inner(0.5 * weighted - self.linear, kernels)
+        return Evaluation(kernels, weighted, value, self.linear - weighted)
 
 
-class Place(NamedTuple):
-    """Kernels, and what a quadratic says about them."""
+class Evaluation(NamedTuple):
+    """A quadratic loss at some kernels."""
 
     kernels: Tensor  # W, (filters, members, n)
-    seen: Tensor  # C W
-    value: Tensor  # the loss, but for a constant, (filters,)
-    downhill: Tensor  # minus its gradient
+    weighted: Tensor  # C W
+    value: Tensor  # the loss up to a constant, (filters,)
+    descent: Tensor  # minus its gradient
 
     @property
     def length(self) -> Tensor:
         """Standard deviation of the responses, ``(filters,)``."""
-        return inner(self.kernels, self.seen).clamp_min(0).sqrt()
+        return inner(self.kernels, self.weighted).clamp_min(0).sqrt()
 
-    def or_else(self, other: Place, mask: Tensor) -> Place:
-        """These where ``mask`` ``(filters,)`` holds, otherwise the others."""
-        return Place(
-            *(
-                torch.where(mask.reshape(-1, *[1] * (a.ndim - 1)), a, b)
-                for a, b in zip(self, other, strict=True)
-            )
-        )
-
-    def pick(self, chosen: Tensor) -> Place:
-        """Those of some filters."""
-        return Place(*(value[chosen] for value in self))
-
-    def put(self, index: Tensor, part: Place) -> Place:
-        """These with ``part`` in the places ``index``."""
-        return Place(*(a.index_copy(0, index, b) for a, b in zip(self, part, strict=True)))
-
-    def distance(self, other: Place) -> Tensor:
+    def distance(self, other: Evaluation) -> Tensor:
         """Standard deviation of the responses' difference, ``(filters,)``."""
-        between = inner(self.kernels - other.kernels, self.seen - other.seen)
-        return between.clamp_min(0).sqrt()
+        difference = inner(self.kernels - other.kernels, self.weighted - other.weighted)
+        return difference.clamp_min(0).sqrt()
+
+    def where(self, mask: Tensor, other: Evaluation) -> Evaluation:
+        """This one where ``mask`` ``(filters,)`` is true, otherwise the other."""
+        return Evaluation(*(where(mask, a, b) for a, b in zip(self, other, strict=True)))
 
 
-class Evidence:
-    """Running means of one layer's inputs, kernels and gradients.
+def where(mask: Tensor, one: Tensor, other: Tensor | float) -> Tensor:
+    """``torch.where`` for a mask ``(filters,)`` and tensors ``(filters, ...)``."""
+    return torch.where(mask.reshape(-1, *[1] * (one.ndim - 1)), one, other)
+
+
+class QuadraticEstimator:
+    """Estimates the loss of one layer's filters from running means of patches and gradients.
 
     Args:
-        state: where they are kept, between steps and in checkpoints.
+        state: holds the running means, between steps and in checkpoints.
         damping: of the covariance, as a share of its mean variance.
-
-    Example:
-        >>> evidence = Evidence({}, damping=1e-4)
-        >>> patches = torch.randn(1000, 9, dtype=torch.float64)
-        >>> mean, offset = patches.mean(0, keepdim=True), torch.zeros(2, 1)
-        >>> evidence.see_patches(patches.T.cov()[None], 0.9)
-        >>> target = torch.ones(2, 1, 9, dtype=torch.float64)
-        >>> for kernel in torch.randn(5, 2, 1, 9, dtype=torch.float64):
-        ...     gradient = 3 * evidence.metric().times(kernel - target)
-        ...     loss = evidence.see_gradient(kernel, gradient, offset, mean, 0.9, centred=True)
-        >>> [round(s, 2) for s in loss.scale.tolist()]
-        [3.0, 3.0]
-        >>> torch.allclose(loss.metric.divide(loss.linear), target)
-        True
     """
 
     def __init__(self, state: MutableMapping[str, Any], damping: float) -> None:
         self.state, self.damping = state, damping
         self._metric: Metric | None = None
 
-    def see_patches(self, covariance: Tensor, momentum: float) -> None:
-        """Take in the covariance of one batch's patches, ``(groups, n, n)``."""
+    def metric(self) -> Metric:
+        """The present estimate of C."""
+        if self._metric is None:
+            self._metric = Metric.damped(self.state["covariance"], self.damping)
+        return self._metric
+
+    def update_covariance(self, covariance: Tensor, momentum: float) -> None:
+        """Average in the covariance of one batch's patches, ``(groups, n, n)``."""
         state = self.state
         if "covariance" not in state:
-            state.update(covariance=covariance, looks=torch.zeros_like(covariance[0, 0, 0]))
-        share = self._share("looks", momentum)
+            state["covariance"] = covariance
+            state["covariance_weight"] = torch.zeros_like(covariance[0, 0, 0])
+        share = self._share("covariance_weight", momentum)
         state["covariance"] = state["covariance"].lerp(covariance, share)
         self._metric = None
-        # C⁻¹ tells noise alone, for which an older one will do.
-        state["n_looks"] = n = state.get("n_looks", 0) + 1
+        # C⁻¹ only serves to estimate noise, for which an older one is good enough.
+        state["n_covariances"] = n = state.get("n_covariances", 0) + 1
         if n % 8 == 0 or n in (1, 2, 4):
-            state["inverse"] = self.metric().inverse
+            state["inverse_covariance"] = self.metric().inverse()
 
-    def see_gradient(
+    def update_gradient(
         self,
         kernels: Tensor,
         gradient: Tensor,
@@ -188,154 +180,136 @@ class Evidence:
         momentum: float,
         *,
         centred: bool,
-        heard: Tensor | None = None,
+        valid: Tensor | None = None,
     ) -> Quadratic:
-        """Take in one batch's gradient.
+        """Average in one batch's gradient.
 
         Args:
             kernels: where the gradient was taken, ``(filters, members, n)``.
-            gradient: of the loss, by them.
+            gradient: of the loss by the kernels.
             offset: gradient by the responses' means, ``(filters, members)``.
             mean: of the batch's patches, ``(groups, n)``.
             momentum: of the running means.
-            centred: whether the responses' means do not matter.
-            heard: which filters have news, ``(filters,)``; by default all.
+            centred: whether the loss does not depend on the responses' means.
+            valid: filters that have a gradient, ``(filters,)``; by default all.
 
         Returns:
-            The loss as far as it is known now.
+            The present estimate of the loss.
         """
         state, metric = self.state, self.metric()
-        pull = pull_of_brightness(offset, mean)
-        gradient = gradient - pull
-        level = torch.zeros_like(kernels)
+        mean_gradient = gradient_of_mean(offset, mean)
+        mean_response = torch.zeros_like(kernels)
         if not centred:
             rows = mean.repeat_interleave(len(kernels) // len(mean), 0).unsqueeze(1)
-            level = rows * (rows * kernels).sum(-1, keepdim=True)
+            mean_response = rows * (rows * kernels).sum(-1, keepdim=True)
+        new = {"kernel": kernels, "gradient": gradient - mean_gradient}
+        new |= {"mean_response": mean_response, "mean_gradient": mean_gradient}
         if "kernel" not in state:
-            nothing = torch.zeros_like(kernels[:, 0, 0])
-            names = ("spread", "slope", "gradient_spread", "known_spread", "known_slope")
-            state.update({name: nothing.clone() for name in names})
-            state.update(kernel=kernels, gradient=gradient, level=level, pull=pull)
-            state["brightness"] = mean.unsqueeze(-1) * mean.unsqueeze(-2)
-            state["steps"] = torch.zeros_like(nothing[0])
-        if heard is not None:
-            kernels, gradient, level, pull = (
-                torch.where(heard[:, None, None], value, state[name])
-                for name, value in zip(
-                    ("kernel", "gradient", "level", "pull"),
-                    (kernels, gradient, level, pull),
-                    strict=True,
-                )
-            )
-        share = self._share("steps", momentum)
-        moved, turned = kernels - state["kernel"], gradient - state["gradient"]
-        seen, seen_moved = metric.times(torch.stack([state["kernel"], moved], 1)).unbind(1)
-        both = torch.stack([turned, state["gradient"]], 1)
-        pulled, pulled_mean = _by_group(both, state["inverse"]).unbind(1)
+            zeros = torch.zeros_like(kernels[:, 0, 0])
+            state.update({name: zeros.clone() for name in _PER_FILTER if name not in new})
+            state.update(new, brightness=mean.unsqueeze(-1) * mean.unsqueeze(-2))
+            state["gradient_weight"] = torch.zeros_like(zeros[0])
+        if valid is not None:
+            new = {name: where(valid, value, state[name]) for name, value in new.items()}
+        share = self._share("gradient_weight", momentum)
+        move, change = (new[name] - state[name] for name in ("kernel", "gradient"))
+        weighted, weighted_move = metric.times(torch.stack([state["kernel"], move], 1)).unbind(1)
+        inverse = state["inverse_covariance"]
+        divided_change, divided_mean = _times(
+            inverse, torch.stack([change, state["gradient"]], 1)
+        ).unbind(1)
 
-        spread, slope = inner(moved, seen_moved), inner(moved, turned)
-        news = {"spread": spread, "slope": slope, "gradient_spread": inner(turned, pulled)}
-        for name, value in news.items():
-            state[name] = (state[name] + share * value) * (1 - share)
-        # A filter at rest tells nothing new, and must not make one forget.
-        kept = 1 - (spread / (state["known_spread"] + spread + _TINY)).clamp_max(_MEMORY)
-        state["known_spread"] = state["known_spread"] * kept + spread
-        state["known_slope"] = state["known_slope"] * kept + slope
-        means = {"kernel": kernels, "gradient": gradient}
-        if not centred:
-            brightness = mean.unsqueeze(-1) * mean.unsqueeze(-2)
-            means |= {"level": level, "pull": pull, "brightness": brightness}
-        for name, value in means.items():
+        last = {"squared_move": inner(move, weighted_move), "curvature": inner(move, change)}
+        last["squared_change"] = inner(change, divided_change)
+        for name in _MOVES:
+            state[name] = (state[name] + share * last[name]) * (1 - share)
+        # A filter that hardly moves has little evidence, and keeps its old estimate.
+        squared = last["squared_move"]
+        forgotten = squared / (state["known_squared_move"] + squared + _TINY)
+        for name in ("squared_move", "curvature"):
+            kept = state[f"known_{name}"] * (1 - forgotten.clamp_max(_MAX_FORGETTING))
+            state[f"known_{name}"] = kept + last[name]
+        if centred:
+            new = {name: new[name] for name in ("kernel", "gradient")}
+        else:
+            new["brightness"] = mean.unsqueeze(-1) * mean.unsqueeze(-2)
+        for name, value in new.items():
             state[name] = state[name] + share * (value - state[name])
         n = kernels[0].numel()
-        self._notice_change(n, momentum, news, share)
+        self._adapt_scale(n, momentum, last, share)
 
-        downhill, pulled_mean = state["gradient"], pulled_mean + share * pulled
-        length = inner(kernels, seen + seen_moved).clamp_min(0).sqrt()
-        length = length.clamp_min(self.least_length(length, metric))
-        least = inner(downhill, pulled_mean).clamp_min(0).sqrt() / (_FARTHEST * length) + _TINY
-        known = state["known_slope"] / (state["known_spread"] + _TINY)
+        gradient, divided_mean = state["gradient"], divided_mean + share * divided_change
+        length = inner(kernels, weighted + weighted_move).clamp_min(0).sqrt()
+        length = length.clamp_min(self.min_length(length, metric))
+        least = inner(gradient, divided_mean).clamp_min(0).sqrt() / (_MAX_DISTANCE * length)
+        known, least = self._known_scale(), least + _TINY
         scale = torch.where(known > least, known, least)
-        linear = seen + share * seen_moved - downhill / scale[:, None, None]
+        linear = weighted + share * weighted_move - gradient / scale[:, None, None]
         if not centred:
-            linear = linear + state["level"] - state["pull"] / scale[:, None, None]
+            linear = linear + state["mean_response"] - state["mean_gradient"] / scale[:, None, None]
             metric = Metric(metric.covariance + state["brightness"])
         return Quadratic(metric, linear, scale, self._noise(n, momentum) / scale)
 
-    def keep(self) -> None:
-        """Remember what is known of every filter, for ``recall``."""
-        for name in _OF_FILTERS:
-            self.state[f"kept_{name}"] = self.state[name].clone()
+    def snapshot(self) -> dict[str, Tensor]:
+        """The present estimates of every filter, for ``restore``."""
+        return {name: self.state[name].clone() for name in _PER_FILTER}
 
-    def recall(self, chosen: Tensor) -> None:
-        """Know again what was known of some filters, as if nothing had come since."""
-        for name in _OF_FILTERS:
-            now, then = self.state[name], self.state[f"kept_{name}"]
-            self.state[name] = torch.where(chosen.reshape(-1, *[1] * (now.ndim - 1)), then, now)
-
-    def forget(self) -> None:
-        """Remember no more."""
-        for name in _OF_FILTERS:
-            self.state.pop(f"kept_{name}", None)
-
-    def metric(self) -> Metric:
-        """C, as far as it is known."""
-        if self._metric is None:
-            self._metric = Metric.of(self.state["covariance"], self.damping)
-        return self._metric
+    def restore(self, snapshot: dict[str, Tensor], mask: Tensor) -> None:
+        """Return to the estimates of a snapshot, for the filters in ``mask``."""
+        for name, value in snapshot.items():
+            self.state[name] = where(mask, value, self.state[name])
 
     @staticmethod
-    def least_length(length: Tensor, metric: Metric) -> Tensor:
-        """What a filter is taken to respond with at least, to come back if it is silent."""
-        faint = metric.covariance.diagonal(dim1=-2, dim2=-1).mean().sqrt()
-        return torch.maximum(0.1 * length.median(), 0.01 * faint)
+    def min_length(length: Tensor, metric: Metric) -> Tensor:
+        """Least length that is assumed of a filter, so that a silent one can grow."""
+        deviation = metric.covariance.diagonal(dim1=-2, dim2=-1).mean().sqrt()
+        return torch.maximum(0.1 * length.median(), 0.01 * deviation)
 
-    def _notice_change(
-        self, n: int, momentum: float, news: dict[str, Tensor], share: float
-    ) -> None:
-        """Believe the last moves rather than all that came before, where they clearly disagree.
+    def _known_scale(self) -> Tensor:
+        return self.state["known_curvature"] / (self.state["known_squared_move"] + _TINY)
 
-        The scale of a mean squared error never changes; that of its root grows without bound as
-        the error vanishes. Where the very last move disagrees as clearly, it alone is believed.
+    def _adapt_scale(self, n: int, momentum: float, last: dict[str, Tensor], share: float) -> None:
+        """Replace the estimate of the scale where the last moves clearly disagree with it.
+
+        The scale of a mean squared error never changes. The scale of its root grows without bound
+        as the error vanishes. If the very last move disagrees as clearly, it alone counts.
         """
-        state = self.state
-        n_moves = (1 + momentum) / (1 - momentum)
-        known = state["known_slope"] / (state["known_spread"] + _TINY)
-        noise = self._noise(n, momentum)
-        for recent, worth in ((dict(state), n_moves), (news, 1.0)):
-            lately = recent["slope"] / (recent["spread"] + _TINY)
-            error = noise * math.sqrt(n_moves / worth) / (recent["spread"] + _TINY).sqrt()
-            other = lately > _MUCH * known
-            if worth > 1.0:  # one move alone must not make steps longer
-                other |= lately < known / _MUCH
-            changed = (lately > 0) & other & ((lately - known).abs() > _SURE * error)
-            for name in ("spread", "slope"):
-                fresh = recent[name] * worth
-                state[f"known_{name}"] = torch.where(changed, fresh, state[f"known_{name}"])
-            if worth == 1.0:
-                for name, value in news.items():
-                    state[name] = torch.where(changed, share * (1 - share) * value, state[name])
+        state, known = self.state, self._known_scale()
+        n_moves, noise = _n_averaged(momentum), self._noise(n, momentum)
+        for recent, weight in ((dict(state), n_moves), (last, 1.0)):
+            squared = recent["squared_move"] + _TINY
+            scale = recent["curvature"] / squared
+            error = noise * math.sqrt(n_moves / weight) / squared.sqrt()
+            differs = scale > _MIN_FACTOR * known
+            if weight > 1.0:  # a single move must not make steps longer
+                differs |= scale < known / _MIN_FACTOR
+            changed = (scale > 0) & differs & ((scale - known).abs() > _Z_SCORE * error)
+            for name in ("squared_move", "curvature"):
+                known_name = f"known_{name}"
+                state[known_name] = where(changed, recent[name] * weight, state[known_name])
+            if weight == 1.0:
+                for name, value in last.items():
+                    state[name] = where(changed, share * (1 - share) * value, state[name])
 
     def _noise(self, n: int, momentum: float) -> Tensor:
         """Standard error of the mean gradient along one of n directions, in the metric C⁻¹."""
         state = self.state
-        n_moves = (1 + momentum) / (1 - momentum)  # that a running mean is worth
-        explained = state["slope"].square() / (state["spread"] + _TINY)
-        left = (state["gradient_spread"] - explained).clamp_min(0) / n
-        return (left / n_moves).sqrt()
+        explained = state["curvature"].square() / (state["squared_move"] + _TINY)
+        left = (state["squared_change"] - explained).clamp_min(0) / n
+        return (left / _n_averaged(momentum)).sqrt()
 
     def _share(self, name: str, momentum: float) -> float:
-        """Weight of a newcomer in a running mean that began with nothing."""
+        """Weight of the newest value in a running mean that started without a value."""
         weight = momentum * float(self.state[name]) + 1 - momentum
         self.state[name].fill_(weight)
         return (1 - momentum) / weight
 
 
-def pull_of_brightness(offset: Tensor, mean: Tensor) -> Tensor:
-    """What of a gradient belongs to the batch's mean patch: ``(filters, members, n)``."""
+def _n_averaged(momentum: float) -> float:
+    """Number of values that a running mean is worth."""
+    return (1 + momentum) / (1 - momentum)
+
+
+def gradient_of_mean(offset: Tensor, mean: Tensor) -> Tensor:
+    """Part of the gradient that belongs to the batch's mean patch: ``(filters, members, n)``."""
     return offset.unsqueeze(-1) * mean.repeat_interleave(len(offset) // len(mean), 0).unsqueeze(1)
-
-
-def inner(a: Tensor, b: Tensor) -> Tensor:
-    """Inner products of ``(filters, members, n)``: ``(filters,)``."""
-    return (a * b).sum((-2, -1))

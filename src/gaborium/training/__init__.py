@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from gaborium.training.datasets import Dataset, load_dataset
-    from gaborium.training.networks import build_network, make_first_layer
+    from gaborium.training.networks import SmallCNN, make_first_layer
     from gaborium.training.recipe import Recipe
     from gaborium.training.results import Mean, Run, Trained, TrainResult, load_trained
     from gaborium.training.trainer import train
 
-__all__ = ["Dataset", "Mean", "Recipe", "Run", "TrainResult", "Trained", "build_network"]
+__all__ = ["Dataset", "Mean", "Recipe", "Run", "SmallCNN", "TrainResult", "Trained"]
 __all__ += ["load_dataset", "load_trained", "make_first_layer", "train"]
 
 

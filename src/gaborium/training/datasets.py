@@ -74,23 +74,19 @@ class Dataset:
                     f"{part}images {of} must be uint8 (n, channels, height, width) or float32 (n, "
                     f"1, samples), and not empty, got {images.dtype} of shape {shape}."
                 )
-            if images.shape[1:] != self.images.shape[1:]:
-                raise ValueError(
-                    f"{part}images {of} must have the size of images, {self.image_size}, and as "
-                    f"many channels, got shape {shape}."
-                )
+            if shape[1:] != tuple(self.images.shape[1:]):
+                raise ValueError(f"{part}images {of} must have the size of images, got {shape}.")
             if images.is_floating_point() and not bool((images.abs() <= 1).all()):
-                raise ValueError(f"{part}images {of} must lie within [-1, 1]; scale the sounds.")
+                raise ValueError(f"{part}images {of} must be within [-1, 1]; scale the sounds.")
             if labels.dtype != torch.int64 or tuple(labels.shape) != shape[:1]:
                 raise ValueError(
                     f"{part}labels {of} must be int64 ({len(images)},), one for each image, got "
                     f"{labels.dtype} of shape {tuple(labels.shape)}."
                 )
-            wrong = labels[(labels < 0) | (labels >= self.n_classes)]
-            if len(wrong):
+            if not 0 <= labels.min() <= labels.max() < self.n_classes:
                 raise ValueError(
                     f"{part}labels {of} must be 0 to {self.n_classes - 1}, one of its "
-                    f"{self.n_classes} classes, got {int(wrong[0])}."
+                    f"{self.n_classes} classes, got {int(labels.min())} to {int(labels.max())}."
                 )
 
     @property
@@ -144,17 +140,14 @@ def load_dataset(name: str | os.PathLike[str]) -> Dataset:
                         with one mean and one contrast; the test patches are from the other half
                         of each photograph
     ``digits``          scikit-learn's handwritten digits, 8 x 8 px; the last third is the test
-    ``mnist``           handwritten digits, 28 x 28 px; the last 10 000 are the test
-    ``fashion-mnist``   clothes, 28 x 28 px; the last 10 000 are the test
-    ``cifar10``         things and animals in colour, 32 x 32 px; the last 10 000 are the test
+    ``mnist``,          handwritten digits or clothes, 28 x 28 px, or things and animals in
+    ``fashion-mnist``,  colour, 32 x 32 px; the last 10 000 are the test. Downloaded once from
+    ``cifar10``         OpenML with ``sklearn.datasets.fetch_openml``, into scikit-learn's folder
     a folder            images of one size, ``train/<class>/*.png`` and ``test/<class>/*.png``;
                         or ``<class>/*.png``, of which the last fifth of each class is the test
     an ``.npz`` file    ``x_train``, ``y_train``, ``x_test``, ``y_test``: uint8 images ``(n,
                         height, width[, channels])`` and labels from 0; and perhaps ``classes``
     ==================  =========================================================================
-
-    ``mnist``, ``fashion-mnist`` and ``cifar10`` are downloaded once from OpenML with
-    ``sklearn.datasets.fetch_openml``, into scikit-learn's folder (``SCIKIT_LEARN_DATA``).
 
     Args:
         name: one of the names above, or the path of a folder or an ``.npz`` file.
@@ -184,7 +177,7 @@ def load_dataset(name: str | os.PathLike[str]) -> Dataset:
     if path.is_file():
         return _from_npz(path)
     raise ValueError(
-        f"No data set is called {str(name)!r}, and nothing is at that path; choose one of "
+        f"There is no data set and no file {str(name)!r}; choose one of "
         f"{', '.join(DATASETS)}, or give the path of a folder of images or of an .npz file."
     )
 
@@ -228,7 +221,7 @@ def _digits() -> Dataset:
 def _fetched(name: str) -> Dataset:
     datasets = require("sklearn.datasets", extra="train", purpose="Published data sets")
     published, n, shape = _PUBLISHED[name]
-    # pandas reads these files ten times faster, but nothing else here needs it.
+    # pandas reads these files ten times faster, but is not required.
     parser = "pandas" if importlib.util.find_spec("pandas") else "liac-arff"
     try:
         found = datasets.fetch_openml(published, version=1, as_frame=False, parser=parser)
@@ -268,47 +261,37 @@ def _from_npz(path: Path) -> Dataset:
     return Dataset(path.stem, parts[0], parts[1], parts[2], parts[3], classes)
 
 
-_Classes = dict[str, list[tuple[str, Tensor]]]  # of each class its files and images
-
-
 def _from_folder(folder: Path) -> Dataset:
     if (folder / "train").is_dir() and (folder / "test").is_dir():
         train, test = _read_classes(folder / "train"), _read_classes(folder / "test")
     else:
         whole = _read_classes(folder)
-        n_test = {name: -(-len(images) // 5) for name, images in whole.items()}
-        train = {name: images[: -n_test[name]] for name, images in whole.items()}
-        test = {name: images[-n_test[name] :] for name, images in whole.items()}
-    odd = train.keys() ^ test.keys() | {name for name, images in train.items() if not images}
-    if odd:
+        train = {name: images[: len(images) * 4 // 5] for name, images in whole.items()}
+        test = {name: images[len(images) * 4 // 5 :] for name, images in whole.items()}
+    missing = train.keys() ^ test.keys() | {name for name, images in train.items() if not images}
+    if missing:
         raise ValueError(
             f"{str(folder)!r} must hold training and test images of every class, got only one of "
-            f"them for {', '.join(map(repr, sorted(odd)))}."
+            f"them for {', '.join(map(repr, sorted(missing)))}."
         )
-    every = [pair for part in (train, test) for images in part.values() for pair in images]
-    sizes = {tuple(image.shape[1:]): file for file, image in every}
-    if len(sizes) > 1:
-        found = ", ".join(f"{h} x {w} px for {file}" for (h, w), file in [*sizes.items()][:2])
-        raise ValueError(
-            f"The images in {str(folder)!r} must have one size, got {found}; scale them."
-        )
-    n_channels = max(len(image) for _, image in every)
-    parts: list[Tensor] = []
-    for part in (train, test):
-        images = [image.expand(n_channels, -1, -1) for some in part.values() for _, image in some]
-        counts = torch.tensor([len(some) for some in part.values()])
-        parts += [torch.stack(images), torch.arange(len(counts)).repeat_interleave(counts)]
-    name = folder.resolve().name
-    return Dataset(name, parts[0], parts[1], parts[2], parts[3], tuple(train))
+    every = [image for part in (train, test) for images in part.values() for image in images]
+    n_channels = max(len(image) for image in every)
+    try:
+        images = torch.stack([image.expand(n_channels, -1, -1) for image in every])
+    except RuntimeError as error:
+        raise ValueError(f"The images in {str(folder)!r} must have one size; {error}.") from None
+    labels, test_labels = (
+        torch.arange(len(part)).repeat_interleave(torch.tensor([*map(len, part.values())]))
+        for part in (train, test)
+    )
+    n, name = len(labels), folder.resolve().name
+    return Dataset(name, images[:n], labels, images[n:], test_labels, tuple(train))
 
 
-def _read_classes(folder: Path) -> _Classes:
+def _read_classes(folder: Path) -> dict[str, list[Tensor]]:
     """Read the images of ``folder/<class>``, in the order of their names."""
     classes = {
-        entry.name: [
-            (f"{entry.name}/{file}", (255 * image).round().to(torch.uint8))
-            for file, image in read_images(entry)
-        ]
+        entry.name: [(255 * image).round().to(torch.uint8) for _, image in read_images(entry)]
         for entry in sorted(folder.iterdir())
         if entry.is_dir() and entry.name[0] != "."
     }

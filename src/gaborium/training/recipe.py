@@ -17,14 +17,8 @@ from gaborium.files import write_text
 
 # A variant is a kind of first layer; a recipe compares networks that differ in it alone.
 Variant = Literal["free", "gabor", "gabor-fixed", "mixed"]
-Start = Literal["bank", "random", "v1", "equal"]
 
 _WORDS = {str: "a text", int: "a whole number", float: "a number"}
-_AT_LEAST_1 = (
-    *("samples_per_class", "n_filters", "kernel_size", "stride", "epochs", "batch_size"),
-    *("n_evaluations", "devices"),
-)
-_AT_LEAST_0 = ("learning_rate", "gabor_learning_rate", "weight_decay", "label_smoothing", "seeds")
 
 
 @dataclass(frozen=True)
@@ -39,8 +33,6 @@ class Recipe:
             ``"fashion-mnist"``, ``"cifar10"``, a folder of images or an ``.npz`` file.
         samples_per_class: training images of each class, drawn with the seed of each run; by
             default all.
-        network: ``"cnn"``, a small convolutional network; or ``"energy"``, a linear classifier on
-            the pooled energy of the first layer.
         first_layer: ``"gabor"``, learned Gabor filters; ``"gabor-fixed"``, the same filters
             without learning; ``"free"``, an ordinary convolution; ``"mixed"``, half Gabor and
             half free filters.
@@ -48,8 +40,7 @@ class Recipe:
         n_filters: filters of the first layer.
         kernel_size: kernel size of the first layer, px along every axis.
         stride: stride of the first layer, px.
-        start: start of the Gabor filters: ``"bank"``, ``"random"``, ``"v1"``, or ``"equal"``, one
-            Gabor function in all filters.
+        start: start of the Gabor filters: ``"bank"``, ``"random"`` or ``"v1"``.
         learn: fields of the Gabor filters that train; by default the layer's own choice.
         optimizer: optimiser of the Gabor parameters: ``"adam"``, or ``"natural"``, which is
             ``gaborium.optim.NaturalGradient``. All other parameters are trained by Adam.
@@ -83,13 +74,12 @@ class Recipe:
 
     data: str = "textures"
     samples_per_class: int | None = None
-    network: Literal["cnn", "energy"] = "cnn"
     first_layer: Variant = "gabor"
     compare_with: tuple[Variant, ...] = ("free",)
     n_filters: int = 32
     kernel_size: int = 9
     stride: int = 1
-    start: Start = "bank"
+    start: Literal["bank", "random", "v1"] = "bank"
     learn: tuple[str, ...] | None = None
     optimizer: Literal["adam", "natural"] = "adam"
     learning_rate: float = 1e-3
@@ -112,21 +102,16 @@ class Recipe:
                 value = tuple(value)
                 object.__setattr__(self, name, value)
             _check(name, value, kind)
-        for name in (*_AT_LEAST_1, *_AT_LEAST_0):
-            value, least = getattr(self, name), int(name in _AT_LEAST_1)
-            for number in value if isinstance(value, tuple) else (value,):
-                if number is not None and not least <= number < math.inf:
-                    raise ValueError(f"{name} must be at least {least}, got {number}.")
         if self.label_smoothing > 1:
             raise ValueError(f"label_smoothing must be at most 1, got {self.label_smoothing}.")
         if not self.seeds:
-            raise ValueError("seeds must hold at least one number, got none.")
+            raise ValueError("seeds must hold at least one number.")
         if len(set(self.seeds)) < len(self.seeds):
             raise ValueError(f"seeds must differ from one another, got {list(self.seeds)}.")
 
     @property
     def variants(self) -> tuple[Variant, ...]:
-        """The first layers that are trained: ``first_layer``, then those of ``compare_with``."""
+        """The first layers that are trained: ``first_layer``, then ``compare_with``."""
         return tuple(dict.fromkeys((self.first_layer, *self.compare_with)))
 
     def replace(self, **fields: Any) -> Recipe:
@@ -174,7 +159,7 @@ class Recipe:
 
 
 def _check(name: str, value: Any, kind: Any) -> None:
-    """Raise one clear line unless a field's value has the type of its annotation."""
+    """Raise one clear line unless a value has the type of its field, and numbers are in range."""
     options = get_args(kind)
     if get_origin(kind) is Literal:
         one_of(name, value, options)
@@ -188,6 +173,10 @@ def _check(name: str, value: Any, kind: Any) -> None:
             _check(name, value, options[0])
     elif isinstance(value, bool) or not isinstance(value, (int, float) if kind is float else kind):
         raise TypeError(f"{name} must be {_WORDS[kind]}, got {value!r:.60}.")
+    elif kind is not str:
+        least = 1 if kind is int and name != "seeds" else 0
+        if not least <= value < math.inf:
+            raise ValueError(f"{name} must be at least {least}, got {value}.")
 
 
 def _toml(value: Any) -> str:

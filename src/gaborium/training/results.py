@@ -18,11 +18,12 @@ from torch import Tensor, nn
 
 from gaborium.files import write_bytes
 from gaborium.params import RECORDS, Gabor, plain
-from gaborium.training.networks import make_network
+from gaborium.training.networks import Network, make_network
 from gaborium.training.recipe import Recipe
 
 RECIPE_FILE, CHECKPOINT_FILE = "recipe.toml", "checkpoint.pt"
 _FORMAT = 1
+_SNAPSHOTS = ("epochs", "kernels", "params")  # not in JSON
 
 
 class Mean(NamedTuple):
@@ -51,57 +52,66 @@ class Mean(NamedTuple):
         return cls(statistics.fmean(values) if values else math.nan, error, n)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class Run:
     """One trained network, of one variant and one seed.
 
     Args:
         variant: kind of its first layer.
         seed: seed of its initial weights, its samples and their order.
-        accuracy: test accuracy at the end; ``None`` for a stopped run.
-        accuracy_reset: test accuracy of the trained network with its Gabor filters reset to their
-            start; ``None`` where none learns.
+        kernels: kernels of the first layer at the snapshots: ``(snapshots, filters, channels,
+            *size)``, at most 64 filters.
+        params: Gabor parameters at the snapshots, each ``(filters, channels or 1)``; empty for a
+            free layer.
+        epochs: epochs of the snapshots: 0 is before the first, then those of ``curve``.
+        curve: measurements after some epochs: ``epoch``, ``step``, ``loss`` and ``accuracy`` over
+            the training images of the epoch, ``test_loss``, ``test_accuracy``, ``displacement``.
         n_first_parameters: number of learned parameters of the first layer.
         n_parameters: number of learned parameters of the whole network.
-        curve: measurements after some epochs, 0 is before the first: ``epoch``, ``step``,
-            ``loss`` and ``accuracy`` over the training images of the epoch, ``test_loss``,
-            ``test_accuracy``, ``displacement``.
-        epochs: epochs of the snapshots below: 0 and those of ``curve``.
-        kernels: kernels of the first layer: ``(snapshots, filters, channels, *size)``, at most 64
-            filters.
-        params: Gabor parameters: ``(snapshots, filters, channels or 1)``; ``None`` for a free
-            layer.
+        accuracy: test accuracy at the end; ``None`` for a stopped run.
+        accuracy_reset: test accuracy of the trained network with its Gabor filters reset to their
+            start; ``None`` without learned Gabor filters.
         seconds: time of training and evaluation.
         stopped: empty, or the reason why the run was stopped.
     """
 
     variant: str
     seed: int
-    accuracy: float | None
-    accuracy_reset: float | None
-    n_first_parameters: int
-    n_parameters: int
-    curve: list[dict[str, Any]]
-    epochs: list[int]
-    kernels: Tensor
-    params: Gabor | None
-    seconds: float
+    kernels: Tensor = field(default_factory=lambda: torch.empty(0))
+    params: list[Gabor] = field(default_factory=list)
+    epochs: list[int] = field(default_factory=list)
+    curve: list[dict[str, Any]] = field(default_factory=list)
+    n_first_parameters: int = 0
+    n_parameters: int = 0
+    accuracy: float | None = None
+    accuracy_reset: float | None = None
+    seconds: float = 0.0
     stopped: str = ""
 
     @property
     def start(self) -> Gabor | None:
-        """The Gabor parameters before training: ``(filters, channels or 1)``."""
-        return None if self.params is None else _at(self.params, 0)
+        """The Gabor parameters before training; ``None`` for a free layer."""
+        return self.params[0] if self.params else None
 
     @property
     def end(self) -> Gabor | None:
-        """The Gabor parameters after training: ``(filters, channels or 1)``."""
-        return None if self.params is None else _at(self.params, -1)
+        """The Gabor parameters after training; ``None`` for a free layer."""
+        return self.params[-1] if self.params else None
 
     @property
     def displacement(self) -> dict[str, float]:
         """Median distance of every field from its start, over the filters; empty if free."""
         return dict(self.curve[-1]["displacement"]) if self.curve else {}
+
+    def to_state(self) -> dict[str, Any]:
+        """Return the run as tensors in plain containers."""
+        return vars(self) | {"params": [params.as_dict() for params in self.params]}
+
+    @classmethod
+    def from_state(cls, state: dict[str, Any]) -> Run:
+        """Return the run of which ``to_state`` made ``state``."""
+        record = RECORDS[max(state["kernels"].ndim - 3, 1)]
+        return cls(**state | {"params": [record(**params) for params in state["params"]]})
 
 
 @dataclass(frozen=True, eq=False)
@@ -129,7 +139,7 @@ class TrainResult:
         return tuple(run for run in self.runs if run.variant == variant)
 
     def accuracy(self, variant: str) -> Mean:
-        """Return the test accuracy; stopped runs have none."""
+        """Return the test accuracy of the runs that were not stopped."""
         return _mean_difference([(run.accuracy, 0.0) for run in self.runs_of(variant)])
 
     def accuracy_reset(self, variant: str) -> Mean:
@@ -186,30 +196,26 @@ class TrainResult:
         first, *others = self.variants
         runs = []
         for run in self.runs:
-            left_out = ("kernels", "params", "epochs")
-            record = {name: value for name, value in vars(run).items() if name not in left_out}
-            for name, params in (("start", run.start), ("end", run.end)):
-                record[name] = None if params is None else json.loads(params.to_json())
-            runs.append(record | {"displacement": run.displacement})
-        displacements = {variant: self.displacement(variant) for variant in self.variants}
-        record = {
-            "format": "gaborium.train",
-            "version": _FORMAT,
-            "recipe": vars(self.recipe),
-            "data": self.data,
-            "table": self.to_table(),
-            "displacement": {
-                variant: {name: mean._asdict() for name, mean in fields.items()}
-                for variant, fields in displacements.items()
-            },
-            "difference": {other: self.difference(first, other)._asdict() for other in others},
-            "runs": runs,
-        }
-        return plain(record)
-
-
-def _at(params: Gabor, index: int) -> Gabor:
-    return type(params)(**{name: value[index] for name, value in params.as_dict().items()})
+            ends = {"start": run.start, "end": run.end}
+            runs.append(
+                {name: value for name, value in vars(run).items() if name not in _SNAPSHOTS}
+                | {name: end and json.loads(end.to_json()) for name, end in ends.items()}
+            )
+        return plain(
+            {
+                "format": "gaborium.train",
+                "version": _FORMAT,
+                "recipe": vars(self.recipe),
+                "data": self.data,
+                "table": self.to_table(),
+                "displacement": {
+                    variant: {k: mean._asdict() for k, mean in self.displacement(variant).items()}
+                    for variant in self.variants
+                },
+                "difference": {other: self.difference(first, other)._asdict() for other in others},
+                "runs": runs,
+            }
+        )
 
 
 def _mean_difference(pairs: list[tuple[float | None, float | None]]) -> Mean:
@@ -220,66 +226,53 @@ def _mean_difference(pairs: list[tuple[float | None, float | None]]) -> Mean:
 
 
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
-    """Write tensors in plain containers with a checksum, all or nothing; keep the file before."""
+    """Write tensors in plain containers with a checksum; a kill leaves the file before."""
     buffer = io.BytesIO()
     torch.save(state, buffer)
     content = buffer.getvalue()
-    if _read(path) is not None:
-        path.replace(path.with_suffix(".old"))
     write_bytes(path, hashlib.sha256(content).digest() + content)
 
 
 def load_checkpoint(path: Path) -> dict[str, Any] | None:
-    """Return the newest checkpoint that is not damaged; ``None`` if there is no file."""
-    paths = [one for one in (path, path.with_suffix(".old")) if one.exists()]
-    for one in paths:
-        content = _read(one)
-        if content is not None:
-            # Only tensors and plain containers are unpickled.
-            return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-        warnings.warn(f"{str(one)!r} is damaged; trying the checkpoint before.", stacklevel=2)
-    if paths:
-        raise ValueError(f"{str(path)!r} is damaged; train again with resume=False (--overwrite).")
-    return None
+    """Read what ``save_checkpoint`` has written; ``None`` if there is no file."""
+    if not path.exists():
+        return None
+    content = path.read_bytes()
+    if hashlib.sha256(content[32:]).digest() != content[:32]:
+        raise ValueError(f"{str(path)!r} is damaged; delete it, and its training begins again.")
+    # Only tensors and plain containers are unpickled.
+    return torch.load(io.BytesIO(content[32:]), map_location="cpu", weights_only=True)
 
 
-def _read(path: Path) -> bytes | None:
-    """The content of a file if its checksum is right."""
-    content = path.read_bytes() if path.exists() else b""
-    return content[32:] if hashlib.sha256(content[32:]).digest() == content[:32] else None
-
-
-@dataclass(frozen=True, eq=False)
-class Trained:
-    """A trained network, and how its input must be preprocessed.
+class Trained(nn.Module):
+    """A trained network with its preprocessing: from images as in a ``Dataset`` to logits.
 
     Args:
-        network: from preprocessed images to logits of the classes.
-        recipe: the recipe of its training.
-        variant: kind of its first layer.
-        seed: seed of its run.
-        classes: names of the classes, in the order of the network's outputs.
+        network: from normalised images to logits of the classes, or a record with such ``logits``.
         mean: mean of the training images in [0, 1], ``(1, channels, 1, ...)``.
         std: their standard deviation.
+        classes: names of the classes.
     """
 
-    network: nn.Module
-    recipe: Recipe
-    variant: str
-    seed: int
-    classes: tuple[str, ...]
     mean: Tensor
     std: Tensor
 
-    def preprocess(self, images: Tensor) -> Tensor:
-        """Normalise images channel by channel, as in training.
+    def __init__(
+        self, network: nn.Module, mean: Tensor, std: Tensor, classes: tuple[str, ...]
+    ) -> None:
+        super().__init__()
+        self.network, self.classes = network, classes
+        self.register_buffer("mean", mean)
+        self.register_buffer("std", std)
 
-        Args:
-            images: as in a ``Dataset``: uint8 ``(n, channels, height, width)``, or sounds ``(n, 1,
-                samples)``; or images of floating point, 0 black to 1 white.
-        """
-        like = next(self.network.parameters())
-        return (to_unit_range(images).to(like) - self.mean.to(like)) / self.std.to(like)
+    def preprocess(self, images: Tensor) -> Tensor:
+        """Normalise images of bytes, images in [0, 1], or sounds, as in training."""
+        return (to_unit_range(images).to(self.mean.dtype) - self.mean) / self.std
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return logits ``(batch, n_classes)``."""
+        output = self.network(self.preprocess(images))
+        return getattr(output, "logits", output)
 
 
 def to_unit_range(images: Tensor) -> Tensor:
@@ -292,7 +285,7 @@ def load_trained(
     *,
     variant: str | None = None,
     seed: int | None = None,
-    network: nn.Module | type[nn.Module] | None = None,
+    network: Network | None = None,
 ) -> Trained:
     """Read a network that ``train`` has trained.
 
@@ -300,10 +293,10 @@ def load_trained(
         folder: the folder that ``train`` was given.
         variant: kind of the first layer; by default the recipe's ``first_layer``.
         seed: seed of the run; by default the recipe's first.
-        network: the network of yours that ``train`` was given, if there was one.
+        network: the network that ``train`` was given, if there was one.
 
     Returns:
-        The network in evaluation mode, on the CPU, with its preprocessing.
+        The network with its preprocessing, in evaluation mode, on the CPU.
 
     Raises:
         FileNotFoundError: there is no such run, or it has not ended or was stopped.
@@ -317,36 +310,32 @@ def load_trained(
         >>> with TemporaryDirectory() as folder:
         ...     result = train(recipe, data, folder=f"{folder}/mine")
         ...     trained = load_trained(f"{folder}/mine", variant="free")
-        >>> logits = trained.network(trained.preprocess(data.test_images))
-        >>> hits = logits.argmax(1) == data.test_labels
+        >>> hits = trained(data.test_images).argmax(1) == data.test_labels
         >>> abs(hits.double().mean().item() - result.accuracy("free").mean) < 1e-9
         True
     """
     recipe = Recipe.from_toml(Path(folder, RECIPE_FILE))
     variant = recipe.first_layer if variant is None else variant
     seed = recipe.seeds[0] if seed is None else seed
-    place = Path(folder, f"{variant}-{seed}")
-    saved = load_checkpoint(place / CHECKPOINT_FILE)
-    if saved is None or not saved["state"]["finished"]:
+    path = Path(folder, f"{variant}-{seed}", CHECKPOINT_FILE)
+    saved = load_checkpoint(path)
+    if saved is None or saved["run"]["accuracy"] is None:
         raise FileNotFoundError(
-            f"{str(place)!r} holds no trained network: there is no such run, or it has not ended "
-            "or was stopped."
+            f"{str(path)!r} does not exist, or its training has not ended or was stopped."
         )
-    first_params = saved["state"]["params"][:1]  # their shape is that of the filters
-    start = RECORDS[len(saved["shape"]) - 1](**first_params[0]) if first_params else None
+    shape, classes = saved["shape"], saved["classes"]
+    start = Run.from_state(saved["run"]).start  # it has the shape of the filters
+    options: dict[str, Any] = {"shape": shape, "n_classes": len(classes), "network": network}
+    mean, std = saved["model"]["mean"], saved["model"]["std"]
     try:
         with warnings.catch_warnings():  # training has warned of filters that are clipped
             warnings.simplefilter("ignore")
-            module, _ = make_network(
-                recipe, variant, seed, shape=saved["shape"], n_classes=len(saved["classes"]),
-                network=network, start=start,
-            )  # fmt: skip
-        module.to(saved["mean"].dtype).load_state_dict(saved["network"])
+            module, _ = make_network(recipe, variant, seed, **options, start=start)
+        trained = Trained(module.to(mean.dtype), mean, std, classes)
+        trained.load_state_dict(saved["model"])
     except (RuntimeError, ValueError) as error:
-        detail = " ".join(str(error).split())
         raise ValueError(
-            f"{str(place)!r} was trained with another network; give the one that train was given, "
-            f"or none ({detail:.300})."
+            f"{str(path)!r} is of another network; give the one that train was given: "
+            f"{' '.join(str(error).split()):.300}"
         ) from None
-    preprocessing = saved["classes"], saved["mean"], saved["std"]
-    return Trained(module.eval(), recipe, variant, seed, *preprocessing)
+    return trained.eval()

@@ -13,7 +13,7 @@ import shutil
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,16 +23,17 @@ from torch import Tensor, nn
 
 from gaborium.errors import require
 from gaborium.files import locked_folder, write_text
-from gaborium.layers import GABOR_LAYERS, PairEnergy, n_learned
+from gaborium.layers import GABOR_LAYERS, n_learned
 from gaborium.optim import NaturalGradient
-from gaborium.params import RECORDS, Gabor, plain
+from gaborium.params import Gabor, plain
 from gaborium.training.datasets import Dataset, load_dataset
-from gaborium.training.networks import make_network
+from gaborium.training.networks import Network, make_network
 from gaborium.training.recipe import Recipe
 from gaborium.training.results import (
     CHECKPOINT_FILE,
     RECIPE_FILE,
     Run,
+    Trained,
     TrainResult,
     load_checkpoint,
     save_checkpoint,
@@ -43,7 +44,7 @@ Progress = Callable[[Mapping[str, Any]], None]
 Augment = Callable[[Tensor, Tensor, int], Tensor]
 
 _METRICS_FILE = "metrics.jsonl"
-_LOG_STEPS = 20  # between two lines of the metrics
+_LOG_STEPS, _CHECKPOINT_STEPS = 20, 200  # between two lines of the metrics, two checkpoints
 _GABOR_RATE = 0.04  # Adam's default learning rate of Gabor parameters
 _MAX_FILTERS = 64  # in a snapshot of the filters
 _EVALUATION_BATCH = 256  # images
@@ -54,12 +55,11 @@ def train(
     recipe: Recipe,
     dataset: Dataset | None = None,
     *,
-    network: nn.Module | type[nn.Module] | None = None,
+    network: Network | None = None,
     augment: Augment | None = None,
     start: Gabor | None = None,
     folder: str | os.PathLike[str] | None = None,
     resume: bool = True,
-    checkpoint_steps: int = 200,
     tensorboard: bool = False,
     progress: Progress | None = None,
 ) -> TrainResult:
@@ -76,19 +76,18 @@ def train(
     Args:
         recipe: what to train.
         dataset: data to train on, instead of the recipe's.
-        network: a network of yours, instead of the recipe's. Either a module from ``(batch,
+        network: a network of yours, instead of the small one. Either a module from ``(batch,
             channels, *size)`` to logits ``(batch, classes)``, or to a record with such
             ``logits``; each run trains a copy whose first convolution is replaced by a first layer
-            of the recipe's kind and of the same size. Or a class, as for ``build_network``; its
-            attribute ``first_output`` is the ``output`` of its first layer.
+            of the recipe's kind and of the same size. Or a function of variant and seed that
+            returns a network and its first layer.
         augment: function that changes training images at random. It gets images in [0, 1], their
             indices in the training set, and a seed that differs between runs and epochs.
-        start: start of the Gabor filters, instead of the recipe's: a record of as many filters,
-            ``(filters, channels or 1)``.
+        start: start of the Gabor filters, instead of the recipe's: a record of shape ``(filters,
+            channels or 1)``.
         folder: folder for checkpoints, metrics and trained networks: a new one, or the folder of
-            an earlier call. By default nothing is written.
+            an earlier call. By default no file is written.
         resume: whether to go on with the content of ``folder``; otherwise it is replaced.
-        checkpoint_steps: steps between two checkpoints.
         tensorboard: whether to write the metrics for TensorBoard, too.
         progress: called with each line of the metrics, plus ``n_steps`` of the run.
 
@@ -96,9 +95,9 @@ def train(
         All runs. A run whose loss stops being finite is stopped.
 
     Raises:
-        ImportError: Lightning Fabric, safetensors or filelock is not installed.
+        ImportError: Lightning Fabric or filelock is not installed.
         ValueError: the recipe does not fit the data or this machine; or the folder holds another
-            recipe, or only damaged checkpoints.
+            recipe or a damaged checkpoint.
         OSError: a file cannot be written or read; ``FileExistsError``: the folder holds other
             work; ``BlockingIOError``: another process uses it.
 
@@ -109,8 +108,6 @@ def train(
         >>> [row["variant"] for row in result.to_table()]
         ['gabor', 'free']
     """
-    if checkpoint_steps < 1:
-        raise ValueError(f"checkpoint_steps must be at least 1, got {checkpoint_steps}.")
     data = load_dataset(recipe.data) if dataset is None else dataset
     n_train = len(data.subset(recipe.samples_per_class, recipe.seeds[0]).labels)
     shape = tuple(data.images.shape[1:])
@@ -119,32 +116,25 @@ def train(
     )
     for variant in recipe.variants:  # errors should come before anything is written
         make_optimizers(build(variant, recipe.seeds[0])[0], recipe)
-    place = None if folder is None else Path(folder)
     checksum = _checksum(data, network, start)
     fabric = _make_fabric(recipe)
     fabric.launch()
-    with contextlib.ExitStack() as stack:
-        devices = [fabric.device] if fabric.device.type == "cuda" else []
-        stack.enter_context(torch.random.fork_rng(devices))
+    place = None if folder is None else Path(folder)
+    claimed: Any = contextlib.nullcontext([])
+    if place is not None and fabric.is_global_zero:
+        claimed = _claimed(place, recipe, resume=resume, tensorboard=tensorboard)
+    with (
+        torch.random.fork_rng([fabric.device] if fabric.device.type == "cuda" else []),
         # The fastest algorithms of a GPU differ in the last bits from run to run.
-        stack.enter_context(
-            torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True)
-        )
-        watchers = [progress] if progress is not None and fabric.is_global_zero else []
-        if place is not None and fabric.is_global_zero:
-            stack.enter_context(_locked(place, recipe, resume=resume))
-            if tensorboard:
-                watchers.append(stack.enter_context(_tensorboard(place)))
+        torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True),
+        claimed as watchers,
+    ):
+        if progress is not None and fabric.is_global_zero:
+            watchers.append(progress)
         fabric.barrier()
-        runs = tuple(
-            _Trainer(
-                fabric, recipe, data, build, augment, variant, seed,
-                None if place is None else place / f"{variant}-{seed}",
-                checkpoint_steps, checksum, watchers,
-            ).run()
-            for variant in recipe.variants
-            for seed in recipe.seeds
-        )  # fmt: skip
+        trainer = _Trainer(fabric, recipe, data, build, augment, place, checksum, watchers)
+        variants, seeds = recipe.variants, recipe.seeds
+        runs = tuple(trainer.train(variant, seed) for variant in variants for seed in seeds)
     facts = {
         "name": data.name,
         "n_train": n_train,
@@ -206,163 +196,125 @@ def make_optimizers(module: nn.Module, recipe: Recipe) -> list[torch.optim.Optim
     return [*optimizers, adam]
 
 
-# -- one run ----------------------------------------------------------------------------------
-
-
-def _no_sums() -> Tensor:
-    return torch.zeros(3, dtype=torch.float64)
-
-
-@dataclass
-class _State:
-    """What a checkpoint holds besides the network and its optimisers."""
-
-    step: int = 0
-    seconds: float = 0.0
-    lines: list[dict[str, Any]] = field(default_factory=list)  # of the metrics
-    epochs: list[int] = field(default_factory=list)  # of the snapshots
-    kernels: list[Tensor] = field(default_factory=list)
-    params: list[dict[str, Tensor]] = field(default_factory=list)
-    # Sums of losses, hits and images over the epoch, and since the last line of the metrics.
-    epoch_sums: Tensor = field(default_factory=_no_sums)
-    log_sums: Tensor = field(default_factory=_no_sums)
-    n_learned: tuple[int, int] = (0, 0)  # parameters of the first layer and of the network
-    accuracy_reset: float | None = None
-    finished: bool = False
-
-
 @dataclass
 class _Trainer:
-    """Trains the network of one variant and one seed."""
+    """Trains one network after another."""
 
     fabric: Any
     recipe: Recipe
     data: Dataset
     build: Callable[[str, int], tuple[nn.Module, nn.Module]]
     augment: Augment | None
-    variant: str
-    seed: int
-    folder: Path | None
-    checkpoint_steps: int
+    place: Path | None
     checksum: str
     watchers: list[Progress]
 
-    def run(self) -> Run:
+    def train(self, variant: str, seed: int) -> Run:
         """Return the finished run; go on where an earlier call ended."""
-        saved, stopped = self._load(), ""
-        state = self.state = _State(**saved["state"]) if saved else _State()
-        if not state.finished:
+        self.folder = None if self.place is None else self.place / f"{variant}-{seed}"
+        saved = None if self.folder is None else load_checkpoint(self.folder / CHECKPOINT_FILE)
+        if saved is not None and saved["checksum"] != self.checksum:
+            raise ValueError(
+                f"{str(self.folder)!r} was trained with other data, network or start; choose "
+                "another folder, or replace it with resume=False (--overwrite)."
+            )
+        self.run = Run.from_state(saved["run"]) if saved else Run(variant, seed)
+        if self.run.accuracy is None:
             self._prepare(saved)
-            stopped = self._train()
-            if stopped:
-                warnings.warn(stopped, stacklevel=3)
-                self._write("stopped", reason=stopped)
+            self._descend()
+            if self.run.stopped:
+                warnings.warn(self.run.stopped, stacklevel=3)
+                self._write("stopped", reason=self.run.stopped)
             else:
                 self._finish()
-        params = None
-        if state.params:
-            fields = {n: torch.stack([one[n] for one in state.params]) for n in state.params[0]}
-            params = RECORDS[self.data.images.ndim - 2](**fields)
-        curve = [line for line in state.lines if "test_accuracy" in line]
-        return Run(
-            variant=self.variant,
-            seed=self.seed,
-            accuracy=None if stopped else curve[-1]["test_accuracy"],
-            accuracy_reset=state.accuracy_reset,
-            n_first_parameters=state.n_learned[0],
-            n_parameters=state.n_learned[1],
-            curve=curve,
-            epochs=state.epochs,
-            kernels=torch.stack(state.kernels),
-            params=params,
-            seconds=state.seconds,
-            stopped=stopped,
-        )
+        return self.run
 
     def _prepare(self, saved: dict[str, Any] | None) -> None:
-        """Make data, network and optimisers as they are in the checkpoint or at the start."""
-        recipe, fabric, state = self.recipe, self.fabric, self.state
-        data = self.data.subset(recipe.samples_per_class, self.seed)
-        self.images, self.labels, self.test_images, self.test_labels = (
-            value.to(fabric.device)
-            for value in (data.images, data.labels, data.test_images, data.test_labels)
-        )
-        self.dtype = torch.float64 if recipe.precision == "64-true" else torch.float32
-        self.mean, self.std = (v.to(fabric.device, self.dtype) for v in _statistics(data.images))
+        """Make the data, the network and the optimisers, and restore the checkpoint."""
+        recipe, fabric, run, device = self.recipe, self.fabric, self.run, self.fabric.device
+        data = self.data.subset(recipe.samples_per_class, run.seed)
+        self.images, self.labels = data.images.to(device), data.labels.to(device)
+        self.test_images = data.test_images.to(device)
+        self.test_labels = data.test_labels.to(device)
         self.n_batches = math.ceil(len(data.labels) / recipe.batch_size)
         self.n_steps = recipe.epochs * self.n_batches
         interval = math.ceil(recipe.epochs / recipe.n_evaluations)
         self.evaluated = set(range(recipe.epochs, 0, -interval))
-        if recipe.n_evaluations > 1:
-            self.evaluated.add(0)
+        self.evaluated |= {0} if recipe.n_evaluations > 1 else set()
 
-        self.network, self.first = self.build(self.variant, self.seed)
+        network, self.first = self.build(run.variant, run.seed)
         layers = (one for one in self.first.modules() if isinstance(one, GABOR_LAYERS))
         self.gabor: Any = next(layers, None)
         self.start = None if self.gabor is None else self._params()
-        state.n_learned = n_learned(self.first), n_learned(self.network)
-        self.network.to(fabric.device, self.dtype)
-        optimizers = make_optimizers(self.network, recipe)
+        run.n_first_parameters, run.n_parameters = n_learned(self.first), n_learned(network)
+        dtype = torch.float64 if recipe.precision == "64-true" else torch.float32
+        self.model = Trained(network, *_statistics(data.images), data.classes)
+        self.model.to(device, dtype)
+        optimizers = make_optimizers(self.model, recipe)
         self.rates = [[group["lr"] for group in one.param_groups] for one in optimizers]
-        self.module, *self.optimizers = fabric.setup(self.network, *optimizers)
+        self.module, *self.optimizers = fabric.setup(self.model, *optimizers)
+
+        self.step, self.begun = 0, time.monotonic() - run.seconds
+        self.lines: list[dict[str, Any]] = []
+        # Sums of losses, hits and images: over the epoch, and since the last line of the metrics.
+        self.sums = torch.zeros(2, 3, dtype=torch.float64)
+        self.pending: list[Tensor] = []  # the same of single steps, not in the sums yet
         if saved:
-            self.network.load_state_dict(saved["network"])
+            self.step, self.lines, self.sums = (saved[name] for name in ("step", "lines", "sums"))
+            self.model.load_state_dict(saved["model"])
             for optimizer, values in zip(self.optimizers, saved["optimizers"], strict=True):
                 optimizer.load_state_dict(values)
         if self.folder is not None and fabric.is_global_zero:
             self.folder.mkdir(exist_ok=True)
-            write_text(self.folder / _METRICS_FILE, "".join(map(_json_line, state.lines)))
-        self.pending: list[Tensor] = []  # losses, hits and images of steps that are in no sum yet
-        self.begun = time.monotonic() - state.seconds
+            write_text(self.folder / _METRICS_FILE, "".join(map(_json_line, self.lines)))
 
-    def _train(self) -> str:
-        """Do all steps that are left; return why the run must stop, or an empty text."""
-        state = self.state
-        if not state.epochs:
+    def _descend(self) -> None:
+        """Do all steps that are left, unless the loss stops being finite."""
+        if not self.run.epochs:
             self._end_epoch(0)
             self._save()
         batches: tuple[Tensor, ...] = ()
-        while state.step < self.n_steps:
-            epoch, number = divmod(state.step, self.n_batches)
+        while self.step < self.n_steps:
+            epoch, number = divmod(self.step, self.n_batches)
             if not batches or number == 0:
-                order = sample_order(self.seed, epoch, len(self.labels))
+                order = sample_order(self.run.seed, epoch, len(self.labels))
                 batches = order.tensor_split(self.n_batches)
-            self._step(batches[number], epoch, number)
-            state.step += 1
-            log, save = (state.step % n == 0 for n in (_LOG_STEPS, self.checkpoint_steps))
+            self._do_step(batches[number], epoch, number)
+            self.step += 1
+            log, save = (self.step % n == 0 for n in (_LOG_STEPS, _CHECKPOINT_STEPS))
             last = number + 1 == self.n_batches
             if (log or save or last) and not self._add_up():
                 kept = self.folder and f"; the last good checkpoint is in {str(self.folder)!r}"
-                return (
-                    f"The loss or a parameter of {self.variant}, seed {self.seed} is not finite at "
-                    f"step {state.step}; try smaller learning rates{kept or ''}."
+                self.run.stopped = (
+                    f"The loss or a parameter of {self.run.variant}, seed {self.run.seed} is not "
+                    f"finite at step {self.step}; try smaller learning rates{kept or ''}."
                 )
+                return
             if log:
-                self._write("step", epoch=epoch + 1, **_means(state.log_sums))
-                state.log_sums = _no_sums()
+                self._write("step", epoch=epoch + 1, **_means(self.sums[1]))
+                self.sums[1] = 0
             if last:
                 self._end_epoch(epoch + 1)
             if save or (last and epoch + 1 in self.evaluated):
                 self._save()
-        return ""
 
-    def _step(self, batch: Tensor, epoch: int, number: int) -> None:
+    def _do_step(self, batch: Tensor, epoch: int, number: int) -> None:
         """Do one step on the images with these indices; each process takes its share."""
         fabric = self.fabric
         rows = batch[fabric.global_rank :: fabric.world_size]
         # Seeded at every step, so that random layers of a resumed run draw the same numbers.
-        torch.manual_seed(_key(self.seed, epoch, number, fabric.global_rank))
+        torch.manual_seed(_key(self.run.seed, epoch, number, fabric.global_rank))
         self.module.train()
         images, labels = to_unit_range(self.images[rows]), self.labels[rows]
         if self.augment is not None:
-            images = self.augment(images, rows, _key(self.seed, epoch, "augmentation"))
-        logits = self._logits(self.module, images)
+            images = self.augment(images, rows, _key(self.run.seed, epoch, "augmentation"))
+        logits = self.module(images)
         smoothing = self.recipe.label_smoothing
         loss = F.cross_entropy(logits, labels, reduction="sum", label_smoothing=smoothing)
         # Fabric averages over the processes, whose shares differ in size.
         fabric.backward(loss * (fabric.world_size / len(batch)))
         if self.recipe.schedule == "cosine":
-            share = (1 + math.cos(math.pi * self.state.step / self.n_steps)) / 2
+            share = (1 + math.cos(math.pi * self.step / self.n_steps)) / 2
             for optimizer, rates in zip(self.optimizers, self.rates, strict=True):
                 for group, rate in zip(optimizer.optimizer.param_groups, rates, strict=True):
                     group["lr"] = rate * share
@@ -372,51 +324,40 @@ class _Trainer:
         hits = (logits.argmax(1) == labels).sum()
         self.pending.append(torch.stack([loss.detach(), hits, hits.new_tensor(len(rows))]))
 
-    def _logits(self, module: nn.Module, images: Tensor) -> Tensor:
-        output = module((images.to(self.dtype) - self.mean) / self.std)
-        logits: Tensor = getattr(output, "logits", output)  # some networks return a record
-        return logits
-
-    # -- measurements -------------------------------------------------------------------------
-
     def _add_up(self) -> bool:
         """Add the last steps of all processes to the sums; return whether all is finite."""
         sums = torch.stack(self.pending).cpu().double().sum(0)
         self.pending.clear()
         if self.fabric.world_size > 1:
             sums = self.fabric.all_reduce(sums.to(self.fabric.device), reduce_op="sum").cpu()
-        self.state.epoch_sums, self.state.log_sums = (
-            before + sums for before in (self.state.epoch_sums, self.state.log_sums)
-        )
-        values = (sums, *self.network.parameters())
-        return all(bool(value.isfinite().all()) for value in values)
+        self.sums += sums
+        return all(bool(v.isfinite().all()) for v in (sums, *self.model.parameters()))
 
     def _end_epoch(self, epoch: int) -> None:
-        """Write the measurements of an epoch; 0 is before the first."""
-        state, measured = self.state, _means(self.state.epoch_sums)
+        """Measure after an epoch; 0 is before the first."""
+        run, measured = self.run, _means(self.sums[0])
         if epoch in self.evaluated:
             measured["test_loss"], measured["test_accuracy"] = self._test()
         self._write("epoch", epoch=epoch, **measured)
+        if epoch in self.evaluated:
+            run.curve.append(self.lines[-1])
         if epoch in {0, *self.evaluated}:
-            inner: Any = self.first.pairs if isinstance(self.first, PairEnergy) else self.first
-            kernels = inner.weight.detach().to("cpu", torch.float32)
-            if getattr(self.first, "output", "real") == "energy":
-                kernels = kernels[::2]  # the first one of each pair
-            state.epochs.append(epoch)
-            state.kernels.append(kernels[:_MAX_FILTERS].clone())
-            if self.gabor is not None:
-                state.params.append(self._params().as_dict())
-        state.epoch_sums, state.log_sums = _no_sums(), _no_sums()
+            first: Any = self.first
+            kernels = first.weight.detach().to("cpu", torch.float32)[None, :_MAX_FILTERS]
+            run.epochs.append(epoch)
+            run.kernels = torch.cat([run.kernels, kernels])
+            run.params += [] if self.gabor is None else [self._params()]
+        self.sums.zero_()
 
     @torch.no_grad()
     def _test(self) -> tuple[float, float]:
         """Loss and accuracy on the test images; of several processes, the first one counts."""
-        self.network.eval()
+        self.model.eval()
         parts = []
         for rows in torch.arange(len(self.test_labels)).split(_EVALUATION_BATCH):
-            images, labels = to_unit_range(self.test_images[rows]), self.test_labels[rows]
+            labels = self.test_labels[rows]
             with self.fabric.autocast():
-                logits = self._logits(self.network, images).float()
+                logits = self.model(self.test_images[rows]).float()
             loss = F.cross_entropy(logits, labels, reduction="sum")
             parts.append(torch.stack([loss, (logits.argmax(1) == labels).sum()]))
         loss_sum, n_hits = torch.stack(parts).sum(0).tolist()
@@ -424,9 +365,10 @@ class _Trainer:
 
     def _write(self, kind: str, **measured: Any) -> None:
         """Add a line to the metrics."""
-        line = {"kind": kind, "variant": self.variant, "seed": self.seed, "step": self.state.step}
-        line |= {**measured, "displacement": self._displacement()}
-        self.state.lines.append(line)
+        run, displacement = self.run, self._displacement()
+        line = {"kind": kind, "variant": run.variant, "seed": run.seed, "step": self.step}
+        line |= {**measured, "displacement": displacement}
+        self.lines.append(line)
         if self.folder is not None and self.fabric.is_global_zero:
             with (self.folder / _METRICS_FILE).open("a", encoding="utf-8") as file:
                 file.write(_json_line(line))
@@ -459,34 +401,26 @@ class _Trainer:
             with warnings.catch_warnings():  # the start has warned of filters that are clipped
                 warnings.simplefilter("ignore")
                 self.gabor.params = self.start
-            self.state.accuracy_reset = self._test()[1]
+            self.run.accuracy_reset = self._test()[1]
             self.gabor.load_state_dict(learned)
-        self.state.finished = True
+        self.run.accuracy = self.run.curve[-1]["test_accuracy"]
         self._save()
 
     def _save(self) -> None:
-        self.state.seconds = time.monotonic() - self.begun
+        self.run.seconds = time.monotonic() - self.begun
         if self.folder is not None and self.fabric.is_global_zero:
             saved = {
                 "checksum": self.checksum,
-                "state": vars(self.state),
-                "network": self.network.state_dict(),
+                "run": self.run.to_state(),
+                "step": self.step,
+                "lines": self.lines,
+                "sums": self.sums,
+                "model": self.model.state_dict(),
                 "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
                 "shape": tuple(self.data.images.shape[1:]),
                 "classes": self.data.classes,
-                "mean": self.mean,
-                "std": self.std,
             }
             save_checkpoint(self.folder / CHECKPOINT_FILE, saved)
-
-    def _load(self) -> dict[str, Any] | None:
-        saved = None if self.folder is None else load_checkpoint(self.folder / CHECKPOINT_FILE)
-        if saved is not None and saved["checksum"] != self.checksum:
-            raise ValueError(
-                f"{str(self.folder)!r} was trained with other data, network or start; choose "
-                "another folder, or replace it with resume=False (--overwrite)."
-            )
-        return saved
 
 
 # -- small things -----------------------------------------------------------------------------
@@ -526,14 +460,14 @@ def _key(*parts: object) -> int:
     return int.from_bytes(digest[:7], "little")
 
 
-def _checksum(
-    data: Dataset, network: nn.Module | type[nn.Module] | None, start: Gabor | None
-) -> str:
-    """SHA-256 of what is trained on and is not in the recipe."""
-    digest = hashlib.sha256(repr(network).encode())
+def _checksum(data: Dataset, network: Network | None, start: Gabor | None) -> str:
+    """SHA-256 of the arguments of ``train`` that are not in the recipe."""
     tensors = {name: value for name, value in vars(data).items() if isinstance(value, Tensor)}
-    tensors |= network.state_dict() if isinstance(network, nn.Module) else {}
     tensors |= {} if start is None else {f"start.{k}": v for k, v in start.as_dict().items()}
+    name = getattr(network, "__qualname__", type(network).__name__)  # of a function, a module
+    if isinstance(network, nn.Module):
+        name, tensors = repr(network), tensors | network.state_dict()
+    digest = hashlib.sha256(name.encode())
     for name, value in tensors.items():
         digest.update(repr((name, tuple(value.shape), value.dtype)).encode())
         digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
@@ -541,8 +475,10 @@ def _checksum(
 
 
 @contextlib.contextmanager
-def _locked(folder: Path, recipe: Recipe, *, resume: bool) -> Iterator[None]:
-    """Keep a folder for this recipe, and other processes out of it."""
+def _claimed(
+    folder: Path, recipe: Recipe, *, resume: bool, tensorboard: bool
+) -> Iterator[list[Progress]]:
+    """Keep a folder for this recipe and this process; yields the function that logs, if any."""
     with locked_folder(folder, RECIPE_FILE, timeout=_LOCK_TIMEOUT) as known:
         if known and resume:
             old, new = vars(Recipe.from_toml(folder / RECIPE_FILE)), vars(recipe)
@@ -560,21 +496,17 @@ def _locked(folder: Path, recipe: Recipe, *, resume: bool) -> Iterator[None]:
             for path in folder.iterdir():
                 if path.name not in (".lock", RECIPE_FILE):
                     shutil.rmtree(path) if path.is_dir() else path.unlink()
-        for part in folder.rglob(".gaborium-*.part"):  # of a process that was killed
-            part.unlink(missing_ok=True)
         recipe.to_toml(folder / RECIPE_FILE)
-        yield
+        if not tensorboard:
+            yield []
+            return
+        from torch.utils.tensorboard import SummaryWriter
 
+        def log(line: Mapping[str, Any]) -> None:
+            for name, value in line.items():
+                if isinstance(value, float):
+                    tag = f"{line['variant']}, seed {line['seed']}/{line['kind']} {name}"
+                    writer.add_scalar(tag, value, line["step"])
 
-@contextlib.contextmanager
-def _tensorboard(folder: Path) -> Iterator[Progress]:
-    from torch.utils.tensorboard import SummaryWriter
-
-    def watch(line: Mapping[str, Any]) -> None:
-        for name, value in line.items():
-            if isinstance(value, float):
-                tag = f"{line['variant']}, seed {line['seed']}/{line['kind']} {name}"
-                writer.add_scalar(tag, value, line["step"])
-
-    with SummaryWriter(str(folder / "tensorboard")) as writer:
-        yield watch
+        with SummaryWriter(str(folder / "tensorboard")) as writer:
+            yield [log]

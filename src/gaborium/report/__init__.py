@@ -1,0 +1,136 @@
+"""Reports: a result as a page, as figures, and as JSON and CSV.
+
+``page`` has the sections of a page and its one template; ``filters`` and ``learning`` make them
+for each kind of result. The terminal shows the same sections without figures.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+from torch import Tensor
+
+from gaborium.files import csv_text, write_bytes, write_text
+from gaborium.report import filters, learning
+from gaborium.report.page import Report, Section, fill, saved
+
+_FILTERS = {
+    "FitResult": filters.fit_report,
+    "Census": filters.census_report,
+    "Conversion": filters.conversion_report,
+}
+_LEARNING = {
+    "Diagnosis": learning.diagnosis_report,
+    "Recovery": learning.recovery_report,
+    "TrainResult": learning.training_report,
+}
+
+
+def headline(result: Any) -> str:
+    """The answer of a result in one sentence; for the results that ``write_report`` takes."""
+    return _report(result).headline
+
+
+def sentences(result: Any) -> list[str]:
+    """What a reader should know after the headline."""
+    return list(_report(result).sentences)
+
+
+def sections(result: Any) -> list[Section]:
+    """The page's sections, without the table of all filters: for a terminal."""
+    return list(_report(result).sections())
+
+
+def write_report(
+    result: Any,
+    folder: str | os.PathLike[str],
+    *,
+    title: str | None = None,
+    facts: Mapping[str, str] | None = None,
+    kernels: Tensor | None = None,
+) -> list[Path]:
+    """Write a result as a page, as figures, as JSON, and as a table with a row for each filter.
+
+    Convention:
+        - the page refers to nothing outside itself; ``title`` and ``facts`` are shown as text
+        - in ``result.json`` angles are in rad, lengths in px, and numbers that JSON does not have
+          are the texts ``inf``, ``-inf`` and ``nan``
+        - either all files are written or none
+
+    Args:
+        result: a ``FitResult``, ``Census``, ``Conversion``, ``Diagnosis``, ``Recovery`` or
+            ``TrainResult``.
+        folder: an existing folder; files of the same names are replaced.
+        title: of the page; by default it says what kind of result it is.
+        facts: how the result was made, by name, such as the file and its checksum.
+        kernels: the kernels that were fitted, classified, or converted.
+
+    Returns:
+        The files: ``report.html``, ``result.json``, a PNG for each figure, and ``result.csv`` for
+        results with a row for each filter.
+
+    Raises:
+        FileNotFoundError: there is no such folder; raised before any work is done.
+        TypeError: ``result`` is of another type, or ``kernels`` are missing.
+        ValueError: ``kernels`` do not belong to ``result``.
+        ImportError: Jinja2 or matplotlib is not installed.
+
+    Example:
+        >>> from tempfile import TemporaryDirectory
+        >>> from gaborium import Gabor2d, fit, gabor
+        >>> kernels = gabor(Gabor2d.of(orientation=[0.0, 0.8], wavelength=6.0, sigma=2.0), 13)
+        >>> with TemporaryDirectory() as folder:
+        ...     files = write_report(fit(kernels), folder, kernels=kernels)
+        >>> [file.name for file in files]
+        ['report.html', 'result.json', 'result.csv', 'fit.png', 'parameters.png']
+    """
+    if not Path(folder).is_dir():
+        raise FileNotFoundError(f"There is no folder {os.fspath(folder)!r}; make it first.")
+    report = _report(result, kernels)
+    if report.rows is not None and kernels is None:
+        raise TypeError(f"The report of a {type(result).__name__} needs kernels=.")
+    figures: dict[str, Any] = {}
+    page = report.html(title, facts or {}, figures)
+    contents = {"report.html": page.encode(), "result.json": report.json(facts or {}).encode()}
+    if report.rows is not None:
+        contents["result.csv"] = csv_text(report.rows()).encode()
+    contents |= {f"{name}.png": saved(figure, format="png") for name, figure in figures.items()}
+    for name, content in contents.items():
+        write_bytes(Path(folder, name), content)
+    return [Path(folder, name) for name in contents]
+
+
+def write_index(folder: str | os.PathLike[str]) -> Path | None:
+    """Write ``index.html``: the runs in a folder with their headlines, the newest first.
+
+    Returns:
+        The page; ``None`` where there is already one that is not ours.
+    """
+    path = Path(folder, "index.html")
+    if path.exists() and 'content="gaborium"' not in path.read_text(errors="replace"):
+        return None
+    runs = sorted(Path(folder).glob("*/result.json"), key=os.path.getmtime, reverse=True)
+    sections = []
+    for run in [run.parent for run in runs if run.with_name("report.html").is_file()]:
+        try:
+            record = json.loads((run / "result.json").read_bytes())
+            said = [record["headline"], f"`{record['facts']['command']}`"]
+        except (LookupError, TypeError, ValueError):
+            said = []
+        sections.append(Section(run.name, said, link=f"{quote(run.name)}/report.html"))
+    write_text(path, fill("Gaborium runs", f"{len(sections)} runs", sections, {}, {}))
+    return path
+
+
+def _report(result: Any, kernels: Tensor | None = None) -> Report:
+    kind = type(result).__name__
+    if kind in _FILTERS:
+        return _FILTERS[kind](result, kernels)
+    if kind in _LEARNING:
+        return _LEARNING[kind](result)
+    raise TypeError(f"There are reports for {[*_FILTERS, *_LEARNING]}, not for {kind}.")
