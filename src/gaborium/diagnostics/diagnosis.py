@@ -116,9 +116,9 @@ def diagnose(
 ) -> Diagnosis:
     """Find out why a Gabor layer, a loss and a training loop do not learn.
 
-    Everything is done on copies. The set-up is tried for some steps unchanged, and then with each of
-    the remedies: a fault is severe if learning fails with it, and a remedy that helps comes before
-    one that does not.
+    Everything is done on copies. The set-up is tried for some steps unchanged, and then with each
+    of the remedies: a fault is severe if learning fails with it, and a remedy that helps comes
+    before one that does not.
 
     Args:
         module: a Gabor layer, ours or anybody's, or a network with one.
@@ -386,7 +386,7 @@ class _Examination:
                 severity=Severity.SEVERE,
                 confidence=0.9,
                 remedy=recover_code(layer),
-                reason=f"its {field} is off by up to {largest:.3g} from the best fit to the responses",
+                reason=f"its {field} is off by up to {largest:.3g} from the responses' best fit",
                 largest_difference=largest.item(),
             )
 

@@ -159,7 +159,7 @@ class _Differences(NamedTuple):
 
 
 class _Measurement:
-    """Measurements on copies of a module: gradients, finite differences, and effects on the output."""
+    """Measurements on copies of a module: gradients, finite differences, effects on the output."""
 
     def __init__(
         self, sandbox: Sandbox, optimizer: torch.optim.Optimizer | None, tolerance: float

@@ -467,8 +467,8 @@ class Probe:
             check_loss(present, self())
         if not present.is_floating_point() or not present.isfinite():
             raise ValueError(
-                f"The loss is {present.item()} for the layer's present parameters, not a finite number; check "
-                "inputs, targets and the layer's parameters for NaN."
+                f"The loss is {present.item()} for the present parameters, not a finite number; "
+                "check inputs, targets and the layer's parameters for NaN."
             )
         self.present: float = present.item()
 
