@@ -1,4 +1,4 @@
-"""The table of causes: how severe each one is, what a finding says, and the remedy as code."""
+"""The table of causes: severity, sentence and remedy of every fault that a diagnosis can find."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 
 class Severity(enum.Enum):
-    """How much a finding stands in the way of learning."""
+    """How much a finding harms learning."""
 
     SEVERE = "Learning fails, or ends in the wrong place."
     WARNING = "Learning is slower, less certain or biased."
@@ -167,14 +167,14 @@ _TABLE = {
     ),
     "wrong sign of phase": _Row(
         _SEVERE,
-        "The responses ask for the opposite phase, and the phase does not learn. Some libraries, "
+        "The responses fit the opposite phase, and the phase does not learn. Some libraries, "
         "such as OpenCV, define it with the opposite sign.",
         "module.params = module.params.replace(phase=-module.params.phase)\n",
     ),
     "not identifiable": _Row(
         _SEVERE,
         "The responses of filter {filter:.0f} do not depend on {names}, or only together with "
-        "another parameter: nothing determines it.",
+        "another parameter, so they do not determine it.",
     ),
     "image scale": _Row(
         _SEVERE,

@@ -33,7 +33,7 @@ from gaborium.fitting import fit, recover
 from gaborium.layers import GABOR_LAYERS
 
 _LEARNT = 0.99  # share of the targets' variance that is explained where learning works
-_HELPS = 0.5  # share of what is left to explain that a remedy must add
+_HELPS = 0.5  # share of the unexplained variance that a remedy must explain
 _MANY_FILTERS = 4  # filters whose landscapes are computed
 _OFF_CENTRE = 0.25  # px
 
@@ -116,9 +116,9 @@ def diagnose(
 ) -> Diagnosis:
     """Find out why a Gabor layer, a loss and a training loop do not learn.
 
-    Everything is done on copies. The set-up is tried for some steps as it is, and then with each of
-    the remedies: a fault is severe if learning fails with it, and a remedy that helps comes before
-    one that does not.
+    Everything is done on copies. The set-up is tried for some steps unchanged, and then with each
+    of the remedies: a fault is severe if learning fails with it, and a remedy that helps comes
+    before one that does not.
 
     Args:
         module: a Gabor layer, ours or anybody's, or a network with one.
@@ -355,7 +355,7 @@ class _Examination:
         return is_response(self.output, self.setup.targets)
 
     def _reachable(self) -> Iterator[Finding]:
-        """Whether fields that do not learn have the values that the responses ask for."""
+        """Whether fields that do not learn have the values that fit the responses."""
         layer, options = self.alone, recover_options(self.alone)
         if options is None or layer.output != "real" or layer.geometry != "filter":
             return
@@ -386,7 +386,7 @@ class _Examination:
                 severity=Severity.SEVERE,
                 confidence=0.9,
                 remedy=recover_code(layer),
-                reason=f"its {field} is off by up to {largest:.3g} from what the responses ask for",
+                reason=f"its {field} is off by up to {largest:.3g} from the responses' best fit",
                 largest_difference=largest.item(),
             )
 

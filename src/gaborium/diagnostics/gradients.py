@@ -105,7 +105,7 @@ def check_gradients(
 
     It works for any module, in its present mode; call it in ``train()`` mode to check training.
     Everything is done on copies: parameters, buffers, gradients, mode and the state of random
-    numbers stay as they are. The copies run about twenty times per parameter.
+    numbers do not change. The copies run about twenty times per parameter.
 
     The gradient is compared with central differences of the loss in float64, in the direction of
     the gradient and in two others. Where the loss has a kink, as behind a ReLU of 0, any slope
@@ -159,7 +159,7 @@ class _Differences(NamedTuple):
 
 
 class _Measurement:
-    """Measurements on copies of a module: gradients, finite differences, and what follows what."""
+    """Measurements on copies of a module: gradients, finite differences, effects on the output."""
 
     def __init__(
         self, sandbox: Sandbox, optimizer: torch.optim.Optimizer | None, tolerance: float
@@ -167,11 +167,13 @@ class _Measurement:
         self.sandbox, self.module, self.tolerance = sandbox, sandbox.module, tolerance
         parameters = dict(self.module.named_parameters())
         self.trained = [name for name, value in parameters.items() if value.requires_grad]
-        self.has_optimizer = optimizer is not None
-        self.optimizer = optimizer or torch.optim.SGD(
-            [*parameters.values()] or [torch.zeros(())], lr=_RATE
-        )
-        self.copy, self.optimizer_copy = copied_together(self.module, self.optimizer)
+        # A plain descent is less telling than the optimizer of the loop.
+        self.severity = Severity.WARNING if optimizer is None else Severity.SEVERE
+        if optimizer is None:
+            optimizer = torch.optim.SGD([*parameters.values()] or [torch.zeros(())], lr=_RATE)
+        rates = {id(p): float(g["lr"]) for g in optimizer.param_groups for p in g["params"]}
+        self.rates = {n: rates[id(p)] for n, p in parameters.items() if id(p) in rates}
+        self.copy, self.optimizer = copied_together(self.module, optimizer)
         before = dict(self.copy.named_parameters())
         self.run = sandbox.run(self.copy)
         check_loss(self.run.loss, sandbox.run().loss)
@@ -200,14 +202,6 @@ class _Measurement:
             return False
         return exact.gradient_norm < 1e-3 * gradient.double().norm().item()
 
-    def rate_of(self, name: str) -> float | None:
-        """The learning rate of a parameter; ``None`` if the optimizer does not hold it."""
-        parameter = self.module.get_parameter(name)
-        for group in self.optimizer.param_groups:
-            if any(one is parameter for one in group["params"]):
-                return float(group["lr"])
-        return None
-
     # -- does the output follow a parameter? ----------------------------------------------------
 
     def _effect(self, name: str) -> tuple[bool, bool]:
@@ -233,7 +227,7 @@ class _Measurement:
     # -- derivatives ----------------------------------------------------------------------------
 
     def _compare(self) -> tuple[dict[str, _Differences], str]:
-        """Gradients and finite differences in float64, and why there are none."""
+        """Gradients and finite differences in float64, or the reason that they are missing."""
         reason = ""
         for widen in (False, True):
             try:
@@ -358,7 +352,7 @@ class _Check(_Measurement):
             self._say(cause, names, remedy=remedy, reason=reasons[worst], **numbers)
 
     def _explain(self, name: str) -> tuple[str, str]:
-        """What is wrong with the gradient of a parameter, and why; nothing: two empty texts."""
+        """Cause and reason if the gradient of a parameter is at fault; else two empty texts."""
         gradient, exact = self.gradients.get(name), self.exact.get(name)
         if not math.isfinite(self.loss) or not (gradient is None or gradient.isfinite().all()):
             return "nan gradient", self._nan[0]
@@ -404,7 +398,7 @@ class _Check(_Measurement):
 
     @property
     def _is_cut_off(self) -> bool:
-        """Whether the output has a graph, and the loss has none."""
+        """Whether the output has a graph and the loss has lost it."""
         output, loss = self.run
         return not loss.requires_grad and any(one.requires_grad for one in tensors_of(output))
 
@@ -481,9 +475,8 @@ class _Check(_Measurement):
             if name in stepped and gradient is not None
         }
         old = {name: parameters[name].detach().double().clone() for name in stepped}
-        if self.optimizer_copy is not None:
-            # Some optimizers, such as L-BFGS, evaluate the loss again.
-            self.optimizer_copy.step(lambda: self.loss)
+        # Some optimizers, such as L-BFGS, evaluate the loss again.
+        self.optimizer.step(lambda: self.loss)
         moved = {name: not equal(old[name], parameters[name].double()) for name in stepped}
         lost = [n for n in self.overwritten if n not in self.states and self.has_gradient(n)]
         if lost and not any(found.cause == "no gradient" for found in self.found):
@@ -499,7 +492,7 @@ class _Check(_Measurement):
             for name in stepped
             if name not in (*self.overwritten, *self.rewrapped)
         )
-        known = [name for name in stepped if self.rate_of(name) is not None]
+        known = [name for name in stepped if name in self.rates]
         still = [
             name
             for name in known
@@ -513,10 +506,10 @@ class _Check(_Measurement):
             self._say(
                 "does not move",
                 still,
-                severity=None if self.has_optimizer else Severity.WARNING,
+                severity=self.severity,
                 remedy=SINGLE_PRECISION if parameter.dtype in HALF else None,
                 reason=f"a step is smaller than the rounding of {parameter.dtype}",
-                learning_rate=self.rate_of(still[0]),
+                learning_rate=self.rates[still[0]],
                 rounding=torch.finfo(parameter.dtype).eps * _size(parameter),
             )
         return moved
@@ -531,9 +524,9 @@ class _Check(_Measurement):
         self._say(
             "vanishing step",
             names,
-            severity=None if self.has_optimizer else Severity.WARNING,
+            severity=self.severity,
             factor=f"{min(n_steps / 1e2, 1e12):.3g}",
-            reason=f"at the learning rate {self.rate_of(names[0]):g} the loss needs about "
+            reason=f"at the learning rate {self.rates[names[0]]:g} the loss needs about "
             f"{n_steps:.0e} steps to fall by its own size. The loss is scaled down, or the rate is",
             n_steps=n_steps,
             loss=self.loss,
@@ -577,52 +570,49 @@ class _Check(_Measurement):
         module = copied(twin.module)
         with torch.no_grad():
             module.get_parameter(name).add_(turn)
-        return _close(twin.run(module).output, self.twin_output, tolerance=1e-6)
+        pairs = zip(tensors_of(twin.run(module).output), tensors_of(self.twin_output), strict=True)
+        return all(
+            torch.allclose(moved, still, rtol=1e-6, atol=1e-6 * still.abs().max().item())
+            for moved, still in pairs
+            if moved.is_floating_point()
+        )
 
     def _frozen(self) -> None:
+        left_out: list[tuple[list[str], str, str]] = []  # names, reason and remedy
         names = [n for n, p in self.module.named_parameters() if not p.requires_grad]
         frozen = [n for n in names if not self.trained or is_gabor_like(n)]
         if frozen:
             code = "".join(f"module.get_parameter({n!r}).requires_grad_(True)\n" for n in frozen)
-            self._say_frozen(frozen, "requires_grad=False", code + RENEW_OPTIMIZER)
+            left_out.append((frozen, "requires_grad=False", code + RENEW_OPTIMIZER))
         for name, part in self.module.named_modules():
             if isinstance(part, GABOR_LAYERS):
-                # The centre stays where it is unless it is asked for.
+                # The centre is fixed unless learn= names it.
                 fields = type(part.params).field_names()
                 left = [f for f in fields if f not in part.learn and f != "center"]
                 if left:
-                    learn = tuple(sorted({*part.learn, *left}))
-                    code = rebuilding_code(name, learn=learn)
-                    self._say_frozen(
-                        left, f"left out of learn={' of ' if name else ''}{name}", code
-                    )
-        unknown = [n for n in self.trained if self.rate_of(n) is None]
-        if unknown:
-            alone = len(unknown) == len(self.trained)
+                    code = rebuilding_code(name, learn=tuple(sorted({*part.learn, *left})))
+                    reason = f"left out of learn={' of ' if name else ''}{name}"
+                    left_out.append((left, reason, code))
+        for names, reason, code in left_out:
+            if self.trained:
+                self._say("frozen", names, remedy=code, reason=reason)
+            else:
+                options = {"severity": Severity.SEVERE, "confidence": 0.9, "remedy": code}
+                self._say(
+                    "frozen", names, reason=f"{reason}, and all others are frozen too", **options
+                )
+        unknown = [n for n in self.trained if n not in self.rates]
+        if unknown and len(unknown) == len(self.trained):
+            reason = "the optimizer does not hold it, and may have been made for another copy"
+            options = {"severity": Severity.SEVERE, "confidence": 1.0}
+            self._say("frozen", unknown, reason=reason, **options)
+        elif unknown:
             code = (
                 f"new = [module.get_parameter(name) for name in {unknown}]\n"
                 "optimizer.add_param_group(dict(params=new, lr=optimizer.param_groups[0]['lr']))\n"
             )
-            self._say(
-                "frozen",
-                unknown,
-                severity=Severity.SEVERE if alone else Severity.WARNING,
-                confidence=1.0 if alone else 0.6,
-                remedy=RENEW_OPTIMIZER if alone else code,
-                reason="the optimizer does not hold it"
-                + (", and may have been made for another copy" if alone else ""),
-            )
-
-    def _say_frozen(self, names: list[str], reason: str, code: str) -> None:
-        nothing = not self.trained
-        self._say(
-            "frozen",
-            names,
-            severity=Severity.SEVERE if nothing else None,
-            confidence=0.9 if nothing else None,
-            remedy=code,
-            reason=reason + (", and nothing else learns" if nothing else ""),
-        )
+            options = {"severity": Severity.WARNING, "confidence": 0.6, "remedy": code}
+            self._say("frozen", unknown, reason="the optimizer does not hold it", **options)
 
     def _parameter(self, name: str, parameter: Tensor) -> ParameterCheck:
         gradient, exact = self.gradients.get(name), self.exact.get(name)
@@ -647,7 +637,7 @@ class _Check(_Measurement):
 
 
 def _nudge(module: nn.Module, name: str) -> Tensor | None:
-    """Change a parameter a little, in every entry; return its old value, ``None`` if it is gone."""
+    """Change a parameter a little, in every entry; and return its old value, if it exists."""
     try:
         parameter = module.get_parameter(name)
     except AttributeError:
@@ -658,16 +648,6 @@ def _nudge(module: nn.Module, name: str) -> Tensor | None:
     with torch.no_grad():
         parameter.add_(change.to(parameter))
     return old
-
-
-def _close(one: Any, other: Any, *, tolerance: float) -> bool:
-    """Whether two outputs are equal up to a share of the largest value."""
-    return all(
-        a.shape == b.shape
-        and bool((a.double() - b.double()).abs().max() <= tolerance * b.double().abs().max())
-        for a, b in zip(tensors_of(one), tensors_of(other), strict=True)
-        if a.numel()
-    )
 
 
 def _size(parameter: Tensor) -> float:

@@ -43,8 +43,8 @@ def replace_by_gabor(module: nn.Module, name: str, inputs: Any) -> nn.Module:
     found = convolution_of(module, name, inputs)
     if found is None:
         raise ValueError(
-            f"{name or type(module).__name__!r} must be one convolution of its input, and nothing "
-            "else, to be replaced by a Gabor layer."
+            f"{name or type(module).__name__!r} must be one convolution of its input, without "
+            "other steps, to be replaced by a Gabor layer."
         )
     return _replaced(module, name, _layer_like(found))
 

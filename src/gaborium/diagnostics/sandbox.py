@@ -44,7 +44,7 @@ def copied(module: nn.Module) -> Any:
 
 def copied_together(
     module: nn.Module, optimizer: torch.optim.Optimizer | None
-) -> tuple[nn.Module, torch.optim.Optimizer | None]:
+) -> tuple[nn.Module, Any]:
     """Deep copies of a module and of the optimizer that trains it.
 
     Tensors that still have a graph, such as a cached kernel, cannot be deep-copied. They become
@@ -162,7 +162,7 @@ class TrainingSetup:
         loss: ``loss(output, target) -> scalar``.
         inputs: a batch; several inputs are a tuple.
         targets: what ``loss`` compares the outputs with.
-        optimizer: of the loop; ``None``: plain gradient descent with a step of 0.01.
+        optimizer: of the loop; by default plain gradient descent with a step of 0.01.
 
     Example:
         >>> layer = nn.Linear(2, 1)
@@ -276,7 +276,7 @@ class Run(NamedTuple):
 class Sandbox:
     """Runs copies of one module on the same inputs, each time with the same random numbers.
 
-    With ``widen`` it computes in double precision, whatever dtype the module's code asks for.
+    With ``widen`` it computes in double precision, whatever dtype the module's code names.
     """
 
     module: nn.Module
@@ -304,7 +304,7 @@ class Sandbox:
 
 
 class _Widened(TorchFunctionMode):
-    """Computes in double precision, whatever dtype the code or its constants ask for."""
+    """Computes in double precision, whatever dtype the code or its constants have."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = (resolve_name(func) or "").rpartition(".")[-1]
@@ -325,7 +325,7 @@ class Trace(TorchFunctionMode):
         self._detached: list[Any] = []  # results of .data and .detach(), which share storage
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run a function of torch, and record what it did."""
+        """Run a function of torch, and record its effects."""
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
         name = resolve_name(func) or ""
@@ -437,7 +437,7 @@ class Probe:
     """A loss as a function of a layer's tensors.
 
     Every evaluation runs the same copy with the same buffers and random numbers, so the caller's
-    layer, its gradients and torch's generators stay as they are.
+    layer, its gradients and torch's generators do not change.
 
     Example:
         >>> layer = nn.Linear(1, 1, bias=False)
@@ -467,8 +467,8 @@ class Probe:
             check_loss(present, self())
         if not present.is_floating_point() or not present.isfinite():
             raise ValueError(
-                f"The loss is {present.item()} for the layer as it is, not a finite number; check "
-                "inputs, targets and the layer's parameters for NaN."
+                f"The loss is {present.item()} for the present parameters, not a finite number; "
+                "check inputs, targets and the layer's parameters for NaN."
             )
         self.present: float = present.item()
 
