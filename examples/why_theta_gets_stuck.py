@@ -715,7 +715,8 @@ def draw(folder: Path, plan: Plan, sections: dict[str, Rows]) -> None:
     import matplotlib as mpl
 
     folder.mkdir(parents=True, exist_ok=True)
-    with plots._style():
+    with mpl.rc_context():
+        mpl.rcParams.update(plots.STYLE)
         # Equal numbers give an equal file.
         mpl.rcParams.update({"svg.hashsalt": "gaborium", "svg.fonttype": "path"})
         for name, figure in figures(plan, sections).items():

@@ -37,8 +37,7 @@ GOOD = "layer, nn.functional.mse_loss, (image, targets)"
 
 
 def record(folder: Path) -> dict:
-    content = json.loads((folder / "result.json").read_text(encoding="utf-8"))
-    return {**content["result"], "facts": content["facts"]}
+    return json.loads((folder / "result.json").read_text(encoding="utf-8"))
 
 
 def script(text: str, name: str = "mine.py") -> Path:

@@ -40,7 +40,7 @@ DIVERGING, SEQUENTIAL = "RdBu_r", "viridis"
 
 _WIDTH = 7.2  # inches: both columns of a paper
 _DASHED: dict[str, Any] = {"color": INK, "linewidth": 0.8, "linestyle": (0, (4, 3))}
-_STYLE = {
+STYLE = {
     "font.size": 8.0,
     "axes.titlesize": 8.5,
     "axes.titlelocation": "left",
@@ -795,7 +795,7 @@ def _figure(width: float, height: float) -> Iterator[Any]:
     module = require("matplotlib.figure", extra="plot", purpose="Figures")
     with matplotlib.rc_context():
         matplotlib.rcdefaults()
-        matplotlib.rcParams.update(_STYLE)
+        matplotlib.rcParams.update(STYLE)
         figure = module.Figure(figsize=(width, height), dpi=200, layout="constrained")
         figure.get_layout_engine().set(w_pad=0.06, h_pad=0.06)
         yield figure
