@@ -138,7 +138,7 @@ def test_options_on_a_page_exist(page, command, capsys):
     with pytest.raises(SystemExit):
         main([command, "--help"])
     options = set(re.findall(r"--[a-z][a-z-]+", capsys.readouterr().out))
-    assert named - {"--help", "--nproc_per_node", "--nproc"} <= options
+    assert named - {"--help", "--nproc-per-node"} <= options
 
 
 def test_every_cause_is_in_the_table_of_causes():
