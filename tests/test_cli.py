@@ -44,7 +44,7 @@ def test_recover_writes_result_report_and_figures(empty_folder, capsys):
     assert "</html>" in (folder / "report.html").read_text(encoding="utf-8")
     assert len(list(folder.glob("*.png"))) >= 3
     shown = capsys.readouterr().out
-    assert "step size" in shown
+    assert "learning rate" in shown
     assert "orientation" in shown
     assert "report.html" in shown
     assert sorted(p.name for p in (empty_folder / "runs").iterdir()) == ["index.html", "recover"]

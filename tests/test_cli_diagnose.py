@@ -179,7 +179,7 @@ def test_nothing_wrong_is_said_so(capsys):
     params = Gabor2d.of(orientation=[0.1, 1.0], wavelength=4.0, sigma=2.5)
     save_layer(GaborConv2d(1, 2, 17, start=params), "layer.safetensors")
     assert run("diagnose", "layer.safetensors") == 0
-    assert "Nothing was found that prevents learning." in capsys.readouterr().out
+    assert "No fault was found that prevents learning." in capsys.readouterr().out
 
 
 def test_a_pickle_is_not_run(capsys):

@@ -357,7 +357,9 @@ class Renamed(GaborConv2d):
 
 def test_derived_layers_are_taken_only_where_they_compute_the_same():
     assert type(to_plain(nn.Sequential(Renamed(1, 2, 5)))[0]) is nn.Conv2d
-    with pytest.raises(ValueError, match=r"^'0' is a Doubled, which overrides the forward of Gabor"):
+    with pytest.raises(
+        ValueError, match=r"^'0' is a Doubled, which overrides the forward of Gabor"
+    ):
         to_plain(nn.Sequential(Doubled(1, 2, 5)))
     with pytest.raises(TypeError, match=r"must be an nn\.Module, got int"):
         to_plain(3)

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
 
-from gaborium.params import UNITS
 from gaborium.plots import (
     best_first,
     evenly,
@@ -18,41 +17,22 @@ from gaborium.plots import (
     plot_parameters,
     strips,
 )
-from gaborium.report.formatting import counted, degrees, number, percent
+from gaborium.report.formatting import counted, number, percent, written
 from gaborium.report.page import Report, Section, Table
 
 _MOST_ROWS = 64
-_SHARES = ("gabor", "explained_variance", "explained_response", "response_error", "confidence")
-# Columns of the table of filters, where a result has them.
-_COLUMNS = {
-    "now": "now",
-    "class": "class",
-    "explanation": "explanation",
-    "outcome": "outcome",
-    "confidence": "confidence",
-    "explained_variance": "kernel explained",
-    "explained_response": "responses explained",
-    "response_error": "change of responses, std",
-    "n_x": "n_x",
-    "n_y": "n_y",
-    "orientation": "θ",
-    "elevation": "φ",
-    "wavelength": "λ, px",
-    "sigma": "σ, px",
-    "aspect_ratio": "γ",
-}
-_V1 = {
-    "n_x": "n_x, cycles in a standard deviation of the envelope along the wave: median",
-    "n_y": "n_y, the same along the stripes: median",
-    "bandwidth": "bandwidth in octaves, median",
-    "within": "share in the region that holds 95 % of V1's cells",
-    "cardinal": "share within 22.5° of horizontal or vertical; 0.5 for even directions",
-    "octaves": "spread of wavelengths: standard deviation in octaves",
-}
-_SOURCES = (
-    "V1: 79 simple cells (Ringach 2002), directions of 246 cells (De Valois, Yund and Hepler "
-    "1982), frequencies of 139 (De Valois, Albrecht and Thorell 1982). Cells are measured in "
-    "degrees and filters in pixels, so only the spread of wavelengths can be compared."
+_COLUMNS = (
+    *("now", "class", "explanation", "outcome", "confidence", "explained_variance"),
+    *("explained_response", "response_error", "n_x", "n_y", "orientation", "elevation"),
+    *("wavelength", "sigma", "aspect_ratio"),
+)
+_V1 = (
+    "n_x and n_y are cycles in a standard deviation of the envelope, along the wave and along the "
+    "stripes; within is the share in the region that holds 95 % of V1's cells, cardinal the share "
+    "within 22.5° of horizontal or vertical, octaves the spread of the wavelengths. V1: 79 "
+    "simple cells (Ringach 2002), directions of 246 cells (De Valois, Yund and Hepler 1982), "
+    "frequencies of 139 (De Valois, Albrecht and Thorell 1982). Cells are measured in degrees and "
+    "filters in pixels, so only the spread of wavelengths can be compared."
 )
 
 
@@ -70,19 +50,18 @@ def fit_report(result: Any, kernels: Any) -> Report:
         sentences.append(f"Quartiles of the explained variance: {low} and {high}.")
     if converged:
         wavelength = result.params.wavelength.flatten()[result.converged].double().median().item()
-        sentences.append(f"Median wavelength of the converged filters: {number(wavelength, 3)} px.")
+        sentences.append(f"Median wavelength of the converged filters: {number(wavelength)} px.")
 
     def sections() -> list[Section]:
-        both = zip(result.outcome, result.explained_variance.tolist(), strict=True)
         rows: list[dict[str, Any]] = [
-            {"outcome": outcome.name, "explained_variance": explained}
-            for outcome, explained in both
+            {"outcome": outcome.name, "explained_variance": result.explained_variance[i].item()}
+            for i, outcome in enumerate(result.outcome)
         ]
         for row in result.to_table():
-            name, error = row["parameter"], _cell(row["parameter"], row["standard_error"], 2)
-            rows[row["filter"]][name] = f"{_cell(name, row['value'])} ± {error}"
+            name, error = row["parameter"], written(row["parameter"], row["standard_error"], 2)
+            rows[row["filter"]][name] = f"{written(name, row['value'])} ± {error}"
         figures = {"fit": partial(plot_fit, result, kernels)} if order else {}
-        return [Section(figures=figures), *_every_filter(result, kernels, order, rows, 3)]
+        return [Section(figures=figures), *_every_filter(result, kernels, order, rows)]
 
     title = "Gabor functions nearest to kernels"
     return _report("fit", title, headline + ".", sentences, sections, result)
@@ -92,28 +71,23 @@ def census_report(result: Any, kernels: Any) -> Report:
     """The class of every filter, and the Gabor functions next to macaque V1."""
     counts, n, gabors = result.counts, len(result), result.filters("gabor")
     share = f"{len(gabors)} of {counted(n, 'filter')} ({100 * len(gabors) / n:.0f} %)"
-    rest = [f"{count} {label}" for label, count in counts.items() if count and label != "gabor"]
-    headline = f"A Gabor function describes {share}; the rest: {', '.join(rest) or 'none'}."
+    rest = [f"{count} {name}" for name, count in counts.items() if count and name != "gabor"]
+    headline = f"A Gabor function describes {share}; the rest: {', '.join(rest) or '–'}."
     sentences = []
     for kind, count in Counter(pair.kind for pair in result.pairs).items():
         pairs = [f"{pair.first} and {pair.second}" for pair in result.pairs if pair.kind == kind]
         more = ", …" if count > 12 else "."
         sentences.append(f"{counted(count, f'{kind} pair')}: {', '.join(pairs[:12])}{more}")
 
-    def sections() -> list[Section]:
+    def sections() -> Iterable[Section]:
+        yield Section(figures={"census": partial(plot_census, result, kernels)})
         v1 = result.compare_with_v1() if gabors else {}
-        compared = [[_V1[name], *(f"{one:.2f}" for one in both)] for name, both in v1.items()]
-        order = [
-            i
-            for label in counts
-            for i in sorted(result.filters(label), key=lambda i: -result.confidence[i].item())
-        ]
-        table = Table(["", "layer", "V1"], compared)
-        return [
-            Section(figures={"census": partial(plot_census, result, kernels)}),
-            *([Section("Gabor functions and V1", [_SOURCES], table=table)] if v1 else []),
-            *_every_filter(result.fit, kernels, order, result.to_table(), 4),
-        ]
+        rows = [{"": name, "layer": layer, "V1": cells} for name, (layer, cells) in v1.items()]
+        if rows:
+            yield Section("Gabor functions and V1", [_V1], table=Table.of(rows, list(rows[0])))
+        sure = result.confidence.tolist()
+        order = [i for name in counts for i in sorted(result.filters(name), key=lambda i: -sure[i])]
+        yield from _every_filter(result.fit, kernels, order, result.to_table())
 
     return _report("census", "Census of filters", headline, sentences, sections, result)
 
@@ -144,7 +118,7 @@ def conversion_report(result: Any, kernels: Any) -> Report:
         order = sorted(best_first(result.fit), key=lambda i: not chosen[i])
         return [
             Section(figures={"conversion": partial(plot_conversion, result, kernels)}),
-            *_every_filter(result.fit, kernels, order, rows, 4),
+            *_every_filter(result.fit, kernels, order, rows),
         ]
 
     title = "Conversion to Gabor functions"
@@ -153,7 +127,7 @@ def conversion_report(result: Any, kernels: Any) -> Report:
 
 def _report(
     kind: str, title: str, headline: str, sentences: list[str],
-    sections: Callable[[], list[Section]], result: Any,
+    sections: Callable[[], Iterable[Section]], result: Any,
 ) -> Report:  # fmt: skip
     def record() -> dict[str, Any]:
         values: dict[str, Any] = json.loads(result.to_json())
@@ -162,44 +136,32 @@ def _report(
     return Report(kind, title, headline, sentences, sections, record, result.to_table)
 
 
-def _cell(name: str, value: Any, digits: int = 3) -> str:
-    if isinstance(value, str):
-        return value.lower().replace("_", " ") if name == "outcome" else value
-    if name in _SHARES:
-        return percent(value)
-    return degrees(value, digits) if UNITS.get(name) == "rad" else number(value, digits)
-
-
 def _every_filter(
-    fit: Any, kernels: Any, order: list[int], rows: list[dict[str, Any]], n_words: int
+    fit: Any, kernels: Any, order: Sequence[int], rows: Sequence[dict[str, Any]]
 ) -> Iterable[Section]:
     """Wave vectors, and the table of filters in an order; of many, evenly chosen ones."""
     if not order or kernels is None:
         return
-    yield Section(
-        "Wavelengths and orientations",
-        [
-            "The angle is the orientation of the wave and the radius its frequency. Each filter is "
-            "drawn on both sides, since a wave and its reverse have one orientation. Angles grow "
-            "clockwise, as in an image. Crosses are filters that did not converge."
-        ],
-        {"parameters": partial(plot_parameters, fit)},
+    text = (
+        "The angle is the orientation of the wave and the radius its frequency. Each filter is "
+        "drawn on both sides, since a wave and its reverse have one orientation. Angles grow "
+        "clockwise, as in an image. Crosses are filters that did not converge."
     )
-    chosen, names = evenly(order, _MOST_ROWS), [name for name in _COLUMNS if name in rows[0]]
-    cells: list[list[Any]] = [
-        [str(i), picture, *(_cell(name, rows[i][name]) for name in names)]
-        for i, picture in zip(chosen, strips(fit, kernels, chosen), strict=True)
-    ]
+    figures = {"parameters": partial(plot_parameters, fit)}
+    yield Section("Wavelengths and orientations", [text], figures)
+    chosen = evenly(order, _MOST_ROWS)
+    table = Table.of([rows[i] for i in chosen], _COLUMNS)
+    cells = zip(chosen, strips(fit, kernels, chosen), table.rows, strict=True)
+    head = ["filter", "kernel, fit, residual", *table.head]
+    n_words = 4 if "explanation" in rows[0] else 3
     n_channels = fit.params.phase.numel() // len(fit)
-    text = [
-        "Kernel, Gabor function and residual have one colour scale, symmetric about zero: "
-        + ("grey is zero." if n_channels == 3 else "blue is negative, red is positive."),
-        f"{len(chosen)} of {counted(len(rows), 'filter')}, evenly from the first to the last. All "
-        "are in result.csv.",
-    ]
+    text = "Kernel, Gabor function and residual have one colour scale, symmetric about zero: "
+    text += "grey is zero." if n_channels == 3 else "blue is negative, red is positive."
+    text += f" {len(chosen)} of {counted(len(rows), 'filter')}, evenly from the first to the last;"
+    text += " all are in result.csv."
     if n_channels not in (1, 3):
-        text.append(f"Of {n_channels} channels the one with the most power is drawn.")
+        text += f" Of {n_channels} channels the one with the most power is drawn."
     if fit.params.n_dims == 3:
-        text.append("Of each volume the middle slice is drawn.")
-    head = ["filter", "kernel, fit, residual", *(_COLUMNS[name] for name in names)]
-    yield Section("Every filter", [" ".join(text)], table=Table(head, cells, n_words))
+        text += " Of each volume the middle slice is drawn."
+    rows_shown = [[str(i), picture, *row] for i, picture, row in cells]
+    yield Section("Every filter", [text], table=Table(head, rows_shown, n_words))

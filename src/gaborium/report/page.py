@@ -7,7 +7,7 @@ import io
 import json
 import platform
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib.metadata import version
 from importlib.resources import files
 from typing import Any, NamedTuple
@@ -16,8 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gaborium.errors import require
-from gaborium.params import plain
+from gaborium.params import UNITS, plain
 from gaborium.plots import INK, MUTED, PAPER, SHADE
+from gaborium.report.formatting import label, written
 
 Drawing = Callable[..., Any]  # draws a matplotlib figure of a width in inches, if it has one
 
@@ -33,6 +34,14 @@ class Table(NamedTuple):
     head: Sequence[str]
     rows: Sequence[Sequence[str | Tensor]]
     n_words: int = 1
+
+    @classmethod
+    def of(cls, rows: Sequence[Mapping[str, Any]], names: Sequence[str], n_words: int = 1) -> Table:
+        """Those of the named columns that the rows have."""
+        names = [name for name in names if name in rows[0]]
+        cells = [[written(name, row[name]) for name in names] for row in rows]
+        head = [label(name) + ", px" * (UNITS.get(name) == "px") for name in names]
+        return cls(head, cells, n_words)
 
 
 class Section(NamedTuple):
@@ -58,32 +67,27 @@ class Report(NamedTuple):
         sections: the page.
         record: the result as plain values.
         rows: a row for each filter, or ``None``.
-        facts: how the result was made, as far as the result holds it.
     """
 
     kind: str
     title: str
     headline: str
     sentences: Sequence[str]
-    sections: Callable[[], Sequence[Section]]
+    sections: Callable[[], Iterable[Section]]
     record: Callable[[], Mapping[str, Any]]
     rows: Callable[[], Sequence[Mapping[str, object]]] | None = None
-    facts: Mapping[str, str] = {}
 
     def json(self, facts: Mapping[str, str]) -> str:
         """The result with headline, facts and versions."""
         record = {"format": f"gaborium.{self.kind}", "version": 1, "facts": dict(facts)}
-        record |= {"versions": _versions(), "headline": self.headline}
-        return (
-            json.dumps(plain({**self.record(), **record}), allow_nan=False, ensure_ascii=False)
-            + "\n"
-        )
+        record |= {"versions": _versions(), "headline": self.headline, "result": self.record()}
+        return json.dumps(plain(record), allow_nan=False, ensure_ascii=False) + "\n"
 
     def html(self, title: str | None, facts: Mapping[str, str], figures: dict[str, Any]) -> str:
         """The page; ``figures`` receives its matplotlib figures by name."""
         first, *rest = self.sections()
         sections = [first._replace(text=[*self.sentences, *first.text]), *rest]
-        facts = {**facts, **self.facts, "versions": ", ".join(map(" ".join, _versions().items()))}
+        facts = {**facts, "versions": ", ".join(map(" ".join, _versions().items()))}
         return fill(title or self.title, self.headline, sections, facts, figures)
 
 
