@@ -70,7 +70,7 @@ def test_waves_are_converted_and_the_weights_are_those_of_the_network(weights, c
     assert torch.allclose(after["stem.weight"], weights["stem.weight"], atol=1e-4)
     record = json.loads((folder / "result.json").read_text(encoding="utf-8"))
     assert record["format"] == "gaborium.conversion"
-    assert [row["is_gabor"] for row in record["filters"]] == [True, True, False]
+    assert [row["is_gabor"] for row in record["result"]["filters"]] == [True, True, False]
     with (folder / "result.csv").open(encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
     assert [float(row["wavelength"]) for row in rows[:2]] == pytest.approx([4.0, 5.0], abs=1e-3)
@@ -91,7 +91,7 @@ def test_with_images_the_responses_are_kept_and_a_new_bias_is_told(weights, empt
     assert isinstance(layer, GaborConv2d)
     assert layer.bias is not None
     record = json.loads(Path("runs/convert/result.json").read_text(encoding="utf-8"))
-    errors = [row["response_error"] for row in record["filters"]]
+    errors = [row["response_error"] for row in record["result"]["filters"]]
     assert max(errors[:2]) < 1e-2 < errors[2]
     assert record["facts"]["images"].startswith("2 from ")
     assert "'stem.bias'" in capsys.readouterr().err

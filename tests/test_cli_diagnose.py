@@ -37,7 +37,8 @@ GOOD = "layer, nn.functional.mse_loss, (image, targets)"
 
 
 def record(folder: Path) -> dict:
-    return json.loads((folder / "result.json").read_text(encoding="utf-8"))
+    content = json.loads((folder / "result.json").read_text(encoding="utf-8"))
+    return {**content["result"], "facts": content["facts"]}
 
 
 def script(text: str, name: str = "mine.py") -> Path:

@@ -38,8 +38,8 @@ def test_it_writes_recipe_metrics_checkpoints_result_and_report(folder, capsys):
     recipe = Recipe.from_toml(place / "recipe.toml")
     assert (recipe.epochs, recipe.seeds) == (2, (0,))
     result = json.loads((place / "result.json").read_text(encoding="utf-8"))
-    assert result["recipe"]["n_filters"] == 4
-    assert [row["variant"] for row in result["table"]] == ["gabor", "free"]
+    assert result["result"]["recipe"]["n_filters"] == 4
+    assert [row["variant"] for row in result["result"]["table"]] == ["gabor", "free"]
     assert result["facts"]["command"].startswith("gaborium")
     assert "</html>" in (place / "report.html").read_text(encoding="utf-8")
     assert (place / "training.png").is_file()

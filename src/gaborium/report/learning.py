@@ -37,7 +37,8 @@ def recovery_report(result: Any) -> Report:
     )
 
     def sections() -> list[Section]:
-        rows = result.table()
+        rows = [row | {"parameter": f"{row['parameter']}, {row['unit']}"} for row in result.table()]
+        names = ("parameter", "truth", "found", "error", "standard_error", "trained")
         columns = ("learning_rate", "momentum", "verdict", "first_arrival", "n_ejections")
         runs = [vars(run) | {"verdict": run.verdict} for run in result.descents]
         steps = "An arrival is a step within 0.05 rad (2.9°) of the truth, an ejection a step out "
@@ -45,7 +46,7 @@ def recovery_report(result: Any) -> Report:
         error = "A standard error is what noise as strong as the residual gives a parameter."
         return [
             Section(figures={"recovery": partial(plot_recovery, result)}),
-            Section("The parameters", [error], table=Table.of(rows, list(rows[0]), 2)),
+            Section("The parameters", [error], table=Table.of(rows, names)),
             Section("The loss over the orientation", _explain(result),
                     {"landscape": partial(plot_landscape, result)}),
             Section("The descents, step by step", [steps],

@@ -80,7 +80,7 @@ class Report(NamedTuple):
     def json(self, facts: Mapping[str, str]) -> str:
         """The result with headline, facts and versions."""
         record = {"format": f"gaborium.{self.kind}", "version": 1, "facts": dict(facts)}
-        record |= {"versions": _versions(), "headline": self.headline, **self.record()}
+        record |= {"versions": _versions(), "headline": self.headline, "result": self.record()}
         return json.dumps(plain(record), allow_nan=False, ensure_ascii=False) + "\n"
 
     def html(self, title: str | None, facts: Mapping[str, str], figures: dict[str, Any]) -> str:
