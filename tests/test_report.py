@@ -250,7 +250,7 @@ def test_what_has_no_report_is_refused(made, tmp_path):
     with pytest.raises(TypeError, match="The report of a FitResult needs kernels="):
         write_report(made("fit")[0], tmp_path)
     for kind in ("fit", "census", "conversion"):
-        with pytest.raises(ValueError, match=r"kernels must be those of the . filters"):
+        with pytest.raises(ValueError, match=r"kernels must belong to the . filters"):
             write_report(made(kind)[0], tmp_path, kernels=planted(7))
     assert list(tmp_path.iterdir()) == []
 

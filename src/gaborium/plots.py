@@ -61,7 +61,7 @@ STYLE = {
 }
 
 
-# -- kernels: as they are, fitted, classified, converted --------------------------------------
+# -- kernels, fits, census, conversion --------------------------------------------------------
 
 
 def plot_kernels(
@@ -118,7 +118,7 @@ def plot_kernels(
             mappable = _image(place, image, scale)
             place.set_title(title)
         if shared_scale and channels == 1:
-            _kernel_bar(figure, mappable, axes, scales[0])
+            figure.colorbar(mappable, ax=axes, shrink=0.8, aspect=25, format="{x:.2g}")
     return figure
 
 
@@ -134,7 +134,7 @@ def plot_fit(result: FitResult, kernels: Tensor, *, width: float = _WIDTH) -> Fi
 
     Args:
         result: from ``fit``.
-        kernels: what it was given.
+        kernels: as they were fitted.
         width: of the figure, inches.
 
     Raises:
@@ -149,7 +149,7 @@ def plot_fit(result: FitResult, kernels: Tensor, *, width: float = _WIDTH) -> Fi
     """
     chosen = evenly(best_first(result), 24)
     pictures = strips(result, kernels, chosen)
-    columns = _columns(width)
+    columns = _columns(width, 1.75)
     flat = max((len(picture) / picture.shape[1] for picture in pictures), default=0.1)
     rows = max(1, math.ceil(len(chosen) / columns))
     with _figure(width, rows * (width / columns * flat + 0.22) + 0.1) as figure:
@@ -196,14 +196,21 @@ def plot_parameters(result: FitResult) -> Figure:
             highest = 1.06 * max((1 / wavelength[fitted]).tolist(), default=0.0) or 0.5
             first = 2 ** math.ceil(math.log2(1 / highest))
             ticks = [ratio * first for ratio in (1, 1.5, 2, 4)]
-            _compass(place, highest, {1 / tick: f"{tick:g} px" for tick in ticks})
+            angles = range(0, 360, 45)
+            place.set_theta_direction(-1)
+            place.set_xticks([math.radians(a) for a in angles], [f"{a % 180}°" for a in angles])
+            place.set_rlabel_position(-22.5)
+            place.set_ylim(0, highest)
+            place.set_yticks([1 / tick for tick in ticks], [f"{tick:g} px" for tick in ticks])
+            place.grid(color=SHADE, linewidth=0.5)
+            place.spines["polar"].set_color(SHADE)
         for marker, some in (("x", fitted[~converged[fitted]]), ("o", fitted[converged[fitted]])):
             for x, y in points:
                 image = place.scatter(
                     x[some], y[some], 14, explained[some], marker=marker, cmap=SEQUENTIAL,
                     vmin=math.floor(10 * lowest) / 10, vmax=1.0, rasterized=len(result) > 500,
                 )  # fmt: skip
-        _bar(figure, image, place, shrink=0.6, pad=0.12, label="explained variance")
+        figure.colorbar(image, ax=place, shrink=0.6, pad=0.12, label="explained variance")
     return figure
 
 
@@ -220,7 +227,7 @@ def plot_census(result: Census, kernels: Tensor, *, width: float = _WIDTH) -> Fi
 
     Args:
         result: from ``census``.
-        kernels: what it was given.
+        kernels: as they were fitted.
         width: of the figure, inches.
 
     Raises:
@@ -235,14 +242,15 @@ def plot_census(result: Census, kernels: Tensor, *, width: float = _WIDTH) -> Fi
     """
     n_dims = result.fit.params.n_dims
     images = kernel_images(_of(len(result), kernels, n_dims)[None])[0]
-    tiles = torch.cat([_enlarged(colored(image[None])) for image in images])
+    tiles = torch.cat([colored(image[None]) for image in images])
+    space = math.ceil(tiles.shape[1] / 4)
     blocks, middles, done = [], {}, 0.0
     for label in result.counts:
         order = sorted(result.filters(label), key=lambda i: -result.confidence[i].item())
         order = order[: math.ceil(min(1.0, 384 / len(result)) * len(order))]
         if order:
-            blocks.append(F.pad(mosaic(tiles[order], int(4 * width), gap=3), (0, 0, 0, 0, 0, 9)))
-            middles[label] = done + len(blocks[-1]) / 2 - 4.5
+            blocks.append(F.pad(mosaic(tiles[order], int(4 * width)), (0, 0, 0, 0, 0, space)))
+            middles[label] = done + (len(blocks[-1]) - space) / 2
             done += len(blocks[-1])
     picture = torch.cat(blocks)
     height = 0.8 * width * len(picture) / picture.shape[1] + 0.2
@@ -250,7 +258,7 @@ def plot_census(result: Census, kernels: Tensor, *, width: float = _WIDTH) -> Fi
         above, below = figure.subplots(2, 1, height_ratios=[height, 3.0])
         _picture(above, picture, f"{len(result)} filters by class")
         for label, row in middles.items():
-            above.text(-8, row, label, ha="right", va="center", fontsize=7.5)
+            above.text(-space, row, label, ha="right", va="center", fontsize=6.5)
         low, high, found = 0.08, 2.3, result.distribution()
         below.set(title="Envelopes, in cycles", xscale="log", yscale="log", aspect="equal")
         below.set(xlabel="n_x, along the wave", ylabel="n_y, along the stripes")
@@ -299,10 +307,10 @@ def plot_conversion(conversion: Conversion, kernels: Tensor, *, width: float = _
     both = torch.stack([_of(n, one, kernels.ndim - 2) for one in (kernels, weight)])
     order = [i for i in best_first(conversion.fit) if conversion.is_gabor[i]]
     pairs = [
-        mosaic(_enlarged(colored(pair)), 1)
+        mosaic(colored(pair), 1)
         for pair in kernel_images(both[:, evenly(order, 96)]).transpose(0, 1)
     ]
-    picture = mosaic(torch.stack(pairs), int(3.4 * width), gap=4) if pairs else torch.ones(1, 20, 4)
+    picture = mosaic(torch.stack(pairs), int(3.4 * width), gap=3) if pairs else torch.ones(1, 20, 4)
     height = width * len(picture) / picture.shape[1] + 0.2
     with _figure(width, height + 2.2) as figure:
         above, below = figure.subplots(2, 1, height_ratios=[height, 2.0])
@@ -332,8 +340,8 @@ def plot_recovery(recovery: Recovery, *, width: float = _WIDTH) -> Figure:
 
     Convention:
         - all kernels share one colour scale, symmetric about 0, in all channels
-        - the residual is the responses minus those of the found kernel; below them are the ends
-          of their colour scales
+        - the residual is the responses minus the found kernel's; below both are the ends of
+          their colour scales
         - with several photographs the first is drawn, and the title gives their number
 
     Args:
@@ -345,7 +353,7 @@ def plot_recovery(recovery: Recovery, *, width: float = _WIDTH) -> Figure:
         >>> from gaborium.experiments import recover_planted
         >>> planted = Gabor2d.of(orientation=0.8, wavelength=5.0, sigma=2.0)
         >>> result = recover_planted([torch.rand(1, 40, 40)], planted, start=planted, n_steps=2)
-        >>> [axes.get_title(loc="left") for axes in plot_recovery(result).axes][3:7]
+        >>> [axes.get_title(loc="left") for axes in plot_recovery(result).axes][4:8]
         ['Planted', 'Start', 'Found', 'Trained']
     """
     (n, channels, height, breadth), size = recovery.images.shape, recovery.kernel_size
@@ -353,31 +361,25 @@ def plot_recovery(recovery: Recovery, *, width: float = _WIDTH) -> Figure:
     kernels = torch.stack([gabor(one, size).reshape(channels, *size) for one in params], 1)
     image = recovery.images[0].double().cpu()
     pixels = image.movedim(0, -1) if channels == 3 else image.mean(0)
-    top = width / 3 * height / breadth + 0.5
-    bottom = channels * 0.21 * width * size[0] / size[1] + 0.5
-    with _figure(width, top + bottom) as figure:
-        above, below = figure.subfigures(2, 1, height_ratios=[top, bottom])
-        photograph, *signals = _grid(above, 3, 3)
+    mean = "" if channels in (1, 3) else f", mean of {channels} channels"
+    with _figure(width, (1 + channels) * (width / 4 + 0.25)) as figure:
+        photograph, responses, rest, blank, *places = _grid(figure, 4 + 4 * channels, 4)
+        blank.set_axis_off()
         _frame(photograph)
         photograph.imshow(pixels.numpy(), cmap="gray")
         photograph.set_title("Photograph" if n == 1 else f"First of {n} photographs")
-        mean = "" if channels in (1, 3) else f", mean of {channels} channels"
         photograph.set_xlabel(f"{height} × {breadth} px{mean}")
         named = {"Responses": recovery.responses, "Residual": residual(recovery)}
-        for place, (name, values) in zip(signals, named.items(), strict=True):
-            end = largest(values[0])
-            _image(place, values[0], end)
-            place.set_title(name)
-            place.set_xlabel(f"±{_short(end)}")
-        places = _grid(below, 4 * channels, 4)
-        for place, kernel in zip(places, kernels.flatten(0, 1), strict=True):
+        for place, (name, values) in zip((responses, rest), named.items(), strict=True):
+            _image(place, values[0], largest(values[0]))
+            place.set(title=name, xlabel=f"±{largest(values[0]):.2g}")
+        for index, (place, kernel) in enumerate(zip(places, kernels.flatten(0, 1), strict=True)):
             mappable = _image(place, kernel[None], largest(kernels))
-        for place, name in zip(places, ("Planted", "Start", "Found", "Trained"), strict=False):
-            place.set_title(name)
-        names = ["red", "green", "blue"] if channels == 3 else map("channel {}".format, range(99))
-        for place, name in zip(places[::4] if channels > 1 else [], names, strict=False):
-            place.set_ylabel(name, color=MUTED)
-        _kernel_bar(below, mappable, places, largest(kernels))
+            if index < 4:
+                place.set_title(("Planted", "Start", "Found", "Trained")[index])
+            elif index % 4 == 0:
+                place.set_ylabel(f"channel {index // 4}")
+        figure.colorbar(mappable, ax=places, shrink=0.8, aspect=25, format="{x:.2g}")
     return figure
 
 
@@ -502,7 +504,9 @@ def _plot_curve(found: Landscape, width: float) -> Figure:
         )  # fmt: skip
         place.plot(x, values, color=BLUE, linewidth=1.4)
         minima = _shown(found, 0, [one.position[0] for one in found.minima])
-        _mark_minima(place, minima, [one.value for one in found.minima], found.n_best)
+        losses, n_best = [one.value for one in found.minima], found.n_best
+        _mark(place, "best minimum", minima[:n_best], losses[:n_best])
+        _mark(place, "worse minimum", minima[n_best:], losses[n_best:])
         _mark(place, "start", _shown(found, 0, found.present), [found.present_value])
         widths = {"convex": found.half_width, "predicted": found.predicted_half_width}
         place.set_title(
@@ -533,13 +537,14 @@ def _plot_surface(found: Landscape, width: float) -> Figure:
             place.contourf(x, y, worse, levels=[0.5, 1.5], colors="none", hatches=["////"])
             place.contour(x, y, worse, levels=[0.5], colors=PAPER, linewidths=0.6)
         up, right = (_shown(found, i, [one.position[i] for one in found.minima]) for i in (0, 1))
-        _mark_minima(place, right, up, found.n_best)
+        _mark(place, "best minimum", right[: found.n_best], up[: found.n_best])
+        _mark(place, "worse minimum", right[found.n_best :], up[found.n_best :])
         here = [_shown(found, i, found.present[i : i + 1]) for i in (1, 0)]
         _mark(place, "start", *here)
         _field_axis(place, found, 1, "x")
         _field_axis(place, found, 0, "y")
         place.set_title(f"{100 * found.share_to_best:.0f} % of starts reach the best minimum")
-        _bar(figure, image, place, label="loss")
+        figure.colorbar(image, ax=place, label="loss")
         _legend(figure, place, width)
     return figure
 
@@ -574,7 +579,7 @@ def plot_step_limit(found: StepLimit) -> Figure:
         if found.learning_rate is not None:
             step = found.learning_rate * (1.0 if found.adaptive else slopes[-1])
             place.axvline(step, label="one step", **_DASHED)
-        bowl = f"A bowl: steps below {_short(found.step_limit)} settle"
+        bowl = f"A bowl: steps below {found.step_limit:.2g} settle"
         title = "A cone: no fixed step settles" if found.is_cone else bowl
         place.set(title=title, xlabel="distance from the minimum", ylabel="slope of the loss")
         _legend(figure, place, _WIDTH / 2)
@@ -587,7 +592,7 @@ def plot_identifiability(found: Identifiability, *, filter: int = 0) -> Figure: 
     Convention:
         - a bar is the bound on the standard error with these inputs, as a multiple of the bound
           with white input of equal power
-        - a parameter that is not identifiable has a hatched bar to the end
+        - a parameter that is not identifiable has a red bar to the end
 
     Args:
         found: from ``gaborium.diagnostics.identifiability``.
@@ -608,12 +613,10 @@ def plot_identifiability(found: Identifiability, *, filter: int = 0) -> Figure: 
     ratio = found.bounds[filter] / found.white_bounds[filter]
     end = max([2.0, *(1.15 * ratio[ratio.isfinite()]).tolist()])
     names = [name.replace("_", " ") for name in found.names]
+    colors = [BLUE if known else VERMILION for known in ratio.isfinite()]
     with _figure(_WIDTH / 2, 0.25 * len(names) + 1.0) as figure:
         place = figure.add_subplot()
-        bars = place.barh(names, ratio.nan_to_num(end, end).tolist(), color=BLUE, height=0.6)
-        for bar, known in zip(bars, ratio.isfinite(), strict=True):
-            if not known:
-                bar.set(facecolor=PAPER, edgecolor=VERMILION, hatch="////", linewidth=0.5)
+        place.barh(names, ratio.nan_to_num(end, end).tolist(), color=colors, height=0.6)
         place.axvline(1, **_DASHED)
         place.invert_yaxis()
         place.set(xlim=(0, end), xlabel="bound / bound with white input")
@@ -627,7 +630,7 @@ def plot_training(result: TrainResult, *, width: float = _WIDTH) -> Figure:
 
     Convention:
         - each line is a run; equal colours are equal first layers
-        - distances from the start are medians over the filters; angles are in degrees
+        - Δ is the distance from the start, a median over the filters; angles are in degrees
 
     Args:
         result: from ``gaborium.train``.
@@ -649,8 +652,8 @@ def plot_training(result: TrainResult, *, width: float = _WIDTH) -> Figure:
                 ]
                 label = run.variant if run.seed == result.recipe.seeds[0] else ""
                 place.plot(*zip(*curve, strict=True), color=colors[run.variant], label=label)
-            title = f"moved: {_labelled(name)}" if name in fields else name.replace("_", " ")
-            place.set(title=title.capitalize(), xlabel="epoch")
+            title = f"Δ {_labelled(name)}" if name in fields else name.replace("_", " ")
+            place.set(title=title, xlabel="epoch")
             place.set_ylim(bottom=0)
         _legend(figure, places[0], width)
     return figure
@@ -670,8 +673,8 @@ def plot_trained_filters(result: TrainResult, *, width: float = _WIDTH) -> Figur
     pictures = []
     for run in runs:
         pairs = kernel_images(run.kernels[[0, -1]]).transpose(0, 1)
-        tiles = torch.stack([_enlarged(colored(pair)) for pair in pairs], 1)
-        pictures.append([mosaic(some, min(len(some), int(1.2 * width)), gap=2) for some in tiles])
+        tiles = torch.stack([colored(pair) for pair in pairs], 1)
+        pictures.append([mosaic(some, min(len(some), int(1.2 * width))) for some in tiles])
     heights = [width / 2 * len(one) / one.shape[1] + 0.3 for one, _ in pictures]
     with _figure(width, sum(heights)) as figure:
         axes = figure.subplots(len(runs), 2, squeeze=False, height_ratios=heights)
@@ -681,7 +684,7 @@ def plot_trained_filters(result: TrainResult, *, width: float = _WIDTH) -> Figur
     return figure
 
 
-# -- what the figures and the report share ----------------------------------------------------
+# -- shared with the report -------------------------------------------------------------------
 
 
 def best_first(result: FitResult) -> list[int]:
@@ -745,7 +748,7 @@ def mosaic(tiles: Tensor, n_columns: int, *, gap: int = 1) -> Tensor:
 
 
 def residual(recovery: Recovery) -> Tensor:
-    """The responses minus those of the kernel that ``recover`` found."""
+    """The responses minus the responses of the kernel that ``recover`` found."""
     kernel = gabor(recovery.found.params, recovery.kernel_size).to(recovery.images)
     return recovery.responses - F.conv2d(recovery.images, kernel.reshape(1, -1, *kernel.shape[-2:]))
 
@@ -801,7 +804,7 @@ def _figure(width: float, height: float) -> Iterator[Any]:
         yield figure
 
 
-def _columns(width: float, least: float = 2.3) -> int:
+def _columns(width: float, least: float) -> int:
     """How many panels of a least width fit side by side."""
     return max(1, int(width / least))
 
@@ -819,7 +822,7 @@ def _of(n: int, kernels: Tensor, n_dims: int) -> Tensor:
     """Kernels as ``(n, channels, *size)`` in double precision."""
     if kernels.numel() % (n * math.prod(kernels.shape[-n_dims:])):
         raise ValueError(
-            f"kernels must be those of the {n} filters of the result, got shape "
+            f"kernels must belong to the {n} filters of the result, got shape "
             f"{tuple(kernels.shape)}."
         )
     return kernels.detach().cpu().double().reshape(n, -1, *kernels.shape[-n_dims:])
@@ -846,40 +849,6 @@ def _picture(place: Axes, picture: Tensor, title: str) -> None:
     place.imshow(picture.numpy())
     place.set_title(title)
     place.set_axis_off()
-
-
-def _enlarged(tiles: Tensor) -> Tensor:
-    """Tiles ``(n, height, width, 3)`` with at least 24 px, so that gaps between them are small."""
-    times = max(1, math.ceil(24 / max(tiles.shape[1:3])))
-    return tiles.repeat_interleave(times, 1).repeat_interleave(times, 2)
-
-
-def _bar(figure: Any, image: Any, places: Any, **options: Any) -> Any:
-    """A colour bar without a frame."""
-    bar = figure.colorbar(image, ax=places, **options)
-    bar.outline.set_visible(False)
-    return bar
-
-
-def _kernel_bar(figure: Any, image: Any, places: Any, scale: float) -> None:
-    bar = _bar(figure, image, places, shrink=0.8, aspect=25, pad=0.02, ticks=[-scale, 0, scale])
-    bar.ax.set_yticklabels([_short(-scale), "0", _short(scale)])
-
-
-def _compass(place: Any, highest: float, rings: dict[float, str]) -> None:
-    """Polar axes of orientations: clockwise, as in an image, and labelled modulo 180 degrees."""
-    place.set_theta_direction(-1)
-    angles = range(0, 360, 45)
-    place.set_xticks([math.radians(a) for a in angles], [f"{a % 180}°" for a in angles])
-    place.set_rlabel_position(-22.5)
-    place.set_ylim(0, highest)
-    place.set_yticks(list(rings), list(rings.values()))
-    place.grid(color=SHADE, linewidth=0.5)
-    place.spines["polar"].set_color(SHADE)
-
-
-def _short(value: float) -> str:
-    return f"{value:.2g}".replace("-", "−").replace("e−0", "e−")
 
 
 def _labelled(name: str, unit: str | None = None) -> str:
@@ -917,21 +886,22 @@ def _degree_ticks(axis: Any, step: int) -> None:
 
 
 def _mark(place: Axes, label: str, x: Sequence[float], y: Sequence[float]) -> None:
-    """Mark points of a kind."""
+    """Mark points of a kind, if there are any."""
     marker, face, edge = {
         "start": ("o", PAPER, INK),
         "best minimum": ("o", GREEN, PAPER),
         "worse minimum": ("X", VERMILION, PAPER),
     }[label]
-    place.plot(
-        x, y, marker, mfc=face, mec=edge, mew=0.7, ms=4.5, label=label, zorder=5, clip_on=False
-    )
-
-
-def _mark_minima(place: Axes, x: list[float], y: list[float], n_best: int) -> None:
-    _mark(place, "best minimum", x[:n_best], y[:n_best])
-    if x[n_best:]:
-        _mark(place, "worse minimum", x[n_best:], y[n_best:])
+    look: dict[str, Any] = {
+        "mfc": face,
+        "mec": edge,
+        "mew": 0.7,
+        "ms": 4.5,
+        "zorder": 5,
+        "clip_on": False,
+    }
+    if x:
+        place.plot(x, y, marker, label=label, **look)
 
 
 def _legend(figure: Any, place: Axes, width: float) -> None:

@@ -73,5 +73,6 @@ def written(name: str, value: Any, digits: int = 3) -> str:
         return "–" if value is None else str(value)
     if name.startswith(_SHARES):
         return percent(value)
-    angle = UNITS.get(name) == "rad" or name.endswith("_rad")
-    return degrees(value, digits) if angle else number(value, digits)
+    if UNITS.get(name) == "rad" or name.endswith("_rad"):
+        return degrees(value, digits)
+    return f"{value:.0f}" if value.is_integer() and value < 1e6 else number(value, digits)

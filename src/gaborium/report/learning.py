@@ -40,7 +40,10 @@ def recovery_report(result: Any) -> Report:
         rows = [row | {"parameter": f"{row['parameter']}, {row['unit']}"} for row in result.table()]
         names = ("parameter", "truth", "found", "error", "standard_error", "trained")
         columns = ("learning_rate", "momentum", "verdict", "first_arrival", "n_ejections")
-        runs = [vars(run) | {"verdict": run.verdict} for run in result.descents]
+        runs = [
+            vars(run) | {"verdict": run.verdict, "learning_rate": f"{run.learning_rate:g}"}
+            for run in result.descents
+        ]
         steps = "An arrival is a step within 0.05 rad (2.9°) of the truth, an ejection a step out "
         steps += "of the basin. A descent that stays within 0.01 rad (0.57°) has settled."
         error = "A standard error is what noise as strong as the residual gives a parameter."
@@ -154,7 +157,11 @@ def _figures(result: Any, parts: Mapping[str, Any]) -> dict[str, Drawing]:
             layer = name.removeprefix("health").removeprefix(" of ")
             weight = getattr(result.setup.module.get_submodule(layer), "weight", None)
             if isinstance(weight, Tensor) and weight.ndim == 4 and weight.shape[1] in (1, 3):
-                figures[file] = partial(plot_kernels, weight[:32], shared_scale=False)
+                kernels, titles = (
+                    weight.detach()[:32],
+                    [str(i) for i in range(min(32, len(weight)))],
+                )
+                figures[file] = partial(plot_kernels, kernels, titles=titles, shared_scale=False)
     return figures
 
 
