@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 import gaborium
-from gaborium.files import write_text
+from gaborium.support import write_text
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"

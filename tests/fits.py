@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from gaborium import FitResult, gabor
-from gaborium.params import RECORDS, Gabor
+from gaborium.functions.params import RECORDS, Gabor
 
 F64 = torch.float64
 SHARED = {"geometry": "filter"}

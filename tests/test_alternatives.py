@@ -12,7 +12,7 @@ from gaborium import Gabor2d, Outcome, fit, gabor
 from gaborium.fitting.alternatives import CenterSurround, TwoGabors, crossing, is_better
 from gaborium.fitting.model import GaborModel
 from gaborium.fitting.solver import Target, kernels_of, linearize, misfit, solve
-from gaborium.kernels import offsets
+from gaborium.functions.kernels import offsets
 
 SIZES = (9, 11)
 

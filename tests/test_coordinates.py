@@ -7,8 +7,8 @@ import torch
 
 from gaborium import Gabor1d, Gabor2d, Gabor3d
 from gaborium.coordinates import Coordinates
-from gaborium.kernels import combine, even_odd, gabor
-from gaborium.params import RECORDS, Gabor
+from gaborium.functions.kernels import combine, even_odd, gabor
+from gaborium.functions.params import RECORDS, Gabor
 
 DIMENSIONS = (1, 2, 3)
 NAMES = ("textbook", "wavevector")

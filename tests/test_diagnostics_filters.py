@@ -10,7 +10,7 @@ from torch import nn
 
 from gaborium import Gabor1d, Gabor2d, Gabor3d, GaborConv1d, GaborConv2d, GaborConv3d
 from gaborium.diagnostics import Severity, health, reinitialize_filters
-from gaborium.kernels import dc_response
+from gaborium.functions.kernels import dc_response
 
 LAYERS = {1: GaborConv1d, 2: GaborConv2d, 3: GaborConv3d}
 

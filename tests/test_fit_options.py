@@ -26,7 +26,7 @@ from fits import (
     with_noise,
 )
 from gaborium import FitResult, Gabor2d, Outcome, fit, gabor, recover
-from gaborium.params import Gabor
+from gaborium.functions.params import Gabor
 from gaborium.readers import center_crop, sample_image
 
 LAW = settings(max_examples=3, deadline=None, derandomize=True)

@@ -31,7 +31,7 @@ from gaborium.fitting import api, search
 from gaborium.fitting.model import GaborModel
 from gaborium.fitting.solver import Target, linearize, misfit, solve
 from gaborium.fitting.start import StartGrid
-from gaborium.params import RECORDS, Gabor
+from gaborium.functions.params import RECORDS, Gabor
 from gaborium.patches import PatchStatistics
 from gaborium.readers import center_crop, sample_image
 

@@ -25,7 +25,7 @@ from gaborium import (
     quadrature_pair,
     sigma_from_bandwidth,
 )
-from gaborium.params import Gabor
+from gaborium.functions.params import Gabor
 
 RANDOM = settings(max_examples=15, deadline=None, derandomize=True)
 RECORDS = (Gabor1d, Gabor2d, Gabor3d)

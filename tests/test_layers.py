@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gaborium import Gabor1d, Gabor2d, Gabor3d, GaborConv1d, GaborConv2d, GaborConv3d
-from gaborium.kernels import gabor, suggest_kernel_size
+from gaborium.functions.kernels import gabor, suggest_kernel_size
+from gaborium.functions.params import RECORDS, Gabor
 from gaborium.layers import pair_norms
-from gaborium.params import RECORDS, Gabor
 from gaborium.starts import STARTS
 
 DIMENSIONS = (1, 2, 3)

@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 
 from gaborium import GaborConv1d, GaborConv2d, GaborConv3d
+from gaborium.functions.params import RECORDS
 from gaborium.optim.kernel_family import KernelFamily
 from gaborium.optim.quadratic import Metric, Quadratic
 from gaborium.optim.steps import descend, global_step, reinitialize_filters
-from gaborium.params import RECORDS
 
 LAYERS = {1: GaborConv1d, 2: GaborConv2d, 3: GaborConv3d}
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from gaborium import Gabor1d, Gabor2d, Gabor3d, gabor
-from gaborium.params import UNITS, Gabor, wrap
+from gaborium.functions.params import UNITS, Gabor, wrap
 
 RECORDS = (Gabor1d, Gabor2d, Gabor3d)
 F64 = torch.float64

@@ -108,7 +108,7 @@ def test_help_answers_without_torch():
 
 
 def test_layers_and_plots_load_little_of_the_package():
-    core = {"errors", "files", "params", "kernels", "coordinates", "starts", "patches", "layers"}
+    core = {"support", "functions", "coordinates", "starts", "patches", "layers"}
     layers = rooms_loaded_by("import gaborium.layers")
     assert layers <= core
     plots = rooms_loaded_by(

@@ -7,8 +7,8 @@ import re
 import pytest
 import torch
 
-from gaborium.kernels import bandwidth_from_sigma, gabor
-from gaborium.params import RECORDS, Gabor
+from gaborium.functions.kernels import bandwidth_from_sigma, gabor
+from gaborium.functions.params import RECORDS, Gabor
 from gaborium.starts import (
     STARTS,
     V1_CARDINAL,

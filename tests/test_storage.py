@@ -25,7 +25,7 @@ from gaborium import (
     GaborConv2d,
     GaborConv3d,
     MixedConv,
-    files,
+    support,
 )
 from gaborium import gabor as sample
 from gaborium.layers import GABOR_LAYERS, PairEnergy
@@ -97,7 +97,7 @@ def full_disk(monkeypatch: pytest.MonkeyPatch) -> None:
     def full(_: int) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(files.os, "fsync", full)
+    monkeypatch.setattr(support.os, "fsync", full)
 
 
 # -- files of layers --------------------------------------------------------------------------
@@ -125,7 +125,7 @@ def with_facts(path: Path, target: Path, change, *, tensors: dict | None = None)
     change(facts)
     facts.pop("sha256")
     kept = safetensors.load(path.read_bytes())
-    files.write_tensors(target, tensors or kept, facts)
+    support.write_tensors(target, tensors or kept, facts)
     return target
 
 

@@ -17,7 +17,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from gaborium import Gabor2d, GaborConv2d, MixedConv, files
+from gaborium import Gabor2d, GaborConv2d, MixedConv, support
 from gaborium.training import Dataset, Recipe, load_trained, train, trainer
 from gaborium.training.results import load_checkpoint
 from gaborium.training.trainer import _Trainer, make_optimizers
@@ -512,7 +512,7 @@ def test_a_folder_is_of_one_recipe_one_data_set_and_one_process(data, tmp_path, 
 
 
 def test_a_full_disk_stops_with_a_line_and_loses_nothing(data, tmp_path, monkeypatch):
-    save, saved = files.os.fsync, []
+    save, saved = support.os.fsync, []
 
     def full(file: int) -> None:
         saved.append(file)
@@ -521,7 +521,7 @@ def test_a_full_disk_stops_with_a_line_and_loses_nothing(data, tmp_path, monkeyp
         save(file)
 
     with monkeypatch.context() as patch:
-        patch.setattr(files.os, "fsync", full)
+        patch.setattr(support.os, "fsync", full)
         with pytest.raises(OSError, match="No space left on device"):
             train(TINY, data, folder=tmp_path / "a")
     train(TINY, data, folder=tmp_path / "a")

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gaborium.errors import one_of
+from gaborium.support import one_of
 
 # What each of the five strengths means, mild to severe.
 STRENGTHS: dict[str, tuple[float, ...]] = {

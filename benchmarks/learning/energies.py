@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gaborium.functions.params import Gabor
 from gaborium.layers import LAYERS, PLAIN_LAYERS, PairEnergy
-from gaborium.params import Gabor
 from gaborium.training import Dataset, Recipe
 from gaborium.training.networks import GridPool, output_shape, seeded
 

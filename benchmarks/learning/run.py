@@ -50,8 +50,8 @@ from energies import EnergyNetwork, make_equal_start
 from plans import EXPERIMENTS, NETWORKS, VARIANTS, Data, Unit, Variant
 
 from gaborium import mel_bank
-from gaborium.files import write_text
-from gaborium.kernels import quadrature_pair
+from gaborium.functions.kernels import quadrature_pair
+from gaborium.support import write_text
 from gaborium.training import Dataset, Mean, Run, Trained, load_trained, train
 
 TUNING_SEEDS = (1000, 1001)

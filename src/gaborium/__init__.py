@@ -10,8 +10,8 @@ __version__ = "0.1.0"
 # Where the public names are defined. They are imported when first used, so that the command line
 # can answer --help without loading torch.
 _NAMES = {
-    "params": "Gabor1d Gabor2d Gabor3d",
-    "kernels": "gabor gabor_jacobian gabor_spectrum quadrature_pair dc_response "
+    "functions.params": "Gabor1d Gabor2d Gabor3d",
+    "functions.kernels": "gabor gabor_jacobian gabor_spectrum quadrature_pair dc_response "
     "bandwidth_from_sigma sigma_from_bandwidth suggest_kernel_size",
     "starts": "mel_bank",
     "layers": "GaborConv1d GaborConv2d GaborConv3d MixedConv",
@@ -37,21 +37,21 @@ if TYPE_CHECKING:
     from gaborium.fitting import fit as fit
     from gaborium.fitting import fit_shards as fit_shards
     from gaborium.fitting import recover as recover
-    from gaborium.kernels import bandwidth_from_sigma as bandwidth_from_sigma
-    from gaborium.kernels import dc_response as dc_response
-    from gaborium.kernels import gabor as gabor
-    from gaborium.kernels import gabor_jacobian as gabor_jacobian
-    from gaborium.kernels import gabor_spectrum as gabor_spectrum
-    from gaborium.kernels import quadrature_pair as quadrature_pair
-    from gaborium.kernels import sigma_from_bandwidth as sigma_from_bandwidth
-    from gaborium.kernels import suggest_kernel_size as suggest_kernel_size
+    from gaborium.functions.kernels import bandwidth_from_sigma as bandwidth_from_sigma
+    from gaborium.functions.kernels import dc_response as dc_response
+    from gaborium.functions.kernels import gabor as gabor
+    from gaborium.functions.kernels import gabor_jacobian as gabor_jacobian
+    from gaborium.functions.kernels import gabor_spectrum as gabor_spectrum
+    from gaborium.functions.kernels import quadrature_pair as quadrature_pair
+    from gaborium.functions.kernels import sigma_from_bandwidth as sigma_from_bandwidth
+    from gaborium.functions.kernels import suggest_kernel_size as suggest_kernel_size
+    from gaborium.functions.params import Gabor1d as Gabor1d
+    from gaborium.functions.params import Gabor2d as Gabor2d
+    from gaborium.functions.params import Gabor3d as Gabor3d
     from gaborium.layers import GaborConv1d as GaborConv1d
     from gaborium.layers import GaborConv2d as GaborConv2d
     from gaborium.layers import GaborConv3d as GaborConv3d
     from gaborium.layers import MixedConv as MixedConv
-    from gaborium.params import Gabor1d as Gabor1d
-    from gaborium.params import Gabor2d as Gabor2d
-    from gaborium.params import Gabor3d as Gabor3d
     from gaborium.starts import mel_bank as mel_bank
     from gaborium.training import Recipe as Recipe
     from gaborium.training import TrainResult as TrainResult

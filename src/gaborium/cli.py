@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn, get_type_hints
 
 from gaborium import __version__
-from gaborium.errors import require
+from gaborium.support import require
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -96,7 +96,7 @@ class Experiment:
 
     def arguments(self) -> tuple[dict[str, Any], Facts]:
         """Return arguments of the functions in ``experiments``, and facts about them."""
-        from gaborium.params import Gabor2d
+        from gaborium.functions.params import Gabor2d
         from gaborium.readers import center_crop, sample_image
 
         if self.image is None:
@@ -351,8 +351,8 @@ def convert(
 
     def work(folder: Path, on_progress: Progress) -> tuple[Any, Tensor, Facts]:
         from gaborium.conversion import convert as convert_layer
-        from gaborium.files import write_tensors
         from gaborium.storage import save_layer
+        from gaborium.support import write_tensors
 
         conv, found = kernels.read(file, stride=stride, padding=padding)
         batches = _calibration(images, max_images, conv) if images else None
@@ -523,8 +523,8 @@ def _run(command: str, output: Output, work: Work, folder: Path | None = None) -
     with console.status("Loading PyTorch"):
         import torch
 
-        from gaborium.files import new_folder
         from gaborium.report import write_index, write_report
+        from gaborium.support import new_folder
     # Small tensors: a second thread costs more than it gains, especially on a busy machine.
     torch.set_num_threads(1)
 

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gaborium.kernels import direction_and_slopes
-from gaborium.params import POSITIVE_FIELDS, RECORDS, Gabor, Waveform, unit_vector
+from gaborium.functions.kernels import direction_and_slopes
+from gaborium.functions.params import POSITIVE_FIELDS, RECORDS, Gabor, Waveform, unit_vector
 
 # Raw values are clamped to these bounds when they are read, so that a runaway step gives a useless
 # kernel and not a NaN. Outside them a parameter has no gradient; inside, float32 does not overflow.

@@ -18,12 +18,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gaborium.diagnostics import TrainingSetup
-from gaborium.errors import as_sizes, one_of
 from gaborium.fitting import FitResult, recover
-from gaborium.kernels import gabor, orientation_basin
+from gaborium.functions.kernels import gabor, orientation_basin
+from gaborium.functions.params import UNITS, Gabor, Gabor2d
 from gaborium.layers import GaborConv2d
 from gaborium.optim import NaturalGradient
-from gaborium.params import UNITS, Gabor, Gabor2d
+from gaborium.support import as_sizes, one_of
 
 Progress = Callable[[str, int, int], None]  # stage, steps done, steps in all
 

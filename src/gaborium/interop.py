@@ -24,8 +24,8 @@ from typing import Any
 
 import torch
 
-from gaborium.kernels import sigma_from_bandwidth
-from gaborium.params import Gabor2d, Number, as_tensors
+from gaborium.functions.kernels import sigma_from_bandwidth
+from gaborium.functions.params import Gabor2d, Number, as_tensors
 
 # σ/λ at which the spectrum's peak is infinitely many octaves wide at half height.
 _HALF_HEIGHT = math.sqrt(math.log(2) / 2) / math.pi

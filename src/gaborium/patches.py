@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gaborium.errors import one_of
+from gaborium.support import one_of
 
 _CHUNK = 2**22  # numbers in a piece of the patch matrix: 32 MB in float64
 _WORK = 2e8  # products of pixels per sample: patches drawn, times n²

@@ -18,9 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gaborium import starts
-from gaborium.errors import require
-from gaborium.kernels import gabor
-from gaborium.params import UNITS
+from gaborium.functions.kernels import gabor
+from gaborium.functions.params import UNITS
+from gaborium.support import require
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -22,9 +22,9 @@ from torch import Tensor, nn
 
 from gaborium.conversion import find_first_conv
 from gaborium.diagnostics import TrainingSetup
-from gaborium.errors import as_sizes, require
 from gaborium.layers import PLAIN_LAYERS
 from gaborium.storage import load_layer
+from gaborium.support import as_sizes, require
 
 # Formats that hold pixels only: Pillow would hand PostScript to Ghostscript.
 _FORMATS = ("PNG", "JPEG", "TIFF", "BMP", "GIF", "WEBP", "PPM")

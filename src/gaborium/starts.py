@@ -17,9 +17,9 @@ import math
 import torch
 from torch import Tensor
 
-from gaborium.errors import one_of
-from gaborium.kernels import quadrature_pair, sigma_from_bandwidth
-from gaborium.params import RECORDS, Gabor, Gabor1d
+from gaborium.functions.kernels import quadrature_pair, sigma_from_bandwidth
+from gaborium.functions.params import RECORDS, Gabor, Gabor1d
+from gaborium.support import one_of
 
 STARTS = ("bank", "random", "v1")
 

@@ -22,12 +22,19 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from gaborium.errors import one_of, require
-from gaborium.files import csv_text, read_tensors, write_bytes, write_tensors, write_text
+from gaborium.functions.params import RECORDS, UNITS, Gabor
 from gaborium.interop import from_opencv, from_skimage, to_opencv, to_skimage
 from gaborium.layers import GABOR_LAYERS, GaborLayer, MixedConv, PairEnergy, plain_conv
-from gaborium.params import RECORDS, UNITS, Gabor
 from gaborium.starts import STARTS
+from gaborium.support import (
+    csv_text,
+    one_of,
+    read_tensors,
+    require,
+    write_bytes,
+    write_tensors,
+    write_text,
+)
 
 _FORMAT = 1  # of saved layers; a higher one needs a reader for the older ones
 _LAYERS: dict[str, Any] = {kind.__name__: kind for kind in (*GABOR_LAYERS, MixedConv)}

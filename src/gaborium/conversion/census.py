@@ -26,11 +26,11 @@ from torch import Tensor, nn
 from gaborium import starts
 from gaborium.conversion.features import NUMBERS, geometry, measure
 from gaborium.conversion.first_conv import find_first_conv
-from gaborium.files import read_tensors, write_tensors
 from gaborium.fitting import FitResult, fit
 from gaborium.fitting.result import fit_from_tensors, fit_tensors
-from gaborium.kernels import bandwidth_from_sigma, gabor
-from gaborium.params import plain
+from gaborium.functions.kernels import bandwidth_from_sigma, gabor
+from gaborium.functions.params import plain
+from gaborium.support import read_tensors, write_tensors
 
 CLASSES = ("gabor", "edge", "blob", "centre-surround", "colour-contrast", "other", "noise")
 DEAD = 1e-6  # norm relative to the layer's median, below which weights are rounding

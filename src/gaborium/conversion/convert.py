@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from gaborium.conversion.features import geometry
 from gaborium.conversion.first_conv import find_first_conv, replace_first_conv
 from gaborium.fitting import FitResult, Outcome, fit
+from gaborium.functions.params import Gabor, plain
 from gaborium.layers import GABOR_LAYERS, LAYERS, MixedConv
-from gaborium.params import Gabor, plain
 from gaborium.patches import patch_moments, sample_patches
 
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)

@@ -18,8 +18,8 @@ from gaborium.fitting.model import GaborModel
 from gaborium.fitting.search import Search
 from gaborium.fitting.solver import Target, kernels_of
 from gaborium.fitting.start import StartGrid
-from gaborium.kernels import gabor, offsets
-from gaborium.params import Gabor
+from gaborium.functions.kernels import gabor, offsets
+from gaborium.functions.params import Gabor
 
 # A sentence part for each number, as reports show them; the order is that of tables.
 NUMBERS = {

@@ -14,9 +14,14 @@ from torch import Tensor, nn
 from gaborium.diagnostics.causes import CLEAR_OPTIMIZER, Finding, Severity, by_severity, finding
 from gaborium.diagnostics.remedies import rebuilding_code
 from gaborium.fitting import fit
-from gaborium.kernels import ENOUGH_STDS, envelope_widths, inner_products, suggest_kernel_size
+from gaborium.functions.kernels import (
+    ENOUGH_STDS,
+    envelope_widths,
+    inner_products,
+    suggest_kernel_size,
+)
+from gaborium.functions.params import Gabor
 from gaborium.layers import GABOR_LAYERS
-from gaborium.params import Gabor
 
 _DEAD = 1e-3  # share of the median norm
 _DUPLICATE = 0.99  # cosine of two kernels

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from gaborium.diagnostics.causes import RECOVER, Finding, by_severity, finding
 from gaborium.diagnostics.sandbox import check_inputs
+from gaborium.functions.params import POSITIVE_FIELDS
 from gaborium.layers import GABOR_LAYERS, GaborLayer
 from gaborium.optim.kernel_family import kernel_jacobian
-from gaborium.params import POSITIVE_FIELDS
 from gaborium.patches import PatchStatistics
 
 _KNOWN = 1e-6  # share of the response's power: smaller changes count as not visible

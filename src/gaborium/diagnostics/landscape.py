@@ -19,8 +19,8 @@ from gaborium.diagnostics.identifiability import (
     recover_code,
 )
 from gaborium.diagnostics.sandbox import LayerLoss, OutputLoss, Probe
-from gaborium.kernels import orientation_basin
-from gaborium.params import POSITIVE_FIELDS, UNITS, Gabor2d
+from gaborium.functions.kernels import orientation_basin
+from gaborium.functions.params import POSITIVE_FIELDS, UNITS, Gabor2d
 
 Span = tuple[float, float]
 _Function = Callable[[Tensor], Tensor]

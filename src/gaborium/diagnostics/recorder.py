@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from gaborium.diagnostics.causes import CLEAR_OPTIMIZER, Finding, Severity, by_severity, finding
 from gaborium.diagnostics.filters import duplicates_of
+from gaborium.functions.params import UNITS, Gabor
 from gaborium.layers import GABOR_LAYERS
-from gaborium.params import UNITS, Gabor
 
 _INTERVAL = 11  # odd, so that period-2 oscillations are sampled
 _MIN_RECORDS = 8  # below it the recorder reports only a loss that is not finite

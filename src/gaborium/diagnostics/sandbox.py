@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode, resolve_name
 from torch.utils._pytree import tree_flatten, tree_map
 
-from gaborium.errors import one_of
+from gaborium.support import one_of
 
 Loss = Callable[[Any, Any], Tensor]  # of the module's output and the targets
 LayerLoss = Callable[[Any], Tensor]  # of the layer

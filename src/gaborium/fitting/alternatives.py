@@ -16,7 +16,7 @@ from torch import Tensor
 
 from gaborium.fitting.model import GaborModel, Model, Sampled
 from gaborium.fitting.solver import Target, misfit
-from gaborium.kernels import offsets
+from gaborium.functions.kernels import offsets
 
 _N_WAVES = 9  # of which any two may be a plaid
 _TURNS = (0.4, 0.7)  # rad, to both sides of a wave between two others

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gaborium.errors import as_sizes, one_of
 from gaborium.fitting.judgement import FitStatistics, judge
 from gaborium.fitting.model import GaborModel
 from gaborium.fitting.result import FitResult
@@ -19,8 +18,9 @@ from gaborium.fitting.robust import LOSSES, reweighted
 from gaborium.fitting.search import Search
 from gaborium.fitting.solver import Target, misfit, without_offset
 from gaborium.fitting.start import StartGrid
-from gaborium.params import RECORDS
+from gaborium.functions.params import RECORDS
 from gaborium.patches import PatchStatistics, root_of
+from gaborium.support import as_sizes, one_of
 
 _PIECE = 2**22  # numbers in the kernels that are held as a problem at a time
 # Options of the search: a test for good values, and their description.

@@ -18,8 +18,8 @@ from gaborium.fitting.search import (
     Best,
 )
 from gaborium.fitting.solver import Target
-from gaborium.kernels import gabor_jacobian
-from gaborium.params import Gabor
+from gaborium.functions.kernels import gabor_jacobian
+from gaborium.functions.params import Gabor
 
 _MIN_EIGENVALUE = 1e-11  # of the scaled Fisher information; below, a direction is unknown
 _MAX_UNKNOWN_SHARE = 1e-3  # of a parameter in such directions, up to which it is determined

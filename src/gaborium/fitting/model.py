@@ -15,8 +15,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from gaborium.kernels import direction_and_slopes, offsets
-from gaborium.params import RECORDS, Gabor
+from gaborium.functions.kernels import direction_and_slopes, offsets
+from gaborium.functions.params import RECORDS, Gabor
 
 # The basis ``(batch, n_basis, pixels)``, and a function from coefficients ``(batch, channels,
 # n_basis or more)`` to the Jacobian of the kernels that they combine, by the free columns of z:

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gaborium.files import read_tensors, write_tensors
-from gaborium.params import RECORDS, UNITS, Gabor, plain
+from gaborium.functions.params import RECORDS, UNITS, Gabor, plain
+from gaborium.support import read_tensors, write_tensors
 
 
 class Outcome(enum.Enum):

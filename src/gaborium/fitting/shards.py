@@ -16,10 +16,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from gaborium.errors import require
-from gaborium.files import locked_folder, write_text
 from gaborium.fitting.api import fit
 from gaborium.fitting.result import FitResult
+from gaborium.support import locked_folder, require, write_text
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from gaborium.fitting.model import GaborModel
 from gaborium.fitting.solver import Target, misfit, without_offset
-from gaborium.kernels import offsets
+from gaborium.functions.kernels import offsets
 
 # A round window of width s finds envelopes of these (σ / s, γ): round, longer, wider.
 _SHAPES = ((1.0, 1.0), (0.7, 0.5), (0.55, 0.3), (1.2, 1.6))

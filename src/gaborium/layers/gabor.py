@@ -18,8 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gaborium.coordinates import Coordinates
-from gaborium.errors import as_sizes, one_of
-from gaborium.kernels import (
+from gaborium.functions.kernels import (
     ENOUGH_STDS,
     combine,
     envelope_widths,
@@ -28,9 +27,10 @@ from gaborium.kernels import (
     suggest_kernel_size,
     with_unit_amplitude,
 )
-from gaborium.params import RECORDS, Gabor, Gabor1d, Gabor2d, Gabor3d, Waveform
+from gaborium.functions.params import RECORDS, Gabor, Gabor1d, Gabor2d, Gabor3d, Waveform
 from gaborium.starts import STARTS
 from gaborium.starts import start as draw_start
+from gaborium.support import as_sizes, one_of
 
 _CONVOLUTIONS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 PLAIN_LAYERS: dict[int, Any] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from gaborium.coordinates import Coordinates
-from gaborium.kernels import even_odd, log_slopes, with_unit_amplitude
+from gaborium.functions.kernels import even_odd, log_slopes, with_unit_amplitude
+from gaborium.functions.params import POSITIVE_FIELDS, Gabor, Waveform
 from gaborium.layers import FAINTEST
-from gaborium.params import POSITIVE_FIELDS, Gabor, Waveform
 
 _MIN_SIGMA = 0.2  # px; a smaller sigma leaves one pixel
 _MAX_ASPECT_RATIO = 20.0  # and its inverse is the smallest

@@ -9,10 +9,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from gaborium.kernels import combine, inner_products
+from gaborium.functions.kernels import combine, inner_products
+from gaborium.functions.params import Gabor
 from gaborium.optim.kernel_family import KernelFamily
 from gaborium.optim.quadratic import Evaluation, Metric, Quadratic, inner
-from gaborium.params import Gabor
 
 _MIN_EXPLAINED = 0.6  # of what the present filter explains; below, a candidate is not refined
 _DEAD_SHARE = 1e-3  # of the median length; a shorter filter is dead

@@ -15,9 +15,9 @@ from urllib.parse import quote
 
 from torch import Tensor
 
-from gaborium.files import csv_text, write_bytes, write_text
 from gaborium.report import filters, learning
 from gaborium.report.page import Report, Section, fill, saved
+from gaborium.support import csv_text, write_bytes, write_text
 
 _FILTERS = {
     "FitResult": filters.fit_report,

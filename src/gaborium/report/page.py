@@ -15,10 +15,10 @@ from typing import Any, NamedTuple
 import torch.nn.functional as F
 from torch import Tensor
 
-from gaborium.errors import require
-from gaborium.params import UNITS, plain
+from gaborium.functions.params import UNITS, plain
 from gaborium.plots import INK, MUTED, PAPER, SHADE
 from gaborium.report.formatting import label, written
+from gaborium.support import require
 
 Drawing = Callable[..., Any]  # draws a matplotlib figure of a width in inches, if it has one
 

@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gaborium.errors import require
 from gaborium.readers import read_images
+from gaborium.support import require
 
 # Name in OpenML, number of training images, which come first, and the shape of an image.
 _PUBLISHED = {

@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gaborium.conversion import replace_first_conv
-from gaborium.errors import as_sizes, one_of
+from gaborium.functions.params import Gabor
 from gaborium.layers import LAYERS, PLAIN_LAYERS, MixedConv
-from gaborium.params import Gabor
+from gaborium.support import as_sizes, one_of
 from gaborium.training.recipe import Recipe, Variant
 
 # A module of the caller's; or a function from variant and seed to a network and its first layer.

@@ -12,8 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from gaborium.errors import one_of, require
-from gaborium.files import write_text
+from gaborium.support import one_of, require, write_text
 
 # A variant is a kind of first layer; a recipe compares networks that differ in it alone.
 Variant = Literal["free", "gabor", "gabor-fixed", "mixed"]

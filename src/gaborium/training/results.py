@@ -16,8 +16,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from gaborium.files import write_bytes
-from gaborium.params import RECORDS, Gabor, plain
+from gaborium.functions.params import RECORDS, Gabor, plain
+from gaborium.support import write_bytes
 from gaborium.training.networks import Network, make_network
 from gaborium.training.recipe import Recipe
 

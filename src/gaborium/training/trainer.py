@@ -21,11 +21,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gaborium.errors import require
-from gaborium.files import locked_folder, write_text
+from gaborium.functions.params import Gabor, plain
 from gaborium.layers import GABOR_LAYERS, n_learned
 from gaborium.optim import NaturalGradient
-from gaborium.params import Gabor, plain
+from gaborium.support import locked_folder, require, write_text
 from gaborium.training.datasets import Dataset, load_dataset
 from gaborium.training.networks import Network, make_network
 from gaborium.training.recipe import Recipe

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from gaborium.files import (
+from gaborium.support import (
     locked_folder,
     new_folder,
     read_tensors,
@@ -394,7 +394,7 @@ def test_a_locked_folder_keeps_other_processes_out_until_a_kill(tmp_path: Path) 
     pytest.importorskip("filelock")
     folder = tmp_path / "work"
     code = (
-        "import pathlib, sys, time\nfrom gaborium.files import locked_folder\n"
+        "import pathlib, sys, time\nfrom gaborium.support import locked_folder\n"
         "with locked_folder(pathlib.Path(sys.argv[1]), 'it') as known:\n"
         "    print(known, flush=True)\n    time.sleep(60)"
     )

@@ -7,8 +7,8 @@ import math
 import torch
 from torch import Tensor
 
-from gaborium.errors import as_sizes
-from gaborium.params import Gabor, Gabor2d, Waveform, unit_vector
+from gaborium.functions.params import Gabor, Gabor2d, Waveform, unit_vector
+from gaborium.support import as_sizes
 
 # Standard deviations of the envelope that a kernel should hold to each side; below that its
 # border cuts the envelope at more than a third of its height, and it is no Gabor any more.

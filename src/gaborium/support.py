@@ -1,24 +1,82 @@
-"""Write files and folders so that an interrupted run leaves the old content or the new, whole."""
+"""Needed by every room: optional packages, checks of arguments, files written all or nothing."""
 
 from __future__ import annotations
 
 import csv
 import hashlib
+import importlib
 import io
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
-
-from gaborium.errors import require
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 _NO_CHECKSUM = "0" * 64  # in the checksum's place while the checksum is computed
+
+
+def require(package: str, *, extra: str, purpose: str) -> ModuleType:
+    """Import an optional package, or say how to get it.
+
+    Args:
+        package: import name, e.g. ``"matplotlib.pyplot"``.
+        extra: the extra of this project that installs it, e.g. ``"plot"``.
+        purpose: what needs it, as the subject of a sentence in the plural, e.g. ``"Plots"``.
+
+    Returns:
+        The imported module.
+
+    Raises:
+        ImportError: the package is not installed; the message names the command that installs it.
+
+    Example:
+        >>> require("json", extra="plot", purpose="Plots").__name__
+        'json'
+    """
+    try:
+        return importlib.import_module(package)
+    except ModuleNotFoundError as error:
+        top = package.partition(".")[0]
+        if error.name is None or error.name.partition(".")[0] != top:
+            raise  # the package is there; something it needs is not
+        raise ImportError(
+            f'{purpose} need {top}: pip install "gaborium[{extra}]".', name=top
+        ) from None
+
+
+def one_of(what: str, value: str, choices: Iterable[str]) -> str:
+    """Return ``value`` if it is one of ``choices``; otherwise raise one clear line.
+
+    Example:
+        >>> one_of("output", "energy", ("real", "energy"))
+        'energy'
+    """
+    choices = tuple(choices)
+    if value not in choices:
+        listed = ", ".join(repr(choice) for choice in choices)
+        raise ValueError(f"{what} must be one of {listed}, got {value!r}.")
+    return value
+
+
+def as_sizes(what: str, value: int | Iterable[Any], n_dims: int) -> tuple[int, ...]:
+    """Return ``value`` as ``n_dims`` positive whole numbers; one number serves every axis.
+
+    Example:
+        >>> as_sizes("kernel_size", 7, 2)
+        (7, 7)
+    """
+    sizes = (value,) * n_dims if isinstance(value, int) else tuple(value)
+    if len(sizes) != n_dims:
+        raise ValueError(f"{what} must be {n_dims} numbers (one per axis), got {value!r}.")
+    if any(not isinstance(size, int) or size < 1 for size in sizes):
+        raise ValueError(f"{what} must be positive whole numbers, got {value!r}.")
+    return sizes
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:

@@ -1,0 +1,1 @@
+"""Gabor functions: the parameter records, and their kernels, derivatives and spectra."""
