@@ -66,7 +66,7 @@ class Recorder:
         if self.n_steps % self.every == 0:
             params, n_duplicates = self._before
             self.steps.append(self.n_steps)
-            self.loss.append(float(loss))
+            self.loss.append(loss.item() if isinstance(loss, Tensor) else float(loss))
             self.n_duplicates.append(n_duplicates)
             self._params.append(params)
             for name, norms in self.gradient_norm.items():
