@@ -11,9 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gaborium import GaborConv2d
-from gaborium.layers import GABOR_LAYERS, PairEnergy, n_learned
+from gaborium.layers import GABOR_LAYERS
+from gaborium.storage import PairEnergy
 from gaborium.training import SmallCNN, make_first_layer
-from gaborium.training.networks import GridPool
+from gaborium.training.networks import GridPool, n_learned
 from gaborium.training.recipe import Variant
 
 VARIANTS = get_args(Variant)

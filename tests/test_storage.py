@@ -28,8 +28,9 @@ from gaborium import (
     support,
 )
 from gaborium import gabor as sample
-from gaborium.layers import GABOR_LAYERS, PairEnergy
+from gaborium.layers import GABOR_LAYERS
 from gaborium.storage import (
+    PairEnergy,
     from_csv,
     load_layer,
     read_params,

@@ -104,14 +104,6 @@ class Coordinates:
             raw |= {name: ("amplitude", "phase")} if self.joint_phase else {field: (field,)}
         return raw | {"center": ("center",)}
 
-    def contains(self, params: Gabor) -> Tensor:
-        """Whether these coordinates can store each Gabor function: ``(*batch,)``."""
-        fields = params.expand().as_dict()
-        legal = torch.stack([v > 0 for n, v in fields.items() if n in POSITIVE_FIELDS]).all(0)
-        if self.min_wavelength is not None:
-            legal &= fields["wavelength"] >= self.min_wavelength
-        return legal
-
     def to_raw(self, params: Gabor) -> dict[str, Tensor]:
         """Raw tensors that hold ``params``; geometry and coefficients keep their own shapes."""
         fields = params.as_dict()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import csv
-import inspect
 import io
 import itertools
 import json
@@ -24,7 +23,7 @@ from torch.utils import _pytree as pytree
 
 from gaborium.functions.params import RECORDS, UNITS, Gabor
 from gaborium.interop import from_opencv, from_skimage, to_opencv, to_skimage
-from gaborium.layers import GABOR_LAYERS, GaborLayer, MixedConv, PairEnergy, plain_conv
+from gaborium.layers import GABOR_LAYERS, GaborLayer, MixedConv, pair_energy, plain_conv
 from gaborium.starts import STARTS
 from gaborium.support import (
     csv_text,
@@ -134,23 +133,12 @@ def _description(layer: Any) -> dict[str, Any]:
     if kind is MixedConv:
         arguments = {"gabor": _description(layer.gabor), "seed": layer.seed}
     else:
-        names = [name for name in inspect.signature(kind).parameters if name != "device"]
-        arguments = {name: _argument(layer, name) for name in names}
+        arguments = layer.arguments()
+        del arguments["device"]
+        arguments["dtype"] = str(arguments["dtype"]).removeprefix("torch.")
+        if isinstance(layer.start, Gabor):
+            arguments["start"] = json.loads(layer.start.to_json())
     return {"class": kind.__name__, "arguments": arguments}
-
-
-def _argument(layer: Any, name: str) -> Any:
-    """The constructor's argument of that name, as a JSON value."""
-    if name == "bias":
-        return layer.bias is not None
-    if name == "dtype":
-        return str(layer.log_sigma.dtype).removeprefix("torch.")
-    if name == "learn":
-        return [field for field in RECORDS[layer.n_dims].field_names() if field in layer.learn]
-    if name == "min_wavelength":
-        return layer.raw_coordinates.min_wavelength
-    value = getattr(layer, name)
-    return json.loads(value.to_json()) if isinstance(value, Gabor) else value
 
 
 def _layer(metadata: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> nn.Module:
@@ -248,6 +236,40 @@ def _plain(layer: Any, name: str) -> nn.Module:
         return layer.to_conv()
     energy = PairEnergy(plain_conv(layer, layer.weight, None), layer.bias)
     return energy.train(layer.training)
+
+
+class PairEnergy(nn.Module):
+    """The norms of pairs of channels: the plain form of a Gabor layer with an energy output.
+
+    Args:
+        pairs: a convolution whose channels are pairs, one after another.
+        bias: ``(out_channels,)``, added to the norms; a parameter, which is copied.
+
+    Raises:
+        ValueError: its number of channels is odd.
+
+    Example:
+        >>> import torch
+        >>> layer = PairEnergy(nn.Conv2d(1, 8, 5))
+        >>> layer(torch.rand(1, 1, 9, 9)).shape, layer.out_channels
+        (torch.Size([1, 4, 5, 5]), 4)
+    """
+
+    output = "energy"
+
+    def __init__(self, pairs: Any, bias: Tensor | None = None) -> None:
+        super().__init__()
+        if pairs.out_channels % 2:
+            raise ValueError(
+                f"pairs must have an even number of channels, got {pairs.out_channels}."
+            )
+        self.pairs = pairs
+        self.in_channels, self.out_channels = pairs.in_channels, pairs.out_channels // 2
+        self.bias = None if bias is None else nn.Parameter(bias.detach().clone())
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Energies ``(batch, out_channels, *size)``, or the same without batch."""
+        return pair_energy(self.pairs(input), len(self.pairs.kernel_size), self.bias)
 
 
 # -- ONNX -------------------------------------------------------------------------------------

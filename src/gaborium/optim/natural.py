@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
@@ -11,12 +12,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from gaborium.layers import GABOR_LAYERS, KernelGradientHook
+from gaborium.layers import GABOR_LAYERS
 from gaborium.optim.kernel_family import KernelFamily
 from gaborium.optim.quadratic import Metric, QuadraticEstimator, gradient_of_mean, inner, where
 from gaborium.optim.steps import Linearization, descend, global_step, reinitialize_filters
 from gaborium.patches import mean_patch, patch_moments, sample_patches
 
+_MAX_INPUTS = 32  # inputs that a layer's hook keeps for the next step
 _PATCH_MOMENTUM = 0.9  # of the patch covariance
 _MIN_OFFSET_SHARE = 1e-6  # of the gradient, for the responses' means to be used
 _MAX_CHANGE = 0.05  # of a kernel, for its derivatives to be used again
@@ -30,6 +32,34 @@ _Z_SCORE = 6.0
 # start. A quadratic rises at 1, but the root of one is a cone, which rises as steeply as it falls.
 _MAX_SLOPE_RATIO = 1.25
 _EARLY_CORRELATION, _MAX_CORRELATION = 0.95, 0.99  # of two filters' responses; above: duplicates
+
+
+class KernelGradientHook:
+    """Gives an optimiser the gradient of the loss with respect to a layer's kernels.
+
+    ``kernel`` and ``offset`` are zeros, at least in single precision, that the layer adds to its
+    kernels and its bias. They never change. After ``loss.backward()`` their gradients are the
+    gradients of the loss with respect to the kernels and to the mean of each channel's responses;
+    like all gradients they add up, and are scaled and reduced with the others. Without
+    ``needs_output_mean`` a layer without bias is spared ``offset``, a sum over all responses.
+    """
+
+    def __init__(self, weight: Tensor) -> None:
+        zeros = torch.zeros_like(weight, dtype=torch.promote_types(weight.dtype, torch.float32))
+        self.kernel = nn.Parameter(zeros)
+        self.offset = nn.Parameter(zeros.flatten(1)[:, 0].clone())
+        self.inputs: deque[Tensor] = deque(maxlen=_MAX_INPUTS)
+        self.needs_output_mean = True
+
+    def __call__(
+        self, input: Tensor, weight: Tensor, bias: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Kernels and bias with the zeros added."""
+        self.inputs.append(input.detach())
+        if bias is None and not self.needs_output_mean:
+            return weight + self.kernel.to(weight), None
+        offset = self.offset.to(weight)
+        return weight + self.kernel.to(weight), offset if bias is None else bias + offset
 
 
 class GradientAverage(NamedTuple):

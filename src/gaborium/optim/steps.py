@@ -201,7 +201,7 @@ def _grid(layer: Any, now: Gabor, part: slice) -> Gabor:
     period = math.pi if "phase" in learned else 2 * math.pi  # a fixed phase distinguishes k from -k
     waves = torch.linspace(0.0, 0.42, n_waves).to(like).clamp_min(0.1 / largest).reciprocal()
     widths = torch.linspace(math.log(1 / 14), math.log(0.4), n_widths).to(like).exp()
-    shortest = 1.1 * (layer.raw_coordinates.min_wavelength or 0.0)
+    shortest = 1.1 * (layer.min_wavelength or 0.0)
     lines = {
         "orientation": period * torch.arange(n_angles).to(like) / n_angles,
         "elevation": torch.linspace(-1.2, 1.2, 5).to(like),
