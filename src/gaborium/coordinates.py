@@ -162,7 +162,8 @@ class Coordinates:
             scale = torch.where(still, torch.ones_like(squared), squared).rsqrt()
             direction = torch.where(still, _first_axis(k), k * scale)
         else:
-            direction = self._direction(raw)
+            angles = [raw[name] for name in RECORDS[self.n_dims].angle_names]
+            direction = unit_vector(angles, raw["log_wavelength"])
             k = direction * self._frequency(raw).unsqueeze(-1)
         if self.joint_phase:
             even, odd = raw["even"], raw["odd"]
@@ -232,11 +233,6 @@ class Coordinates:
             "direction": torch.where(still.unsqueeze(-1), 0.0, turn) / (2 * math.pi),
             "wave_vector": stretch / (2 * math.pi),
         }
-
-    def _direction(self, raw: Mapping[str, Tensor]) -> Tensor:
-        if self.n_dims == 1:
-            return torch.ones_like(raw["log_wavelength"]).unsqueeze(-1)
-        return unit_vector([raw[name] for name in RECORDS[self.n_dims].angle_names])
 
     def _frequency(self, raw: Mapping[str, Tensor]) -> Tensor:
         return self._bound((-raw["log_wavelength"]).exp())

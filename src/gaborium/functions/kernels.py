@@ -383,9 +383,9 @@ def direction_and_slopes(
     angles: dict[str, Tensor], like: Tensor
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The unit wave vector ``(*batch, d)`` and its derivative with respect to each angle."""
+    n = unit_vector(list(angles.values()), like)
     if not angles:
-        return torch.ones_like(like).unsqueeze(-1), {}
-    n = unit_vector(list(angles.values()))
+        return n, {}
     cos, sin = angles["orientation"].cos(), angles["orientation"].sin()
     if len(angles) == 1:
         return n, {"orientation": torch.stack([-sin, cos], -1)}

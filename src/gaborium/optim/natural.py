@@ -35,13 +35,12 @@ _EARLY_CORRELATION, _MAX_CORRELATION = 0.95, 0.99  # of two filters' responses; 
 
 
 class KernelGradientHook:
-    """Gives an optimiser the gradient of the loss with respect to a layer's kernels.
+    """Gives the gradient of the loss by a layer's kernels and by the mean of each channel.
 
-    ``kernel`` and ``offset`` are zeros, at least in single precision, that the layer adds to its
-    kernels and its bias. They never change. After ``loss.backward()`` their gradients are the
-    gradients of the loss with respect to the kernels and to the mean of each channel's responses;
-    like all gradients they add up, and are scaled and reduced with the others. Without
-    ``needs_output_mean`` a layer without bias is spared ``offset``, a sum over all responses.
+    They are the gradients of ``kernel`` and ``offset``, zeros that the layer adds to its kernels
+    and its bias and that never change. Like all gradients they add up, and are scaled and reduced
+    with the others. Without ``needs_output_mean`` a layer without bias is spared ``offset``, a sum
+    over all responses.
     """
 
     def __init__(self, weight: Tensor) -> None:
@@ -401,25 +400,16 @@ def _offset_matters(
 def _layers_in(layers: Any) -> list[Any]:
     """The Gabor layers of a module or a list that learn any field."""
     if isinstance(layers, nn.Module):
-        found = [part for part in layers.modules() if isinstance(part, GABOR_LAYERS)]
-        if not found:
-            raise ValueError(
-                f"NaturalGradient needs a model with a Gabor layer, and {type(layers).__name__} "
-                "has none; put a GaborConv2d in its place."
-            )
+        found = [part for part in layers.modules() if isinstance(part, GABOR_LAYERS)] or [layers]
     else:
         found = list(layers)
-        for layer in found:
-            if not isinstance(layer, GABOR_LAYERS):
-                raise TypeError(
-                    "NaturalGradient takes Gabor layers, or a module that has some, got "
-                    f"{type(layer).__name__}; give its parameters to another optimiser."
-                )
-    learning = [
-        layer
-        for layer in found
-        if any(name != "bias" for name, _ in layer.named_parameters(recurse=False))
-    ]
+    for layer in found:
+        if not isinstance(layer, GABOR_LAYERS):
+            raise TypeError(
+                "NaturalGradient takes Gabor layers, or a module that has some, got "
+                f"{type(layer).__name__}; give its parameters to another optimiser."
+            )
+    learning = [layer for layer in found if layer.learn]
     if not learning:
         raise ValueError("None of the Gabor layers learns anything; see their learn= argument.")
     return learning
