@@ -444,7 +444,7 @@ def altered(**changes: Any) -> str:
         (altered(fields={"sigma": 10**400}), ""),
         (altered().replace("2.0", "9" * 5000), ""),
         (altered(fields={"sigma": math.nan}), "sigma must be positive"),
-        (altered(fields={"sigma": "nan"}), "'nan' is not a number"),
+        (altered(fields={"sigma": "nan"}), "sigma must be positive"),
         (altered(fields={"phase": math.inf}), "phase must be finite"),
         (altered(fields={"sigma": -1.0}), "sigma must be positive"),
         (altered(fields={"center": 0.0}), "center must end in an axis of 1"),

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from gaborium.functions.params import Gabor
-from gaborium.layers import LAYERS, PLAIN_LAYERS
-from gaborium.storage import PairEnergy
+from gaborium.layers import LAYERS, PLAIN_LAYERS, PairEnergy
 from gaborium.training import Dataset, Recipe
 from gaborium.training.networks import GridPool, output_shape, seeded
 

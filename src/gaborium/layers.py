@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import inspect
 import math
-import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, ClassVar, Generic, TypeVar, cast
 
@@ -19,16 +18,15 @@ from torch import Tensor, nn
 
 from gaborium.coordinates import Coordinates
 from gaborium.functions.kernels import (
-    ENOUGH_STDS,
     combine,
-    envelope_widths,
     even_odd,
     quadrature_partner,
     suggest_kernel_size,
+    warn_about_size,
     with_unit_amplitude,
 )
 from gaborium.functions.params import RECORDS, Gabor, Gabor1d, Gabor2d, Gabor3d, Waveform
-from gaborium.starts import STARTS, draw_start
+from gaborium.starts import draw_start
 from gaborium.support import as_sizes, one_of
 
 _CONVOLUTIONS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
@@ -73,19 +71,13 @@ class _GaborConv(nn.Module, Generic[Record]):
         min_wavelength: float | None = None,
     ) -> None:
         super().__init__()
-        record = RECORDS[self.n_dims]
         self.dc = one_of("dc", dc, ("keep", "remove"))
         self.output = one_of("output", output, ("real", "quadrature", "energy"))
         self.geometry = one_of("geometry", geometry, ("filter", "pair"))
         self.unit_norm = unit_norm
-        self.learn = _learned_fields(record, learn)
-        if not isinstance(start, str | record):
-            raise TypeError(
-                f"start must be a {record.__name__} or one of {', '.join(STARTS)}, "
-                f"got {type(start).__name__}."
-            )
+        self.learn = _learned_fields(RECORDS[self.n_dims], learn)
         if kernel_size == "auto":
-            if isinstance(start, str):
+            if not isinstance(start, Gabor):
                 raise ValueError(
                     "kernel_size='auto' needs a record as start, to take the size from its sigma; "
                     f"got start={start!r}."
@@ -126,7 +118,7 @@ class _GaborConv(nn.Module, Generic[Record]):
         self.register_parameter("bias", nn.Parameter(value) if bias else None)
         self.reset_parameters()
         if isinstance(start, Gabor):
-            self._warn(start, stacklevel=3)
+            warn_about_size(start, self.kernel_size, 3)
 
     # -- image → responses --------------------------------------------------------------------
 
@@ -243,7 +235,7 @@ class _GaborConv(nn.Module, Generic[Record]):
     @params.setter
     def params(self, params: Gabor) -> None:
         self._store(self._fitting(params))
-        self._warn(params, stacklevel=4)  # nn.Module's __setattr__ is between
+        warn_about_size(params, self.kernel_size, 4)  # nn.Module's __setattr__ is between
 
     @torch.no_grad()
     def _store(self, params: Gabor) -> None:
@@ -324,29 +316,6 @@ class _GaborConv(nn.Module, Generic[Record]):
 
     def _generator(self) -> torch.Generator | None:
         return None if self.seed is None else torch.Generator().manual_seed(self.seed)
-
-    def _warn(self, params: Gabor, stacklevel: int) -> None:
-        """Warn once when kernels cut their envelopes or alias their waves."""
-        # A kernel of one pixel along an axis is a slice, not a cut.
-        room = [size / 2 if size > 1 else math.inf for size in reversed(self.kernel_size)]
-        width = envelope_widths(params)
-        cut = (width * (ENOUGH_STDS - 1e-6) > width.new_tensor(room)).any(-1)
-        aliased = params.wavelength < 2
-        advice = []
-        if cut.any():
-            advice.append(
-                f"{int(cut.sum())} of {cut.numel()} Gabor functions do not fit kernel_size="
-                f"{self.kernel_size}: their envelopes are cut above a third of their height. "
-                f"Use kernel_size={suggest_kernel_size(params)} or smaller sigma, or expect "
-                "biased parameters."
-            )
-        if aliased.any():
-            advice.append(
-                f"{int(aliased.sum())} of {aliased.numel()} wavelengths are below 2 px, where a "
-                "wave looks like a longer one; use min_wavelength=2.0 to keep them above."
-            )
-        if advice:
-            warnings.warn(" ".join(advice), stacklevel=stacklevel)
 
     def arguments(self) -> dict[str, Any]:
         """The arguments that make another layer like this one, by name."""
@@ -632,6 +601,37 @@ class MixedConv(nn.Module):
     def extra_repr(self) -> str:
         """Channels, and how many filters are free."""
         return f"{self.in_channels}, {self.out_channels}, free={len(self.free)}"
+
+
+class PairEnergy(nn.Module):
+    """The norms of pairs of channels, as in a Gabor layer with an energy output.
+
+    Args:
+        pairs: a convolution whose channels are pairs, one after another.
+        bias: ``(out_channels,)``, added to the norms; a parameter, which is copied.
+
+    Raises:
+        ValueError: its number of channels is odd.
+
+    Example:
+        >>> layer = PairEnergy(nn.Conv2d(1, 8, 5))
+        >>> layer(torch.rand(1, 1, 9, 9)).shape, layer.out_channels
+        (torch.Size([1, 4, 5, 5]), 4)
+    """
+
+    output = "energy"
+
+    def __init__(self, pairs: Any, bias: Tensor | None = None) -> None:
+        super().__init__()
+        self.pairs = pairs
+        self.in_channels, self.out_channels = pairs.in_channels, pairs.out_channels // 2
+        if pairs.out_channels % 2:
+            raise ValueError(f"pairs must have an even number, got {pairs.out_channels}.")
+        self.bias = None if bias is None else nn.Parameter(bias.detach().clone())
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Energies ``(batch, out_channels, *size)``, or the same without batch."""
+        return pair_energy(self.pairs(input), len(self.pairs.kernel_size), self.bias)
 
 
 # -- shared -----------------------------------------------------------------------------------
