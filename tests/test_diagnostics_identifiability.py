@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from gaborium import Gabor2d, GaborConv1d, GaborConv2d, recover
 from gaborium.diagnostics import Severity, identifiability
-from setups import PLANTED, camera, causes, layer_at, white
+from trainings import PLANTED, camera, causes, layer_at, white
 
 IMAGE = white(1, 1, 48, 48)
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from gaborium import Gabor1d, Gabor2d, GaborConv1d, GaborConv2d, gabor
 from gaborium.diagnostics import Severity, TrainingSetup, identifiability, landscape, step_limit
 from gaborium.diagnostics.landscape import _watershed
-from setups import PLANTED, camera, causes, layer_at, planted, rmse
+from trainings import PLANTED, camera, causes, layer_at, planted, rmse
 
 
 def image_of(*shape: int, seed: int = 0) -> Tensor:

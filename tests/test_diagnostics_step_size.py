@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from gaborium import Gabor2d, GaborConv2d, gabor_jacobian
 from gaborium.diagnostics import Severity, TrainingSetup, landscape, step_limit
-from setups import causes, planted, rmse, white
+from trainings import causes, planted, rmse, white
 
 PLANTED = Gabor2d.of(orientation=0.8, wavelength=6.0, sigma=3.0)
 IMAGE = white(1, 1, 40, 40, dtype=torch.float32)

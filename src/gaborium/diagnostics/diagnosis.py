@@ -253,9 +253,9 @@ class _Examination:
             for index in range(min(self.alone.n_filters, _MANY_FILTERS)):
                 for field in ("orientation", "wavelength"):
                     if field in self.alone.learn:
-                        scan = partial(landscape, setup, field, filter=index)
+                        scan = partial(landscape, self.setup, field, filter=index)
                         yield f"landscape of {field}, filter {index}", scan
-        yield "step limit", partial(step_limit, setup)
+        yield "step limit", partial(step_limit, self.setup)
 
     def _loss(self, output: Any) -> Tensor:
         return self.setup.loss(output, self.setup.targets)
