@@ -8,6 +8,8 @@ function to it.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -53,28 +55,23 @@ _N_WAVES = 6  # of which any two may be a plaid
 _N_PAIRS = 6  # of waves that are followed together
 
 
-def geometry(params: Gabor) -> list[dict[str, float]]:
-    """For each filter the fields that its channels share: the wave and its envelope."""
-    fields = {
+def table(params: Gabor, columns: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
+    """A row per filter: ``columns``, and the fields that its channels share."""
+    shared = {
         name: value.reshape(len(value), -1)[:, 0].tolist()
         for name, value in params.as_dict().items()
         if name not in ("phase", "amplitude", "center")
     }
-    return [dict(zip(fields, values, strict=True)) for values in zip(*fields.values(), strict=True)]
+    columns = {**columns, **shared}
+    return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
 
 
 @torch.no_grad()
 def measure(kernels: Tensor, result: FitResult, *, n_dims: int) -> dict[str, Tensor]:
-    """The numbers of filters, each ``(filters,)`` and in float64; ``NUMBERS`` explains them.
+    """The numbers of finite kernels ``(filters, channels, *size)``, each ``(filters,)``, float64.
 
-    Args:
-        kernels: ``(filters, channels, *kernel_size)``, finite.
-        result: of ``fit`` with ``geometry="filter"`` and ``center=True``.
-        n_dims: spatial dimensions of a kernel.
-
-    Returns:
-        All numbers but ``strength``, which needs the whole layer. For filters that are zero
-        everywhere all but ``noise`` are 0.
+    ``result`` is a fit of one geometry per filter with its centre. ``strength`` is left out, since
+    it needs the whole layer. For filters that are zero all but ``noise`` are 0.
     """
     sizes = tuple(kernels.shape[-n_dims:])
     w = kernels.detach().double().flatten(2)
@@ -125,10 +122,9 @@ def measure(kernels: Tensor, result: FitResult, *, n_dims: int) -> dict[str, Ten
 
 
 def _other_models(kernels: Tensor, result: FitResult, sizes: tuple[int, ...]) -> dict[str, Tensor]:
-    """How much of kernels other models than one Gabor function explain; 0 for bad input.
+    """How much of kernels other models explain, with one geometry for all channels; 0 if bad.
 
-    Each is searched for like a Gabor function, with one geometry for all channels. In one dimension
-    a Gabor function can have a surround, and no two waves cross.
+    In one dimension a Gabor function can have a surround, and no two waves cross.
     """
     names = ("blob", "surround", "two_waves", "crossing")
     y = kernels.detach().double().flatten(2)
