@@ -158,8 +158,7 @@ class Census(Saved):
     @property
     def confidence(self) -> Tensor:
         """Probability of the class that each filter got: ``(filters,)``, in [0, 1]."""
-        chosen = torch.tensor([CLASSES.index(label) for label in self.labels])
-        return self.probability.gather(1, chosen.unsqueeze(1)).squeeze(1)
+        return self.probability.amax(1)
 
     def filters(self, label: str) -> list[int]:
         """The numbers of the filters of a class.
@@ -197,11 +196,9 @@ class Census(Saved):
         sentence = _EXPLANATIONS[kind].format(**n, color=color).replace("%", " %")
         if DEAD < n["strength"] < _FAINT:
             sentence += f" Its weights are faint: {n['strength']:.1g} of the layer's median."
-        probability = dict(zip(CLASSES, self.probability[index].tolist(), strict=True))
-        del probability[label]
-        other = max(probability, key=lambda name: probability[name])
-        if probability[other] >= _NEXT_CLASS:
-            sentence += f" Next is {other}, at {probability[other]:.2f}."
+        probability, order = (values.tolist() for values in self.probability[index].topk(2))
+        if probability[1] >= _NEXT_CLASS:
+            sentence += f" Next is {CLASSES[order[1]]}, at {probability[1]:.2f}."
         return sentence
 
     def distribution(self) -> dict[str, Tensor]:
@@ -427,11 +424,9 @@ def _checked(kernels: Any, n_dims: int) -> Tensor:
     if math.prod(shape[-n_dims:]) == 1:
         raise ValueError(f"kernels of shape {shape} have one pixel, in which there is no wave.")
     w: Tensor = kernels.detach().cpu().reshape(len(kernels), -1, *shape[-n_dims:])
-    bad = (~w.isfinite()).flatten(1).any(1)
-    if bad.any():
-        raise ValueError(
-            f"kernels must be finite, got NaN or infinity in {int(bad.sum())} of them."
-        )
+    bad = int((~w.isfinite()).flatten(1).any(1).sum())
+    if bad:
+        raise ValueError(f"kernels must be finite, got NaN or infinity in {bad} of {len(w)}.")
     return w
 
 

@@ -284,8 +284,9 @@ def _kernels(layer: Any, name: str) -> Tensor:
             "converted (groups=1); name another layer."
         )
     weight: Tensor = layer.weight.detach().cpu().double()
-    if not weight.isfinite().all():
-        raise ValueError(f"{what} must have finite kernels, got NaN or infinity.")
+    bad = int((~weight.isfinite()).flatten(1).any(1).sum())
+    if bad:
+        raise ValueError(f"{what} must have finite kernels, got NaN in {bad} of {len(weight)}.")
     return weight
 
 

@@ -70,20 +70,26 @@ def table(params: Gabor, columns: Mapping[str, Sequence[Any]]) -> list[dict[str,
 def measure(kernels: Tensor, result: FitResult, *, n_dims: int) -> dict[str, Tensor]:
     """The numbers of finite kernels ``(filters, channels, *size)``, each ``(filters,)``, float64.
 
-    ``result`` is a fit of one geometry per filter with its centre. ``strength`` is left out, since
+    ``result`` is a fit of one geometry per filter with its centre. ``strength`` is left at 0, since
     it needs the whole layer. For filters that are zero all but ``noise`` are 0.
     """
-    sizes = tuple(kernels.shape[-n_dims:])
-    w = kernels.detach().double().flatten(2)
-    largest = w.abs().amax((1, 2), keepdim=True)
-    w = w / torch.where(largest > 0, largest, 1.0)
-    w = w / w.flatten(1).norm(dim=1).clamp_min(1e-300)[:, None, None]
-    channels, pixels = w.shape[1:]
-    power = w.square().sum((1, 2))
+    alive = kernels.flatten(1).any(1).nonzero().flatten()
+    zero = torch.zeros(len(kernels), dtype=torch.float64, device=kernels.device)
+    numbers = dict.fromkeys(NUMBERS, zero) | {"noise": zero + 1}
+    if len(alive):
+        found = _measured(kernels[alive].detach().double(), result[alive.tolist()], n_dims)
+        numbers |= {name: numbers[name].index_copy(0, alive, v) for name, v in found.items()}
+    return numbers
 
-    fitted = torch.nan_to_num(gabor(result.params, sizes).double().flatten(2))
-    scale = kernels.detach().double().flatten(1).norm(dim=1)
-    fitted = fitted / torch.where(scale > 0, scale, 1.0)[:, None, None]
+
+def _measured(kernels: Tensor, result: FitResult, n_dims: int) -> dict[str, Tensor]:
+    sizes = tuple(kernels.shape[-n_dims:])
+    w = kernels.flatten(2) / kernels.flatten(2).abs().amax((1, 2), keepdim=True)
+    w = w / w.flatten(1).norm(dim=1)[:, None, None]
+    channels, pixels = w.shape[1:]
+
+    fitted = gabor(result.params, sizes).double().flatten(2)
+    fitted = fitted / kernels.flatten(1).norm(dim=1)[:, None, None]
     n_data = channels * pixels
     n_parameters = 2 * channels + {1: 3, 2: 6, 3: 8}[n_dims]
     noise = (w - fitted).square().sum((1, 2)) / max(1, n_data - n_parameters)
@@ -96,17 +102,16 @@ def measure(kernels: Tensor, result: FitResult, *, n_dims: int) -> dict[str, Ten
 
     pattern, luminance = _main_pattern(w), w.mean(1)
     in_luminance = channels * luminance.square().sum(1)
-    floor = _noise_floor(w, sizes)
-    params = result.params
-    cycles = torch.nan_to_num(params.sigma.flatten() / params.wavelength.flatten())
+    floor, params = _noise_floor(w, sizes), result.params
+    cycles = params.sigma.flatten() / params.wavelength.flatten()
     across = params.as_dict().get("aspect_ratio", torch.ones_like(params.sigma)).flatten()
-    numbers = {
-        "gabor": torch.nan_to_num(result.explained_variance.double()),
+    return {
+        "gabor": result.explained_variance.double(),
         "explained": 1 - noise * n_data,
         "bars": visible.sum(1).double(),
         "third_bar": ordered[:, 2] / first[:, 0],
         "n_x": cycles,
-        "n_y": torch.nan_to_num(cycles / across),
+        "n_y": cycles / across,
         "selectivity": _selectivity(pattern, sizes),
         "opponency": (1 - in_luminance).clamp(0.0, 1.0),
         "oriented_luminance": in_luminance * _selectivity(luminance, sizes),
@@ -114,25 +119,17 @@ def measure(kernels: Tensor, result: FitResult, *, n_dims: int) -> dict[str, Ten
         "constant": w.mean(2).square().sum(1) * pixels,
         "even": _symmetry(pattern, sizes),
         **_other_models(kernels, result, sizes),
+        "noise": floor,
+        "snr": (1 / floor.clamp_min(1 / _MAX_SNR) - 1).clamp_min(0.0),
     }
-    numbers = {name: torch.where(power > 0, value, 0.0) for name, value in numbers.items()}
-    numbers["noise"] = torch.where(power > 0, floor, 1.0)
-    numbers["snr"] = (1 / numbers["noise"].clamp_min(1 / _MAX_SNR) - 1).clamp_min(0.0)
-    return numbers
 
 
 def _other_models(kernels: Tensor, result: FitResult, sizes: tuple[int, ...]) -> dict[str, Tensor]:
-    """How much of kernels other models explain, with one geometry for all channels; 0 if bad.
+    """How much of kernels other models explain, with one geometry for all channels.
 
     In one dimension a Gabor function can have a surround, and no two waves cross.
     """
-    names = ("blob", "surround", "two_waves", "crossing")
-    y = kernels.detach().double().flatten(2)
-    zero = y.new_zeros(len(y))
-    good = (y.isfinite().all(-1).all(-1) & (y != 0).any(-1).any(-1)).nonzero().flatten()
-    if len(good) == 0:
-        return dict.fromkeys(names, zero)
-    y = y[good] / y[good].abs().amax((-2, -1), keepdim=True)
+    y = kernels.flatten(2) / kernels.flatten(2).abs().amax((-2, -1), keepdim=True)
     y = y / y.square().sum((-2, -1), keepdim=True).sqrt()  # misfits are shares then
     target, channels, n_dims = Target(y), y.shape[1], len(sizes)
     model = GaborModel(sizes, channels, free_center=True)
@@ -146,18 +143,16 @@ def _other_models(kernels: Tensor, result: FitResult, sizes: tuple[int, ...]) ->
     gaussian = Gaussian(sizes, channels, free_center=True, zero_frequency=True)
     ends = search.best_of_model(gaussian, target, gaussian.starts(target, centers))
     blob = surround = 1 - ends.cost
-    two_waves = result.explained_variance.to(y)[good]
+    two_waves = result.explained_variance.to(y)
     crossed = torch.zeros_like(blob)
     if n_dims > 1:
         rings = CenterSurround(sizes, channels)
         ends = search.best_of_model(rings, target, rings.starts(target, patterns.sqrt()))
         surround = 1 - ends.cost
-        z = model.rows(result[good.tolist()].params)
-        pair, ends = search.best_pair(target, z, _N_PAIRS)
+        pair, ends = search.best_pair(target, model.rows(result.params), _N_PAIRS)
         crossed = crossing(pair, ends.z, ends.coefficients)
         two_waves = torch.maximum(1 - ends.cost, two_waves)
-    values = (blob, surround, two_waves, crossed)
-    return {n: zero.index_copy(0, good, value) for n, value in zip(names, values, strict=True)}
+    return {"blob": blob, "surround": surround, "two_waves": two_waves, "crossing": crossed}
 
 
 def _smoothed(values: Tensor, sizes: tuple[int, ...]) -> Tensor:
