@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from typing import Any
 
 import torch
@@ -77,16 +76,7 @@ def rebuild_layer(module: nn.Module, name: str, **changes: Any) -> nn.Module:
     if "min_wavelength" in changes:
         least = 1.1 * changes["min_wavelength"]
         start = start.replace(wavelength=start.wavelength.clamp_min(least))
-    special = {
-        "bias": layer.bias is not None,
-        "device": layer.log_sigma.device,
-        "dtype": layer.log_sigma.dtype,
-        "min_wavelength": layer.raw_coordinates.min_wavelength,
-        "start": start,
-    }
-    names = inspect.signature(type(layer)).parameters
-    same = {name: special[name] if name in special else getattr(layer, name) for name in names}
-    new = type(layer)(**(same | changes))
+    new = type(layer)(**(layer.arguments() | {"start": start} | changes))
     if layer.bias is not None:
         new.bias.data.copy_(layer.bias.data)
     return _replaced(module, name, new)
