@@ -369,7 +369,7 @@ def test_census_takes_a_layer_of_a_file_by_its_name(empty_folder, capsys):
         (["empty.pt"], ["empty.pt", "cannot be read"]),
         (["small.pt"], ["kernels of 1 × 1 px"]),
         (["complex.pt"], ["complex64", "real"]),
-        (["nan.pt"], ["1 of 2 filters hold NaN", "filter 1"]),
+        (["nan.pt"], ["NaN or infinity in 1 of 2"]),
         (["bank.pt", "--key", "wieght"], ["no array 'wieght'", "'weight'"]),
         (["two.pt"], ["several arrays", "choose one with key (--key)"]),
         (["bank.pt", "--n-starts", "0"], ["--n-starts", "at least 1"]),
