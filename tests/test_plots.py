@@ -97,7 +97,7 @@ def test_drawing_kernels_loads_no_more_than_the_core():
         "print(*(name for name in sys.modules if name.startswith('gaborium.')))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    core = {"errors", "files", "interop", "kernels", "params", "plots", "coordinates", "starts"}
+    core = {"functions", "plots", "starts", "support"}
     assert {name.split(".")[1] for name in done.stdout.split()} <= core
 
 

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import copy
 import csv
-import errno
 import inspect
 import io
 import json
 import math
-import os
-import warnings
 from pathlib import Path
 
 import pytest
@@ -29,16 +26,7 @@ from gaborium import (
 )
 from gaborium import gabor as sample
 from gaborium.layers import GABOR_LAYERS, PairEnergy
-from gaborium.storage import (
-    from_csv,
-    load_layer,
-    read_params,
-    save_layer,
-    to_csv,
-    to_onnx,
-    to_plain,
-    write_params,
-)
+from gaborium.storage import from_csv, load_layer, save_layer, to_csv, to_onnx, to_plain
 
 safetensors = pytest.importorskip("safetensors.torch")
 
@@ -92,14 +80,6 @@ def images(layer: nn.Module, n: int = 2) -> torch.Tensor:
     return torch.rand(n, inner.in_channels, *[24] * inner.n_dims).to(inner.log_sigma.dtype)
 
 
-@pytest.fixture
-def full_disk(monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(_: int) -> None:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    monkeypatch.setattr(support.os, "fsync", full)
-
-
 # -- files of layers --------------------------------------------------------------------------
 
 
@@ -131,9 +111,9 @@ def with_facts(path: Path, target: Path, change, *, tensors: dict | None = None)
 
 def test_a_layer_comes_back_exactly(layer, tmp_path):
     save_layer(layer, tmp_path / "layer.safetensors")
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        again = load_layer(tmp_path / "layer.safetensors")
+    state = torch.random.get_rng_state()
+    again = load_layer(tmp_path / "layer.safetensors")  # warnings are errors
+    assert torch.equal(torch.random.get_rng_state(), state)
     assert type(again) is type(layer)
     assert repr(again) == repr(layer)
     one, two = layer.state_dict(), again.state_dict()
@@ -150,9 +130,10 @@ def test_a_layer_comes_back_exactly(layer, tmp_path):
         torch.manual_seed(5)
         one.reset_parameters()
     assert torch.equal(inner.weight, other.weight)
+
     # Equal layers make equal bytes.
-    save_layer(layer, tmp_path / "a")
-    save_layer(load_layer(tmp_path / "a"), tmp_path / "b")
+    for name in ("a", "b"):
+        save_layer(load_layer(tmp_path / "layer.safetensors"), tmp_path / name)
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
 
 
@@ -177,16 +158,9 @@ def test_dtypes_and_frozen_parameters_come_back(tmp_path):
     assert [n for n, p in again.named_parameters() if not p.requires_grad] == ["even"]
 
 
-def test_every_argument_of_the_constructor_is_kept(tmp_path):
-    """A new argument comes into the file by itself; then FORMAT must be raised."""
-    save_layer(GaborConv2d(1, 2, 5), tmp_path / "a")
-    _, facts, _ = header_of((tmp_path / "a").read_bytes())
-    assert {*facts["arguments"], "device"} == set(inspect.signature(GaborConv2d).parameters)
-    assert len(facts["arguments"]) == 19, "raise FORMAT, keep a reader for the old one"
-
-
-def test_the_metadata_is_what_the_docstring_says(tmp_path):
-    save_layer(GaborConv2d(3, 8, 9, stride=2), tmp_path / "a")
+def test_the_metadata_says_what_the_file_holds(tmp_path):
+    layer = GaborConv2d(3, 8, 9, stride=2)
+    save_layer(layer, tmp_path / "a")
     data = (tmp_path / "a").read_bytes()
     _, facts, _ = header_of(data)
     assert facts["name"] == "gaborium.layer"
@@ -194,7 +168,10 @@ def test_the_metadata_is_what_the_docstring_says(tmp_path):
     assert facts["arguments"]["stride"] == [2, 2]
     assert facts["units"]["sigma"] == "px"
     # Anybody's reader of safetensors finds the state dict.
-    assert set(safetensors.load(data)) == set(GaborConv2d(3, 8, 9).state_dict())
+    assert set(safetensors.load(data)) == set(layer.state_dict())
+    # A new argument comes into the file by itself; then the format must be raised.
+    assert {*facts["arguments"], "device"} == set(inspect.signature(GaborConv2d).parameters)
+    assert len(facts["arguments"]) == 19, "raise _FORMAT, keep a reader for the old one"
 
 
 def test_the_oldest_format_loads():
@@ -223,23 +200,6 @@ def test_other_modules_are_refused(module, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize(
-    "write",
-    [
-        lambda path: save_layer(GaborConv2d(1, 2, 7), path),
-        lambda path: write_params(START, path),
-        lambda path: to_onnx(GaborConv2d(1, 2, 5), path, torch.rand(2, 1, 9, 9)),
-    ],
-)
-def test_a_full_disk_leaves_the_old_file(write, onnx, tmp_path, full_disk):
-    path = tmp_path / "a.json"
-    path.write_bytes(b"old")
-    with pytest.raises(OSError, match="No space left"):
-        write(path)
-    assert list(tmp_path.iterdir()) == [path]
-    assert path.read_bytes() == b"old"
-
-
 @pytest.fixture
 def good(tmp_path: Path) -> Path:
     save_layer(GaborConv2d(3, 4, 5, seed=0), tmp_path / "good")
@@ -249,39 +209,39 @@ def good(tmp_path: Path) -> Path:
 @pytest.mark.parametrize(
     "change",
     [
-        {"out_channels": -4},
-        {"kernel_size": None},
-        {"padding_mode": "none"},
-        {"dtype": "load"},
-        {"start": "nowhere"},
-        {"start": {"type": "Gabor3d"}},
-        {"learn": ["everything"]},
-        {"unknown": 1},
-        {"bias": False},
-        {"min_wavelength": -1.0},
+        {"arguments": {"out_channels": -4}},
+        {"arguments": {"kernel_size": None}},
+        {"arguments": {"padding_mode": "none"}},
+        {"arguments": {"dtype": "load"}},
+        {"arguments": {"start": "nowhere"}},
+        {"arguments": {"start": {"type": "Gabor3d"}}},
+        {"arguments": {"learn": ["everything"]}},
+        {"arguments": {"unknown": 1}},
+        {"arguments": {"bias": False}},
+        {"arguments": {"min_wavelength": -1.0}},
+        {"arguments": {"start": ...}},  # is missing
+        {"arguments": None},
+        {"class": ...},
+        {"class": "Linear"},
+        {"class": "MixedConv"},
+        {"class": ["GaborConv2d"]},
+        {"frozen": ["nothing"]},
+        {"frozen": 3},
     ],
     ids=str,
 )
-def test_arguments_that_make_no_layer_are_one_line(change, good, tmp_path):
-    bad = with_facts(good, tmp_path / "bad", lambda facts: facts["arguments"].update(change))
-    assert "does not hold a whole layer" in refusal(bad)
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        lambda facts: facts.pop("class"),
-        lambda facts: facts.update({"class": "Linear"}),
-        lambda facts: facts.update({"class": "MixedConv"}),
-        lambda facts: facts.update({"class": ["GaborConv2d"]}),
-        lambda facts: facts.update({"arguments": None}),
-        lambda facts: facts["arguments"].pop("min_wavelength"),
-        lambda facts: facts.update({"frozen": ["nothing"]}),
-        lambda facts: facts.update({"frozen": 3}),
-    ],
-)
 def test_facts_that_make_no_layer_are_one_line(change, good, tmp_path):
-    assert "does not hold a whole layer" in refusal(with_facts(good, tmp_path / "bad", change))
+    def carry_out(facts: dict, change: dict) -> None:
+        for name, value in change.items():
+            if value is ...:
+                del facts[name]
+            elif isinstance(value, dict) and name in facts and name != "start":
+                carry_out(facts[name], value)
+            else:
+                facts[name] = value
+
+    bad = with_facts(good, tmp_path / "bad", lambda facts: carry_out(facts, change))
+    assert "does not hold a whole layer" in refusal(bad)
 
 
 def test_tensors_that_do_not_fit_are_one_line(good, tmp_path):
@@ -357,35 +317,25 @@ class Renamed(GaborConv2d):
 
 def test_derived_layers_are_taken_only_where_they_compute_the_same():
     assert type(to_plain(nn.Sequential(Renamed(1, 2, 5)))[0]) is nn.Conv2d
-    with pytest.raises(
-        ValueError, match=r"^'0' is a Doubled, which overrides the forward of Gabor"
-    ):
+    with pytest.raises(ValueError, match=r"^Doubled overrides the forward of GaborConv2d; move"):
         to_plain(nn.Sequential(Doubled(1, 2, 5)))
     with pytest.raises(TypeError, match=r"must be an nn\.Module, got int"):
         to_plain(3)
 
 
-@pytest.fixture
-def quiet():
-    """torch.export warns of its own future."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)
-        warnings.simplefilter("ignore", DeprecationWarning)
-        yield
-
-
-@pytest.mark.parametrize("make", [lambda m: m, to_plain], ids=["live", "plain"])
-def test_programs_have_equal_outputs_also_after_loading(layer, make, quiet):
-    network = nn.Sequential(make(layer), nn.ReLU()).eval()
+@pytest.mark.parametrize("layer", ["every argument", "energy in groups", "mixed"], indirect=True)
+@pytest.mark.filterwarnings(
+    "ignore::FutureWarning", "ignore::DeprecationWarning"
+)  # of torch.export
+def test_programs_have_equal_outputs_also_after_loading(layer):
+    network = nn.Sequential(layer, nn.ReLU()).eval()
     axes = ({0: torch.export.Dim("batch")},)
     program = torch.export.export(network, (images(layer),), dynamic_shapes=axes)
     file = io.BytesIO()
     torch.export.save(program, file)
     file.seek(0)
-    loaded = torch.export.load(file)
     image = images(layer, 5)
-    for one in (program, loaded):
-        assert torch.equal(one.module()(image), network(image))
+    assert torch.equal(torch.export.load(file).module()(image), network(image))
 
 
 # -- ONNX -------------------------------------------------------------------------------------
@@ -408,7 +358,9 @@ def answer(path: Path, *inputs: torch.Tensor) -> torch.Tensor:
 
 
 # ONNX Runtime convolves in single precision only.
-@pytest.mark.parametrize("layer", [*LAYERS][[*LAYERS].index("mixed") :], indirect=True)
+@pytest.mark.parametrize(
+    "layer", ["mixed", "film", "quadrature", "energy in groups", "circular"], indirect=True
+)
 def test_graphs_have_one_convolution_and_equal_outputs(layer, onnx, tmp_path):
     network = nn.Sequential(layer, nn.ReLU())
     state = copy.deepcopy(network.state_dict())
@@ -430,19 +382,13 @@ def test_graphs_have_one_convolution_and_equal_outputs(layer, onnx, tmp_path):
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_an_energy_of_nothing_is_nothing(onnx, tmp_path):
-    layer = GaborConv2d(1, 2, 5, output="energy", bias=False)
-    to_onnx(layer, tmp_path / "a.onnx", torch.rand(2, 1, 9, 9))
-    assert torch.equal(
-        answer(tmp_path / "a.onnx", torch.zeros(3, 1, 9, 9)), torch.zeros(3, 2, 5, 5)
-    )
-
-
 def test_graphs_are_for_inference(onnx, tmp_path):
-    network = nn.Sequential(GaborConv2d(1, 4, 5), nn.BatchNorm2d(4), nn.Dropout(0.5))
+    first = GaborConv2d(1, 4, 5, output="energy", bias=False)
+    network = nn.Sequential(first, nn.BatchNorm2d(4), nn.Dropout(0.5))
     network(torch.rand(8, 1, 9, 9))
     to_onnx(network, tmp_path / "a.onnx", torch.rand(1, 1, 9, 9))
     image = torch.rand(3, 1, 9, 9)
+    image[0] = 0  # the energy of nothing is nothing
     torch.testing.assert_close(
         answer(tmp_path / "a.onnx", image), network.eval()(image).detach(), rtol=1e-5, atol=1e-6
     )
@@ -457,12 +403,9 @@ class TwoEyes(nn.Module):
         return self.left(left) - self.right(right)
 
 
-@pytest.mark.parametrize("as_dict", [True, False])
-def test_networks_with_several_inputs(as_dict, onnx, tmp_path):
+def test_networks_with_several_inputs(onnx, tmp_path):
     network = TwoEyes()
-    pair = (torch.rand(1, 1, 9, 9), torch.rand(1, 1, 9, 9))
-    example = dict(zip(("left", "right"), pair, strict=True)) if as_dict else pair
-    to_onnx(network, tmp_path / "a.onnx", example)
+    to_onnx(network, tmp_path / "a.onnx", (torch.rand(1, 1, 9, 9), torch.rand(1, 1, 9, 9)))
     kinds = [node.op_type for node in onnx.load(tmp_path / "a.onnx").graph.node]
     assert kinds.count("Conv") == 2
     pair = (torch.rand(4, 1, 9, 9), torch.rand(4, 1, 9, 9))
@@ -487,7 +430,6 @@ class Unknown(nn.Module):
         (Unknown(), torch.rand(2, 1, 9, 9), "bessel_j0"),
         (nn.ReLU(), torch.rand(2, 3, 9, 9), "RuntimeError"),
         (nn.ReLU(), (), "TypeError"),
-        (nn.ReLU(), {"inputs": torch.rand(2, 1, 9, 9)}, "TypeError"),
     ],
 )
 def test_what_is_no_graph_is_one_line(last, example, message, onnx, tmp_path, capfd):
@@ -538,7 +480,7 @@ def test_the_columns_are_the_fields_with_their_units():
 
 def test_there_is_a_row_for_each_filter_and_channel():
     layer = GaborConv2d(3, 4, 9)
-    rows = rows_of(to_csv(layer))
+    rows = rows_of(to_csv(layer.params))
     assert [(row["filter"], row["channel"]) for row in rows] == [
         (str(i), str(j)) for i in range(4) for j in range(3)
     ]
@@ -552,15 +494,13 @@ def test_there_is_a_row_for_each_filter_and_channel():
 def test_a_record_comes_back_bit_for_bit(kind, shape, dtype):
     record = random_record(kind, *shape, dtype=dtype)
     record = record.replace(center=torch.randn_like(record.center))
-    assert same(from_csv(to_csv(record), dtype=dtype), record)
+    assert same(from_csv(to_csv(record)).to(dtype), record)
 
 
 def test_a_layer_comes_back_and_can_be_set():
     layer, other = GaborConv2d(3, 4, 9, dtype=F64), GaborConv2d(3, 4, 9, dtype=F64, start="random")
-    other.params = from_csv(to_csv(layer))
+    other.params = from_csv(to_csv(layer.params))
     torch.testing.assert_close(other.weight, layer.weight, rtol=0, atol=1e-14)
-    mixed = MixedConv(layer, 2)
-    assert to_csv(mixed) == to_csv(layer)
 
 
 def test_blobs_and_rows_in_any_order():
@@ -590,48 +530,29 @@ def test_other_conventions_come_back(convention, shape):
         torch.testing.assert_close(again.as_dict()[name], value, rtol=1e-14, atol=0)
 
 
-def test_a_row_for_skimage_makes_the_layers_kernel():
-    skimage = pytest.importorskip("skimage.filters")
+@pytest.mark.parametrize("convention", ["skimage", "opencv"])
+def test_a_row_makes_the_layers_kernel_in_the_other_library(convention):
+    library = pytest.importorskip({"skimage": "skimage.filters", "opencv": "cv2"}[convention])
     layer = GaborConv2d(2, 3, 25, dtype=F64, start="random", seed=1)
-    for row in rows_of(to_csv(layer, "skimage")):
+    for row in rows_of(to_csv(layer.params, convention)):
         given = {name.partition(" ")[0]: float(value) for name, value in row.items()}
         i, j, scale = int(given.pop("filter")), int(given.pop("channel")), given.pop("scale")
-        kernel = scale * torch.from_numpy(skimage.gabor_kernel(n_stds=5, **given).real)
-        expected = sample(layer.params[i, j], tuple(kernel.shape))
-        torch.testing.assert_close(kernel, expected, rtol=0, atol=1e-12)
-
-
-def test_a_row_for_opencv_makes_the_layers_kernel():
-    cv2 = pytest.importorskip("cv2")
-    layer = GaborConv2d(2, 3, 11, dtype=F64, start="random", seed=1)
-    for row in rows_of(to_csv(layer, "opencv")):
-        given = {name.partition(" ")[0]: float(value) for name, value in row.items()}
-        i, j, scale = int(given.pop("filter")), int(given.pop("channel")), given.pop("scale")
-        kernel = scale * torch.from_numpy(cv2.getGaborKernel((11, 11), **given, ktype=cv2.CV_64F))
-        torch.testing.assert_close(kernel, layer.weight[i, j].detach(), rtol=0, atol=1e-12)
+        if convention == "skimage":
+            kernel = library.gabor_kernel(n_stds=5, **given).real
+        else:
+            kernel = library.getGaborKernel((25, 25), **given, ktype=library.CV_64F)
+        expected = sample(layer.params[i, j], kernel.shape)
+        torch.testing.assert_close(torch.from_numpy(scale * kernel), expected, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize(
     ("source", "convention", "kind", "message"),
     [
-        (
-            nn.Conv2d(1, 1, 3),
-            "gaborium",
-            TypeError,
-            "Expected a Gabor layer or a record, got Conv2d",
-        ),
+        (GaborConv2d(1, 1, 3), "gaborium", TypeError, "a record such as layer.params, got Gabor"),
         (Gabor2d.of(wavelength=[], sigma=[]), "gaborium", ValueError, "not empty, got (0,)"),
         (random_record(Gabor1d, 2, 2, 2), "gaborium", ValueError, "got (2, 2, 2)"),
-        (
-            random_record(Gabor1d, 2),
-            "matlab",
-            ValueError,
-            "convention must be one of",
-        ),
+        (random_record(Gabor1d, 2), "matlab", ValueError, "convention must be one of"),
         (random_record(Gabor1d, 2), "opencv", TypeError, "expected a Gabor2d, got Gabor1d"),
-        (GaborConv1d(1, 1, 5), "skimage", TypeError, "expected a Gabor2d, got Gabor1d"),
-        (GaborConv2d(1, 1, 5, unit_norm=True), "opencv", ValueError, "give layer.params"),
-        (GaborConv2d(1, 1, 5, dc="remove"), "skimage", ValueError, "dc='remove'"),
         (
             Gabor2d.of(wavelength=4.0, sigma=1.0, center=[1.0, 0.0]),
             *("opencv", ValueError, "no off-centre Gabor functions"),
@@ -662,8 +583,8 @@ def changed(line: int, text: str | None) -> str:
     ("text", "message"),
     [
         ("", "needs the columns of to_csv"),
-        ("\n\n", "needs the columns of to_csv"),
         ("\0\1", "needs the columns of to_csv"),
+        ("a" * 200_000, "needs the columns of to_csv"),
         (GOOD[0], "with one row or more"),
         (GOOD[0].replace(",", ";"), "needs the columns of to_csv"),
         (changed(0, GOOD[0].replace("sigma (px)", "sigma")), "needs the columns"),
@@ -686,45 +607,3 @@ def test_a_wrong_table_is_is_one_line(text, message):
         from_csv(text)
     assert message in str(error.value)
     assert "\n" not in str(error.value)
-
-
-@pytest.mark.parametrize("kind", [Gabor1d, Gabor2d, Gabor3d])
-def test_files_come_back(kind, tmp_path):
-    record = random_record(kind, 3, 1, dtype=torch.float32)
-    write_params(record, tmp_path / "a.json")
-    assert same(read_params(tmp_path / "a.json"), record)
-    write_params(record, tmp_path / "a.CSV")
-    assert same(read_params(tmp_path / "a.CSV", dtype=torch.float32), record)
-
-
-def test_a_layers_json_is_its_record(tmp_path):
-    layer = GaborConv2d(3, 4, 9)
-    write_params(layer, tmp_path / "a.json")
-    assert same(read_params(tmp_path / "a.json"), layer.params.detach())
-
-
-def test_bad_files_are_one_line(tmp_path):
-    record = random_record(Gabor2d, 2)
-    with pytest.raises(ValueError, match=r"^Parameters need a \.json or \.csv file, got 'a\.txt'"):
-        write_params(record, "a.txt")
-    with pytest.raises(ValueError, match=r"^convention='opencv' needs a \.csv file, got"):
-        write_params(record, tmp_path / "a.json", "opencv")
-    write_params(record, tmp_path / "a.csv")
-    before = (tmp_path / "a.csv").read_bytes()
-    with pytest.raises(ValueError, match="sigma must be"):
-        write_params(record.replace(sigma=-record.sigma), tmp_path / "a.csv")
-    assert (tmp_path / "a.csv").read_bytes() == before
-    for name, data in {
-        "bytes.csv": b"\xff\xfe\0",
-        "bytes.json": b"\xff\xfe\0",
-        "convention.json": b"[1, 2]",
-        "deep.json": b"[" * 100_000,
-        "huge.csv": b"a" * 200_000,
-    }.items():
-        (tmp_path / name).write_bytes(data)
-        with pytest.raises(ValueError, match=rf"{name}': ") as error:
-            read_params(tmp_path / name)
-        assert "\n" not in str(error.value)
-        assert len(str(error.value)) < 700
-    with pytest.raises(FileNotFoundError):
-        read_params(tmp_path / "nothing.csv")

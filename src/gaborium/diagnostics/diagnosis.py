@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from gaborium.diagnostics.causes import BUGS, CAUSES, OF_OTHER_STARTS, Finding, Severity, finding
 from gaborium.diagnostics.filters import health
 from gaborium.diagnostics.gradients import check_gradients
-from gaborium.diagnostics.identifiability import identifiability, recover_code, recover_options
+from gaborium.diagnostics.identifiability import identifiability
 from gaborium.diagnostics.landscape import landscape
-from gaborium.diagnostics.remedies import convolution_of
+from gaborium.diagnostics.remedies import convolution_of, recover_code, recover_options
 from gaborium.diagnostics.sandbox import (
     Loss,
     OutputLoss,

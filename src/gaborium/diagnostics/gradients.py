@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from gaborium.diagnostics.causes import (
+    REBUILD,
     RENEW_OPTIMIZER,
     SINGLE_PRECISION,
     Finding,
@@ -20,7 +21,7 @@ from gaborium.diagnostics.causes import (
     finding,
     listed,
 )
-from gaborium.diagnostics.remedies import rebuilding_code, replacement_code
+from gaborium.diagnostics.remedies import replacement_code
 from gaborium.diagnostics.sandbox import (
     HALF,
     Sandbox,
@@ -590,7 +591,8 @@ class _Check(_Measurement):
                 fields = type(part.params).field_names()
                 left = [f for f in fields if f not in part.learn and f != "center"]
                 if left:
-                    code = rebuilding_code(name, learn=tuple(sorted({*part.learn, *left})))
+                    learn = tuple(sorted({*part.learn, *left}))
+                    code = REBUILD.format(name=name, arguments=f"learn={learn}")
                     reason = f"left out of learn={' of ' if name else ''}{name}"
                     left_out.append((left, reason, code))
         for names, reason, code in left_out:
