@@ -191,23 +191,16 @@ class Recorder:
         missing = [name for name, values in norms.items() if all(map(math.isnan, values))]
         zero = [name for name, values in norms.items() if not any(value > 0 for value in values)]
         if missing and len(missing) == len(norms):
-            reason = "the loss is cut off from the layer, or gradients are cleared before "
-            yield finding("no gradient", missing, confidence=0.8, reason=reason + "record(loss)")
+            yield finding("no gradient: recorded", missing)
         elif zero:
-            reason = "its gradient was missing or exactly zero at every record"
-            yield finding(
-                "frozen", zero, severity=Severity.WARNING, confidence=0.8, remedy="", reason=reason
-            )
+            yield finding("frozen: recorded", zero)
 
     def _more_duplicates(self) -> Iterator[Finding]:
         first, last = self.n_duplicates[0], self.n_duplicates[-1]
         if last > first:
             pairs = duplicates_of(self.layer, self.layer.n_filters)
             yield finding(
-                "duplicate filters",
-                severity=Severity.WARNING,
-                confidence=0.6,
-                reason=f"{first} pairs at first, {last} now",
+                "duplicate filters: more",
                 name=self.name,
                 filters=str(sorted({pair.second for pair in pairs if not pair.negative})),
                 first_pairs=first,
