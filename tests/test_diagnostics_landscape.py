@@ -241,7 +241,7 @@ def test_a_basin_reaches_over_the_end_of_the_circle():
 def test_rounding_makes_no_minima():
     """The plateau of a narrow kernel is flat to the last digit, which is not hollow."""
     params = Gabor2d.of(orientation=0.8, wavelength=3.0, sigma=8.0, phase=1.0)
-    found = landscape(on_white_input(layer_at(params, 1, 1, 31)), "orientation")
+    found = landscape(on_white_input(layer_at(params, 1, 1, 31)), "orientation", n_points=120)
     heights = found.values.max() - torch.tensor([one.value for one in found.minima])
     assert (heights > 1e-9 * found.values.max()).all()
 
@@ -307,7 +307,7 @@ def test_findings_on_white_input(truth, moved, expected):
     layer = layer_at(truth, 1, 1, 25)
     setup = on_white_input(layer)
     layer.params = truth.replace(**{name: torch.tensor(value) for name, value in moved.items()})
-    found = landscape(setup, "orientation", n_points=180)
+    found = landscape(setup, "orientation", n_points=90)
     assert expected.items() <= causes(found).items()
     assert bool(expected) == bool(found.findings)
 

@@ -42,11 +42,8 @@ def copied(module: nn.Module) -> Any:
 def copied_together(
     module: nn.Module, optimizer: torch.optim.Optimizer | None
 ) -> tuple[nn.Module, Any]:
-    """Deep copies of a module and of the optimizer that trains it.
-
-    Tensors that still have a graph, such as a cached kernel, cannot be deep-copied. They become
-    constants.
-    """
+    """Deep copies of a module and of the optimizer that trains it."""
+    # Tensors with a graph, such as a cached kernel, cannot be deep-copied; they become constants.
     memo: dict[int, Any] = {}
     for part in module.modules():
         for value in tensors_of(list(vars(part).values())):
@@ -64,15 +61,13 @@ def copied_together(
 
 
 @contextlib.contextmanager
-def seeded(seed: int, module: nn.Module, inputs: Any = ()) -> Iterator[None]:
-    """Random numbers from ``seed``, also on the GPUs of ``module`` and ``inputs``."""
-    tensors = (*module.parameters(), *tensors_of(inputs))
-    devices = sorted({one.device.index or 0 for one in tensors if one.device.type == "cuda"})
-    with torch.random.fork_rng(devices=devices):
-        # torch.manual_seed would also change devices whose state is not kept.
-        torch.default_generator.manual_seed(seed)
-        for device in devices:
-            torch.cuda.default_generators[device].manual_seed(seed)
+def seeded(seed: int) -> Iterator[None]:
+    """Random numbers from ``seed``, also on the GPUs."""
+    # torch.manual_seed would also change the GPUs that are not in use yet.
+    generators = torch.default_generator, *torch.cuda.default_generators
+    with torch.random.fork_rng(devices=range(len(generators) - 1)):
+        for generator in generators:
+            generator.manual_seed(seed)
         yield
 
 
@@ -206,7 +201,7 @@ class TrainingSetup:
         """
         own = self.copy()
         names: dict[str, Any] = dict(vars(own))
-        with seeded(0, own.module, own.inputs):
+        with seeded(0):
             exec(compile(remedy, "<remedy>", "exec"), names)
         return TrainingSetup(**{name: names[name] for name in vars(own)})
 
@@ -226,7 +221,7 @@ class TrainingSetup:
                 value.backward()
             return value
 
-        with seeded(seed, self.module, self.inputs), torch.enable_grad():
+        with seeded(seed), torch.enable_grad():
             for _ in range(n_steps):
                 value = closure()
                 losses.append(value.item())
@@ -307,11 +302,11 @@ class Sandbox:
     seed: int = 0
     widen: bool = False
 
-    def run(self, module: nn.Module | None = None, *, trace: Trace | None = None) -> Run:
-        """Run a fresh copy, or a given one, whose state may change."""
+    def run(self, module: Callable[..., Any] | None = None, *, trace: Trace | None = None) -> Run:
+        """Run a fresh copy, or a given module, whose state may change."""
         module = copied(self.module) if module is None else module
         with contextlib.ExitStack() as modes:
-            modes.enter_context(seeded(self.seed, module, self.inputs))
+            modes.enter_context(seeded(self.seed))
             if self.widen:
                 modes.enter_context(_Widened())
             if trace is not None:
@@ -320,19 +315,10 @@ class Sandbox:
             return Run(output, self.loss(output))
 
     def run_with(self, tensors: Mapping[str, Tensor]) -> Run:
-        """Run the module itself with some of its parameters replaced, by name.
-
-        Its buffers do not change.
-        """
-        replaced = {name: buffer.clone() for name, buffer in self.module.named_buffers()}
-        replaced |= tensors
-
-        def call(*inputs: Any) -> Any:
-            return torch.func.functional_call(self.module, replaced, inputs)
-
-        with seeded(self.seed, self.module, self.inputs):
-            output = _call(call, self.inputs)
-            return Run(output, self.loss(output))
+        """Run the module itself with some parameters replaced, by name; its buffers stay."""
+        buffers = {name: buffer.clone() for name, buffer in self.module.named_buffers()}
+        call = torch.func.functional_call
+        return self.run(lambda *inputs: call(self.module, buffers | dict(tensors), inputs))
 
     def check(self) -> None:
         """Raise ``ValueError`` if the loss is not finite, not the same twice, or too coarse."""
