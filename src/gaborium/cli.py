@@ -549,13 +549,14 @@ def _run(command: str, output: Output, work: Work, folder: Path | None = None) -
 
 def _print_result(console: Any, result: Any) -> None:
     """Print the sections of the report that are text: the same words and tables as on the page."""
-    from gaborium.report import headline, sections, sentences
+    from gaborium.report import describe
 
+    report = describe(result)
     text = require("rich.text", extra="cli", purpose="Commands").Text
-    console.print(text(headline(result), "bold"), highlight=False)
-    for sentence in sentences(result):
+    console.print(text(report.headline, "bold"), highlight=False)
+    for sentence in report.sentences:
         console.print(text(sentence), highlight=False)
-    for section in sections(result):
+    for section in report.sections:
         table: Any = section.table
         if table and not all(isinstance(cell, str) for row in table.rows for cell in row):
             table = None  # of pictures

@@ -8,6 +8,7 @@ try; by ``recover``, which needs no start; and by training a Gabor layer with ``
 from __future__ import annotations
 
 import itertools
+import json
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from torch import Tensor
 from gaborium.diagnostics import TrainingSetup
 from gaborium.fitting import FitResult, recover
 from gaborium.functions.kernels import gabor, orientation_basin
-from gaborium.functions.params import UNITS, Gabor, Gabor2d
+from gaborium.functions.params import UNITS, Gabor, Gabor2d, plain
 from gaborium.layers import GaborConv2d
 from gaborium.optim import NaturalGradient
 from gaborium.support import as_sizes, one_of
@@ -154,6 +155,17 @@ class Recovery:
                     }
                 )
         return rows
+
+    def to_json(self) -> str:
+        """The parameters, paths and errors as JSON text; missing numbers are inf and nan."""
+        values = {name: one for name, one in vars(self).items() if not isinstance(one, Tensor)}
+        values |= {"kernel_errors": self.kernel_errors(), "table": self.table()}
+        records: dict[str, Any] = {"found": self.found, "target": self.target, "start": self.start}
+        values |= {name: json.loads(one.to_json()) for name, one in records.items()}
+        values["descents"] = [vars(run) for run in self.descents]
+        training = {"params": json.loads(self.training.params.to_json())}
+        values["training"] = vars(self.training) | training
+        return json.dumps(plain(values), allow_nan=False)
 
     def kernel_errors(self) -> dict[str, float]:
         """L2 distance of the found and the trained kernel from the planted one, as a share."""
