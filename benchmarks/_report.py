@@ -61,9 +61,35 @@ def write_json(
     """Write results with their provenance, all or nothing."""
     path.parent.mkdir(parents=True, exist_ok=True)
     document = provenance(device) | results
-    write_text(path, json.dumps(document, indent=2, allow_nan=False) + "\n")
+    write_text(path, in_rows(document) + "\n")
     if say:
         print(f"Wrote {path.relative_to(ROOT) if path.is_relative_to(ROOT) else path}")
+
+
+def in_rows(value: Any, indent: str = "") -> str:
+    """JSON with one line for each row of a list and for each entry that is not nested further.
+
+    Example:
+        >>> print(in_rows({"commit": "1de3405", "rows": [{"seed": 0}, {"seed": 1}]}))
+        {
+          "commit": "1de3405",
+          "rows": [
+            {"seed": 0},
+            {"seed": 1}
+          ]
+        }
+    """
+    deeper = indent + "  "
+    if isinstance(value, dict) and any(isinstance(entry, dict | list) for entry in value.values()):
+        lines = [
+            f"{json.dumps(key, allow_nan=False)}: {in_rows(entry, deeper)}"
+            for key, entry in value.items()
+        ]
+        return "{\n" + ",\n".join(deeper + line for line in lines) + f"\n{indent}}}"
+    if isinstance(value, list) and any(isinstance(row, dict | list) for row in value):
+        rows = [json.dumps(row, allow_nan=False) for row in value]
+        return "[\n" + ",\n".join(deeper + row for row in rows) + f"\n{indent}]"
+    return json.dumps(value, allow_nan=False)
 
 
 def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

@@ -82,6 +82,7 @@ class Base:
     wavelength: float
     sigma: float
     kernel_size: int
+    size: int = 96
 
     @property
     def target(self) -> Gabor2d:
@@ -96,9 +97,14 @@ class Base:
         return self.target.replace(aspect_ratio=torch.tensor(0.5))
 
     @property
+    def bright(self) -> Tensor:
+        """The photograph, in [0, 1]."""
+        return photograph(self.photograph, self.size)
+
+    @property
     def image(self) -> Tensor:
         """The photograph with mean 0 and variance 1."""
-        return normalised(photograph(self.photograph))
+        return normalised(self.bright)
 
     def student(
         self,
@@ -364,13 +370,13 @@ def faulty(base: Base) -> dict[str, Callable[[], Case]]:
     def _() -> TrainingSetup:
         torch.manual_seed(0)
         target = base.target.replace(aspect_ratio=torch.tensor(0.4))
-        noise = torch.randn(1, 1, 96, 96)
+        noise = torch.randn(1, 1, base.size, base.size)
         return base.student(image=noise, target=target, kernel_size=21, off=-1.0)
 
     @case("zero padding of a bright image", "zero padding")
     def _() -> TrainingSetup:
         return base.student(
-            image=3 * photograph(base.photograph),
+            image=3 * base.bright,
             target=Gabor2d.of(orientation=PI / 4, wavelength=6.0, sigma=3.0),
             padding=7,
             kernel_size=15,
@@ -379,7 +385,7 @@ def faulty(base: Base) -> dict[str, Callable[[], Case]]:
 
     @case("images from 0 to 255", "image scale")
     def _() -> TrainingSetup:
-        return base.student(image=255 * photograph(base.photograph), rate=0.01)
+        return base.student(image=255 * base.bright, rate=0.01)
 
     @case("orientation of a blob", "not identifiable")
     def _() -> TrainingSetup:
@@ -427,7 +433,7 @@ def faulty(base: Base) -> dict[str, Callable[[], Case]]:
 
     @case("float16 overflow", "nan gradient")
     def _() -> TrainingSetup:
-        setup = base.student(image=255 * photograph(base.photograph))
+        setup = base.student(image=255 * base.bright)
         module = setup.module.half()
         return TrainingSetup(
             module, F.mse_loss, setup.inputs.half(), setup.targets.half(),
@@ -479,7 +485,7 @@ def sound(base: Base) -> dict[str, Callable[[], Case]]:
     case("momentum")(lambda: base.student(momentum={"momentum": 0.5}))
     case("Nesterov momentum on the moon")(
         lambda: base.student(
-            image=normalised(photograph("moon")),
+            image=normalised(photograph("moon", base.size)),
             momentum={"momentum": 0.5, "nesterov": True},
         )
     )

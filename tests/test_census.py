@@ -221,10 +221,9 @@ def test_probabilities_sum_to_one_and_the_label_has_the_highest(mixed):
 def test_questions_use_numbers_that_there_are(mixed):
     _, found = mixed
     assert set(found.numbers) == set(NUMBERS)
-    for stage in STAGES:
-        for weight in stage.weights:
-            assert weight.number in NUMBERS
-            assert weight.minus in ("", *NUMBERS)
+    for _, weights in STAGES.values():
+        for name in weights:
+            assert set(name.split(" - ")) <= set(NUMBERS)
     torch.testing.assert_close(probabilities(found.numbers), found.probability)
 
 
@@ -259,8 +258,6 @@ def test_a_model_is_not_changed_and_its_first_layer_is_found():
     [
         (nn.Linear(3, 4), ValueError, "holds no convolution"),
         (nn.Conv2d(3, 4, 1), ValueError, "1 x 1 px, in which there is no wave"),
-        (nn.Conv2d(1, 2, 3, dtype=torch.complex64), ValueError, "is complex"),
-        (nn.ConvTranspose2d(1, 2, 3), ValueError, "transposed"),
         (
             torch.zeros(2, 1, 3, 3, dtype=torch.complex64),
             TypeError,

@@ -126,7 +126,7 @@ def test_batches_that_tell_no_statistics_leave_the_norms_alone():
 def test_the_callers_model_is_left_alone():
     model = network().train()
     before = copy.deepcopy(model.state_dict())
-    conversion = convert(model, calibrate=photographs(), fold_norm=True)
+    conversion = convert(model, calibrate=photographs())
     assert type(model[0]) is nn.Conv2d
     assert type(model[1]) is nn.BatchNorm2d
     assert model.training
@@ -188,16 +188,6 @@ def test_response_error_is_what_the_layer_shows():
     shown = ((now - was - (now - was).mean()).std() / was.std()).item()
     assert conversion.response_error[1].item() == pytest.approx(shown, rel=0.1)
     assert conversion.response_error[0] == 0
-
-
-def test_a_folded_norm_changes_no_output():
-    model, image = network().eval(), photographs()
-    with torch.no_grad():
-        model[1].weight.copy_(torch.linspace(-1.0, 2.0, 6))
-        model[1].bias.copy_(torch.linspace(-0.5, 0.5, 6))
-    conversion = convert(model, fold_norm=True)
-    assert isinstance(conversion.model[1], nn.Identity)
-    assert torch.allclose(conversion.model(image), model(image), atol=1e-4)
 
 
 def test_what_was_converted_is_trained_by_the_natural_gradient():
@@ -348,14 +338,13 @@ def test_the_tubelets_of_a_video_model_are_converted():
         (lambda: nn.Conv2d(3, 4, 1), {}, "1 x 1 px"),
         (lambda: nn.Conv2d(4, 4, 5, groups=2), {}, "groups=2"),
         (lambda: GaborConv2d(1, 2, 5), {}, "a Gabor layer already"),
-        (lambda: nn.Conv2d(1, 2, 5, dtype=torch.complex64), {}, "complex"),
+        (lambda: nn.Conv2d(1, 2, 5, dtype=torch.complex64), {}, "real"),
         (network, {"threshold": 1.5}, r"threshold must be in \[0, 1\]"),
         (network, {"filters": [6]}, "filters must be numbers from 0 to 5"),
         (network, {"filters": [0.5]}, "filters must be numbers"),
         (network, {"calibrate": []}, "at least one batch"),
         (network, {"calibrate": torch.ones(2, 3, 40, 40) * math.nan}, "finite"),
         (network, {"calibrate": torch.zeros(2, 3, 40, 40)}, "structure"),
-        (lambda: nn.Sequential(nn.Conv2d(1, 2, 5), nn.ReLU()), {"fold_norm": True}, "fold_norm"),
     ],
 )
 def test_bad_input_is_one_clear_line(model, options, message):

@@ -169,11 +169,6 @@ def test_a_factory_cannot_reach_the_callers_layer():
     assert network[0].weight.abs().max() > 0
 
 
-def quantized() -> nn.Module:
-    kind = type("Conv2d", (nn.Module,), {"__module__": "torch.ao.nn.quantized.modules.conv"})
-    return kind()
-
-
 def whole_numbers() -> nn.Module:
     conv = nn.Conv2d(1, 2, 3)
     conv.weight = nn.Parameter(torch.zeros(2, 1, 3, 3, dtype=torch.int8), requires_grad=False)
@@ -187,8 +182,7 @@ def whole_numbers() -> nn.Module:
         (nn.Sequential(nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 3)), ("'0'", "1 x 1 px")),
         (nn.Conv1d(3, 8, 1), ("'Conv1d'", "of 1 px")),
         (nn.Sequential(nn.ConvTranspose2d(3, 8, 3)), ("transposed",)),
-        (nn.Conv2d(3, 8, 3, dtype=torch.complex64), ("complex",)),
-        (nn.Sequential(nn.ReLU(), quantized()), ("'1'", "quantised")),
+        (nn.Conv2d(3, 8, 3, dtype=torch.complex64), ("torch.complex64", "real")),
         (whole_numbers(), ("torch.int8",)),
         (nn.LazyConv2d(8, 3), ("no shape yet",)),
     ],

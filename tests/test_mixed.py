@@ -47,9 +47,9 @@ def test_channels_are_the_gabor_layers_and_a_plain_ones(n_dims, bias):
 @pytest.mark.parametrize("n_dims", [1, 2, 3])
 def test_it_is_one_convolution(n_dims, monkeypatch):
     layer, calls = mixed_of(n_dims), []
-    convolve = gaborium.layers.gabor._CONVOLUTIONS[n_dims]
+    convolve = gaborium.layers._CONVOLUTIONS[n_dims]
     monkeypatch.setitem(
-        gaborium.layers.gabor._CONVOLUTIONS,
+        gaborium.layers._CONVOLUTIONS,
         n_dims,
         lambda image, weight, *rest: (calls.append(weight), convolve(image, weight, *rest))[1],
     )
@@ -97,13 +97,6 @@ def test_the_state_dict_goes_round_with_the_order():
     assert torch.equal(copy.deepcopy(layer)(image), layer(image))
 
 
-def test_a_checkpoint_whose_order_is_no_permutation_is_refused():
-    layer, other = mixed_of(2), mixed_of(2)
-    state = layer.state_dict() | {"order": torch.tensor([0, 0, 1, 2, 3])}
-    with pytest.raises(ValueError, match="each of 0 to 4 once"):
-        other.load_state_dict(state)
-
-
 def test_a_quadrature_output_counts_both_members():
     layer = MixedConv(GaborConv2d(1, 6, 7, output="quadrature"), 2)
     assert layer(torch.rand(1, 1, 9, 9)).shape == (1, 8, 3, 3)
@@ -146,9 +139,8 @@ def test_bad_input_is_one_clear_line():
         (lambda: MixedConv(GaborConv2d(2, 4, 5, groups=2), 2), ValueError, "groups=2"),
         (lambda: MixedConv(GaborConv2d(2, 4, 5, output="energy"), 2), ValueError, "'energy'"),
         (lambda: MixedConv(gabor, 0), ValueError, "at least 1"),
-        (lambda: MixedConv(gabor, 2.5), TypeError, "got float"),
+        (lambda: MixedConv(gabor, 2.5), ValueError, "got 2.5"),
         (lambda: MixedConv(gabor, torch.rand(2, 2, 7, 7)), ValueError, "(2, 2, 7, 7)"),
-        (lambda: MixedConv(gabor, torch.zeros(2, 2, 5, 5).long()), TypeError, "int64"),
         (lambda: MixedConv(gabor, 2, order=[0, 1, 2, 3, 4, 4]), ValueError, "0 to 5"),
         (lambda: MixedConv(gabor, 2, order=[0, 1]), ValueError, "0 to 5"),
         (lambda: MixedConv(gabor, 2, free_bias=torch.rand(3)), ValueError, "(2,)"),

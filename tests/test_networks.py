@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gaborium import GaborConv2d
-from gaborium.layers import GABOR_LAYERS, PairEnergy, n_learned
+from gaborium.layers import GABOR_LAYERS, PairEnergy
 from gaborium.training import SmallCNN, make_first_layer
-from gaborium.training.networks import GridPool
+from gaborium.training.networks import GridPool, n_learned
 from gaborium.training.recipe import Variant
 
 VARIANTS = get_args(Variant)

@@ -568,7 +568,7 @@ def test_parameters_can_be_frozen_for_a_while():
 @pytest.mark.parametrize(
     ("layers", "kwargs", "error", "message"),
     [
-        (lambda: nn.Conv2d(1, 2, 3), {}, ValueError, "has none; put a GaborConv2d"),
+        (lambda: nn.Conv2d(1, 2, 3), {}, TypeError, "got Conv2d"),
         (lambda: [nn.Conv2d(1, 2, 3)], {}, TypeError, "got Conv2d"),
         (lambda: layer_of().parameters(), {}, TypeError, "got Parameter"),
         (list, {}, ValueError, "learns anything"),

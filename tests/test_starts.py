@@ -13,8 +13,8 @@ from gaborium.starts import (
     STARTS,
     V1_CARDINAL,
     V1_FREQUENCY_STD,
+    draw_start,
     mel_bank,
-    start,
     v1_distance,
     v1_radius,
     v1_widths,
@@ -24,7 +24,7 @@ DIMENSIONS = (1, 2, 3)
 
 
 def drawn(name: str, n_dims: int = 2, size: int = 15, seed: int = 0, **kwargs: int) -> Gabor:
-    return start(
+    return draw_start(
         name,
         n_filters=kwargs.get("n_filters", 32),
         n_channels=kwargs.get("n_channels", 3),
@@ -59,7 +59,7 @@ def test_a_start_is_a_legal_record_of_the_promised_shape(name, n_dims):
 def test_a_start_does_not_depend_on_the_default_device(name):
     expected = drawn(name)
     with torch.device("meta"):
-        params = start(
+        params = draw_start(
             name,
             n_filters=32,
             n_channels=3,
@@ -79,7 +79,7 @@ def test_a_seed_repeats_a_draw(name):
 @pytest.mark.parametrize("name", ["random", "v1"])
 def test_without_a_generator_torch_is_asked(name):
     def draw() -> Gabor:
-        return start(name, n_filters=4, n_channels=1, kernel_size=(9, 9))
+        return draw_start(name, n_filters=4, n_channels=1, kernel_size=(9, 9))
 
     torch.manual_seed(5)
     one, two = draw(), draw()
@@ -107,7 +107,7 @@ def test_kernels_hold_their_envelopes_and_waves(name, n_dims):
 def test_no_kernel_is_silent(name, kernel_size):
     # A sine on a single pixel is zero; so is one that varies only where the kernel has no width.
     for seed in range(3):
-        params = start(
+        params = draw_start(
             name,
             n_filters=33,
             n_channels=2,
@@ -120,7 +120,7 @@ def test_no_kernel_is_silent(name, kernel_size):
 
 def test_unknown_starts_are_refused():
     with pytest.raises(ValueError, match=r"'bank', 'random', 'v1', got 'zeros'"):
-        start("zeros", n_filters=1, n_channels=1, kernel_size=(5, 5))
+        draw_start("zeros", n_filters=1, n_channels=1, kernel_size=(5, 5))
 
 
 # -- bank ---------------------------------------------------------------------------------------

@@ -31,14 +31,7 @@ from _report import RESULTS, ROOT, print_table, write_json
 from planted import planted
 
 from gaborium import Census, census
-from gaborium.conversion.census import (
-    CLASSES,
-    DEAD,
-    STAGES,
-    LogisticStage,
-    Weight,
-    probabilities,
-)
+from gaborium.conversion.census import CLASSES, DEAD, STAGES, Stages, probabilities, term
 
 LABELS = Path(__file__).resolve().parent / "labels.csv"
 PLANTED_WEIGHT = 0.2  # of a planted filter, beside 1 of one that both passes were certain of
@@ -93,9 +86,9 @@ def main() -> None:
     made = plant(options.n_planted, options.keep, seed=1)
     if options.calibrate:
         stages = calibrate([sample_of(first, found), *made])
-        print("\n".join(as_code(stage) for stage in stages), flush=True)
+        print("\n".join(f'    "{label}": {stage},' for label, stage in stages.items()), flush=True)
     else:
-        stages = list(STAGES)
+        stages = STAGES
 
     results: dict[str, Any] = {
         "classes": CLASSES,
@@ -227,39 +220,25 @@ def plant(n: int, keep: Path | None, *, seed: int) -> list[Sample]:
 # -- calibration ------------------------------------------------------------------------------
 
 
-def calibrate(samples: Sequence[Sample]) -> list[LogisticStage]:
+def calibrate(samples: Sequence[Sample]) -> Stages:
     """Logistic regressions, one after the other, each on what earlier stages leave."""
     shares = torch.cat([sample.shares for sample in samples])
     weight = torch.cat([sample.weight.double() for sample in samples])
     is_planted = torch.cat([torch.full_like(s.weight, s.is_planted).bool() for s in samples])
-    rest, counts, stages = torch.ones_like(weight), weight, []
+    rest, counts, stages = torch.ones_like(weight), weight, {}
     for label, names in TERMS.items():
-        terms = [Weight(*split(name)) for name in names]
         x = torch.cat(
-            [torch.stack([t.value(sample.numbers) for t in terms], 1) for sample in samples]
+            [torch.stack([term(sample.numbers, n) for n in names], 1) for sample in samples]
         )
         here = rest > 1e-9
         yes = shares[here, CLASSES.index(label)] / rest[here]
         if label == list(TERMS)[-1]:
             counts = torch.where(is_planted, WEIGHT_IN_LAST, weight)
         slopes, constant = logistic(x[here], yes, (counts * rest)[here])
-        stages.append(
-            LogisticStage(
-                label,
-                round(constant, 2),
-                tuple(
-                    Weight(term.number, round(slope, 2), term.minus)
-                    for term, slope in zip(terms, slopes, strict=True)
-                ),
-            )
-        )
+        rounded = [round(slope, 2) for slope in slopes]
+        stages[label] = round(constant, 2), dict(zip(names, rounded, strict=True))
         rest = rest - shares[:, CLASSES.index(label)]
     return stages
-
-
-def split(name: str) -> tuple[str, float, str]:
-    number, _, less = name.partition(" - ")
-    return number, 1.0, less
 
 
 def logistic(x: Tensor, yes: Tensor, weight: Tensor) -> tuple[list[float], float]:
@@ -286,20 +265,10 @@ def logistic(x: Tensor, yes: Tensor, weight: Tensor) -> tuple[list[float], float
     return raw.tolist(), (constant.detach() - (mean * raw).sum()).item()
 
 
-def as_code(stage: LogisticStage) -> str:
-    weights = [
-        f'Weight("{term.number}", {term.weight:g}' + (f', "{term.minus}")' if term.minus else ")")
-        for term in stage.weights
-    ]
-    return f'    LogisticStage("{stage.label}", {stage.constant:g}, ({", ".join(weights)},)),'
-
-
 # -- agreement --------------------------------------------------------------------------------
 
 
-def answers_of(
-    labels: Sequence[Label], found: dict[str, Census], stages: Sequence[LogisticStage]
-) -> list[str]:
+def answers_of(labels: Sequence[Label], found: dict[str, Census], stages: Stages) -> list[str]:
     """Classes by the stages alone: the pictures that were sorted do not show dead weights."""
     shares = probabilities(sample_of(labels, found).numbers, stages)
     return [CLASSES[i] for i in shares.argmax(1).tolist()]

@@ -42,7 +42,7 @@ from typing import Any, NamedTuple
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from _report import RESULTS, ROOT, print_table, provenance
+from _report import RESULTS, ROOT, in_rows, print_table, provenance
 from augmentations import make_flip
 from corruptions import KINDS as CORRUPTIONS
 from corruptions import N_STRENGTHS, corrupt
@@ -269,7 +269,7 @@ class Experiment:
             "parts": parts,
         }
         self.summary_file.parent.mkdir(parents=True, exist_ok=True)
-        write_text(self.summary_file, json.dumps(_plain(document), indent=1) + "\n")
+        write_text(self.summary_file, in_rows(_plain(document)) + "\n")
         print(f"Wrote {self.summary_file}")
 
 

@@ -104,14 +104,6 @@ class Coordinates:
             raw |= {name: ("amplitude", "phase")} if self.joint_phase else {field: (field,)}
         return raw | {"center": ("center",)}
 
-    def contains(self, params: Gabor) -> Tensor:
-        """Whether these coordinates can store each Gabor function: ``(*batch,)``."""
-        fields = params.expand().as_dict()
-        legal = torch.stack([v > 0 for n, v in fields.items() if n in POSITIVE_FIELDS]).all(0)
-        if self.min_wavelength is not None:
-            legal &= fields["wavelength"] >= self.min_wavelength
-        return legal
-
     def to_raw(self, params: Gabor) -> dict[str, Tensor]:
         """Raw tensors that hold ``params``; geometry and coefficients keep their own shapes."""
         fields = params.as_dict()
@@ -170,7 +162,8 @@ class Coordinates:
             scale = torch.where(still, torch.ones_like(squared), squared).rsqrt()
             direction = torch.where(still, _first_axis(k), k * scale)
         else:
-            direction = self._direction(raw)
+            angles = [raw[name] for name in RECORDS[self.n_dims].angle_names]
+            direction = unit_vector(angles, raw["log_wavelength"])
             k = direction * self._frequency(raw).unsqueeze(-1)
         if self.joint_phase:
             even, odd = raw["even"], raw["odd"]
@@ -240,11 +233,6 @@ class Coordinates:
             "direction": torch.where(still.unsqueeze(-1), 0.0, turn) / (2 * math.pi),
             "wave_vector": stretch / (2 * math.pi),
         }
-
-    def _direction(self, raw: Mapping[str, Tensor]) -> Tensor:
-        if self.n_dims == 1:
-            return torch.ones_like(raw["log_wavelength"]).unsqueeze(-1)
-        return unit_vector([raw[name] for name in RECORDS[self.n_dims].angle_names])
 
     def _frequency(self, raw: Mapping[str, Tensor]) -> Tensor:
         return self._bound((-raw["log_wavelength"]).exp())

@@ -36,7 +36,7 @@ V1_FREQUENCY_STD = 0.83
 _SHORTEST = 2.5  # px, shortest wavelength of any start: a little above the aliasing limit of 2
 
 
-def start(
+def draw_start(
     name: str,
     *,
     n_filters: int,
@@ -72,7 +72,7 @@ def start(
         ValueError: there is no start of that name.
 
     Example:
-        >>> bank = start("bank", n_filters=8, n_channels=1, kernel_size=(9, 9))
+        >>> bank = draw_start("bank", n_filters=8, n_channels=1, kernel_size=(9, 9))
         >>> [round(angle, 2) for angle in bank.orientation[::2, 0].tolist()]
         [0.0, 0.79, 1.57, 2.36]
     """

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import csv
-import inspect
 import io
 import itertools
 import json
@@ -113,16 +112,11 @@ def _description(layer: Any) -> dict[str, Any]:
     if kind is MixedConv:
         arguments = {"gabor": _description(layer.gabor), "seed": layer.seed}
         return {"class": kind.__name__, "arguments": arguments}
-    record, start = RECORDS[kind.n_dims], layer.start
-    values = {
-        "bias": layer.bias is not None,
-        "dtype": str(layer.log_sigma.dtype).removeprefix("torch."),
-        "learn": [field for field in record.field_names() if field in layer.learn],
-        "min_wavelength": layer.raw_coordinates.min_wavelength,
-        "start": json.loads(start.to_json()) if isinstance(start, Gabor) else start,
-    }
-    names = [name for name in inspect.signature(kind).parameters if name != "device"]
-    arguments = {n: values[n] if n in values else getattr(layer, n) for n in names}
+    arguments = layer.arguments()
+    del arguments["device"]
+    arguments["dtype"] = str(arguments["dtype"]).removeprefix("torch.")
+    if isinstance(layer.start, Gabor):
+        arguments["start"] = json.loads(layer.start.to_json())
     return {"class": kind.__name__, "arguments": arguments}
 
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -27,10 +26,9 @@ from gaborium import starts
 from gaborium.conversion.features import NUMBERS, geometry, measure
 from gaborium.conversion.first_conv import find_first_conv
 from gaborium.fitting import FitResult, fit
-from gaborium.fitting.result import fit_from_tensors, fit_tensors
+from gaborium.fitting.result import Saved
 from gaborium.functions.kernels import bandwidth_from_sigma, gabor
 from gaborium.functions.params import plain
-from gaborium.support import read_tensors, write_tensors
 
 CLASSES = ("gabor", "edge", "blob", "centre-surround", "colour-contrast", "other", "noise")
 DEAD = 1e-6  # norm relative to the layer's median, below which weights are rounding
@@ -42,55 +40,20 @@ _NEXT_CLASS = 0.15  # probability from which an explanation names the next class
 _COLOURED = 0.5  # opponency from which an explanation calls stripes coloured
 
 
-class Weight(NamedTuple):
-    """The weight of a number, or of the difference of two, in a ``LogisticStage``."""
-
-    number: str
-    weight: float
-    minus: str = ""
-
-    def value(self, numbers: Mapping[str, Tensor]) -> Tensor:
-        """The number or the difference, which is to be weighted."""
-        value = numbers[self.number]
-        return value - numbers[self.minus] if self.minus else value
-
-
-class LogisticStage(NamedTuple):
-    """Whether a filter is of a class, given that no earlier stage has taken it."""
-
-    label: str
-    constant: float
-    weights: tuple[Weight, ...]
-
-    def logit(self, numbers: Mapping[str, Tensor]) -> Tensor:
-        """Logarithm of the odds: ``(filters,)``."""
-        parts = [weight.weight * weight.value(numbers) for weight in self.weights]
-        return self.constant + torch.stack(parts).sum(0)
-
-
+# By the class that a stage decides: a constant, and weights of numbers or of differences of two.
+Stages = Mapping[str, tuple[float, Mapping[str, float]]]
 # Made by benchmarks/census/run.py --calibrate.
 # fmt: off
-STAGES: tuple[LogisticStage, ...] = (
-    LogisticStage("noise", -0.94, (
-        Weight("explained", -1.53), Weight("surround", -7.21), Weight("noise", 5.1),
-    )),
-    LogisticStage("gabor", -8.87, (
-        Weight("third_bar", 7.83), Weight("selectivity", 6.29), Weight("crossing", -4.1),
-        Weight("even", 4.23),
-    )),
-    LogisticStage("colour-contrast", -0.49, (
-        Weight("opponency", 8.46), Weight("constant", -5.58), Weight("one_colour", -4.73),
-        Weight("oriented_luminance", -6.72),
-    )),
-    LogisticStage("edge", 0.71, (
-        Weight("selectivity", 7.01), Weight("third_bar", -7.88), Weight("blob", -8.59, "gabor"),
-        Weight("even", -5.07),
-    )),
-    LogisticStage("blob", 0.7, (
-        Weight("third_bar", -7.65), Weight("constant", 5.61), Weight("crossing", -4.09),
-    )),
-    LogisticStage("centre-surround", 4.2, (Weight("surround", 14, "two_waves"),)),
-)
+STAGES: Stages = {
+    "noise": (-0.94, {"explained": -1.53, "surround": -7.21, "noise": 5.1}),
+    "gabor": (-8.87, {"third_bar": 7.83, "selectivity": 6.29, "crossing": -4.1, "even": 4.23}),
+    "colour-contrast": (-0.49, {
+        "opponency": 8.46, "constant": -5.58, "one_colour": -4.73, "oriented_luminance": -6.72,
+    }),
+    "edge": (0.71, {"selectivity": 7.01, "third_bar": -7.88, "blob - gabor": -8.59, "even": -5.07}),
+    "blob": (0.7, {"third_bar": -7.65, "constant": 5.61, "crossing": -4.09}),
+    "centre-surround": (4.2, {"surround - two_waves": 14}),
+}
 # fmt: on
 
 # Percentages are written as numbers' own format, and get their space in ``explain``.
@@ -121,15 +84,20 @@ _EXPLANATIONS = {
 }
 
 
-def probabilities(
-    numbers: Mapping[str, Tensor], stages: Sequence[LogisticStage] = STAGES
-) -> Tensor:
+def term(numbers: Mapping[str, Tensor], name: str) -> Tensor:
+    """The number ``name``, or the difference of two whose names are joined by " - "."""
+    first, _, second = name.partition(" - ")
+    return numbers[first] - numbers[second] if second else numbers[first]
+
+
+def probabilities(numbers: Mapping[str, Tensor], stages: Stages = STAGES) -> Tensor:
     """Of each class in the order of ``CLASSES``: ``(filters, classes)``, rows that sum to 1."""
     left = torch.ones_like(numbers["explained"])
     result = {}
-    for stage in stages:
-        share = stage.logit(numbers).sigmoid()
-        result[stage.label] = left * share
+    for label, (constant, weights) in stages.items():
+        parts = [weight * term(numbers, name) for name, weight in weights.items()]
+        share = (constant + torch.stack(parts).sum(0)).sigmoid()
+        result[label] = left * share
         left = left * (1 - share)
     result["other"] = left
     return torch.stack([result[label] for label in CLASSES], -1)
@@ -152,7 +120,7 @@ class Pair(NamedTuple):
 
 
 @dataclass(frozen=True, eq=False)
-class Census:
+class Census(Saved):
     """The class of every filter of a layer.
 
     Args:
@@ -165,6 +133,7 @@ class Census:
         name: of the layer in the network, empty for kernels.
     """
 
+    kind = "census"
     labels: tuple[str, ...]
     probability: Tensor
     numbers: dict[str, Tensor]
@@ -340,66 +309,25 @@ class Census:
         }
         return json.dumps(plain(document), indent=indent, allow_nan=False)
 
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the census into a safetensors file, all or nothing.
-
-        Args:
-            path: the file, in a folder that exists; an existing file is replaced.
-
-        Raises:
-            ImportError: safetensors is not installed.
-            OSError: it cannot be written there. An existing file stays.
-
-        Example:
-            >>> from tempfile import TemporaryDirectory
-            >>> from gaborium import Gabor2d, census, gabor
-            >>> result = census(gabor(Gabor2d.of(wavelength=[4.0, 5.0], sigma=3.0), 11))
-            >>> with TemporaryDirectory() as folder:
-            ...     result.save(f"{folder}/census.safetensors")
-            ...     Census.load(f"{folder}/census.safetensors")
-            Census(2 filters: 2 gabor)
-        """
-        tensors, metadata = fit_tensors(self.fit)
+    def to_tensors(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Tensors with one entry per filter, and metadata."""
+        tensors, metadata = self.fit.to_tensors()
         tensors |= {f"numbers.{name}": value for name, value in self.numbers.items()}
         tensors["probability"] = self.probability
-        metadata |= {
-            "name": "gaborium.census",
-            "format": 1,
-            "labels": self.labels,
-            "pairs": [list(pair) for pair in self.pairs],
-            "model": self.name,
-        }
-        write_tensors(path, tensors, metadata)
+        pairs = [list(pair) for pair in self.pairs]
+        return tensors, metadata | {"labels": self.labels, "pairs": pairs, "model": self.name}
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> Census:
-        """Read a census that ``save`` wrote, and verify its checksum.
-
-        Args:
-            path: the file.
-
-        Returns:
-            The census, with its tensors on the CPU.
-
-        Raises:
-            ImportError: safetensors is not installed.
-            OSError: the file cannot be read.
-            ValueError: it is cut off or damaged, is no saved census, or has a newer format.
-        """
-        tensors, metadata = read_tensors(path, kind="census")
-        try:
-            return cls(
-                labels=tuple(metadata["labels"]),
-                probability=tensors["probability"],
-                numbers={name: tensors[f"numbers.{name}"] for name in NUMBERS},
-                fit=fit_from_tensors(tensors, metadata),
-                pairs=tuple(Pair(*pair) for pair in metadata["pairs"]),
-                name=metadata["model"],
-            )
-        except LookupError as error:
-            raise ValueError(
-                f"{os.fspath(path)!r} has no {error} that this version knows; update gaborium."
-            ) from None
+    def from_tensors(cls, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> Census:
+        """The inverse of ``to_tensors``."""
+        return cls(
+            labels=tuple(metadata["labels"]),
+            probability=tensors["probability"],
+            numbers={name: tensors[f"numbers.{name}"] for name in NUMBERS},
+            fit=FitResult.from_tensors(tensors, metadata),
+            pairs=tuple(Pair(*pair) for pair in metadata["pairs"]),
+            name=metadata["model"],
+        )
 
 
 def census(
@@ -442,9 +370,9 @@ def census(
         The record, with tensors in float64.
 
     Raises:
-        TypeError: ``kernels`` is neither, or complex or not floating.
-        ValueError: a network holds no convolution, or one that is transposed, quantised, complex
-            or of 1 x 1 pixels; kernels have too few axes, no or one pixel, or are not finite.
+        TypeError: ``kernels`` is neither, or not floating.
+        ValueError: a network holds no convolution, or one that is transposed, not floating or of
+            1 x 1 pixels; kernels have too few axes, no or one pixel, or are not finite.
 
     Example:
         >>> from gaborium import Gabor2d, gabor
@@ -459,22 +387,20 @@ def census(
     name = ""
     if isinstance(kernels, nn.Module):
         name, found = find_first_conv(kernels, layer, inputs=inputs)
-        if not isinstance(found.weight, Tensor):
-            raise TypeError(f"{name!r} has no weight that is a tensor.")
-        kernels, n_dims = found.weight.detach(), found.weight.ndim - 2
+        weight: Any = found.weight
+        kernels, n_dims = weight.detach(), weight.ndim - 2
     elif layer is not None or inputs is not None:
         raise ValueError("layer and inputs choose the layer of a network; leave them out.")
     w = _checked(kernels, n_dims)
+    report = on_progress or (lambda *_: None)
     fits: list[FitResult] = []
     numbers: list[dict[str, Tensor]] = []
     for piece in w.split(_CHUNK):
-        if on_progress is not None:
-            on_progress("Looking at filters", sum(map(len, fits)), len(w))
+        report("Looking at filters", sum(map(len, fits)), len(w))
         result = fit(piece, n_dims=n_dims, geometry="filter", center=True, n_starts=n_starts)
         fits.append(result)
         numbers.append(measure(piece, result, n_dims=n_dims))
-    if on_progress is not None:
-        on_progress("Looking at filters", len(w), len(w))
+    report("Looking at filters", len(w), len(w))
     whole = {key: torch.cat([part[key] for part in numbers]) for key in numbers[0]}
     norm = w.double().flatten(1).norm(dim=1)
     median = norm.median()
@@ -487,16 +413,16 @@ def census(
     return Census(labels, probability, whole, result, _find_pairs(w, labels, result, n_dims), name)
 
 
-def _checked(kernels: Tensor, n_dims: int) -> Tensor:
+def _checked(kernels: Any, n_dims: int) -> Tensor:
     """Kernels ``(filters, channels, *size)`` on the CPU, or an error that says what is wrong."""
     if not isinstance(kernels, Tensor):
         raise TypeError(
             f"census needs kernels as a tensor or a network, got {type(kernels).__name__}."
         )
-    if kernels.is_complex() or kernels.is_quantized or not kernels.is_floating_point():
+    if not kernels.is_floating_point():
         raise TypeError(
-            f"kernels must be real and floating, got {kernels.dtype}; take the absolute values of "
-            "complex kernels, and a network before it was quantised."
+            f"kernels must be real and floating, got {kernels.dtype}; take a network before it was "
+            "quantised."
         )
     shape = tuple(kernels.shape)
     if kernels.ndim not in (n_dims + 1, n_dims + 2) or kernels.numel() == 0:
@@ -506,7 +432,7 @@ def _checked(kernels: Tensor, n_dims: int) -> Tensor:
         )
     if math.prod(shape[-n_dims:]) == 1:
         raise ValueError(f"kernels of shape {shape} have one pixel, in which there is no wave.")
-    w = kernels.detach().cpu()
+    w: Tensor = kernels.detach().cpu()
     w = w.unsqueeze(1) if w.ndim == n_dims + 1 else w
     bad = (~w.isfinite()).flatten(1).any(1).nonzero().flatten().tolist()
     if bad:

@@ -118,7 +118,6 @@ def convert(
     threshold: float = 0.8,
     filters: Sequence[int] | Tensor | None = None,
     name: str | None = None,
-    fold_norm: bool = False,
     adapt_norms: bool = True,
     learn: Collection[str] | None = None,
     n_starts: int = 12,
@@ -143,7 +142,6 @@ def convert(
         filters: numbers of the filters to convert instead, such as
             ``census(model).filters("gabor")``.
         name: of the layer, as ``model.get_submodule`` takes it; by default the first convolution.
-        fold_norm: first fold the batch norm after the layer into it; it becomes an identity.
         adapt_norms: with ``calibrate``, change the running statistics of all batch norms by as
             much as the conversion changes their inputs on these images.
         learn: fields that train later; by default all, the centre included.
@@ -156,7 +154,7 @@ def convert(
     Raises:
         TypeError: ``model`` is no module.
         ValueError: it has no suitable convolution, one with groups, or one with kernels that are
-            not finite; or an argument is out of range, or there is no batch norm to fold.
+            not finite; or an argument is out of range.
 
     Example:
         >>> network = nn.Sequential(nn.Conv2d(1, 2, 7), nn.ReLU())
@@ -174,8 +172,6 @@ def convert(
         raise ValueError(f"threshold must be in [0, 1], got {threshold}.")
     place, found = find_first_conv(model, name)
     whole = copy.deepcopy(model)
-    if fold_norm:
-        whole = _folded(whole, place)
     layer: Any = whole.get_submodule(place)
     weight = _kernels(layer, place)
     n_dims = weight.ndim - 2
@@ -298,34 +294,6 @@ def _kernels(layer: Any, name: str) -> Tensor:
             f"{what} must have finite kernels, got NaN or infinity in {bad} of {len(weight)}."
         )
     return weight
-
-
-def _folded(network: nn.Module, name: str) -> nn.Module:
-    """The network, with the batch norm after a convolution folded into it."""
-    conv: Any = network.get_submodule(name)
-    parts: list[tuple[str, Any]] = [
-        (at, part) for at, part in network.named_modules() if not any(part.children())
-    ]
-    after = [at for at, _ in parts].index(name) + 1
-    place, norm = [*parts, ("", None)][after]
-    is_foldable = isinstance(norm, _NORMS) and norm.num_features == conv.out_channels
-    if not is_foldable or norm.running_mean is None:
-        raise ValueError(
-            f"fold_norm needs a batch norm with running statistics right after {name!r}, which "
-            "this network does not have; leave it out."
-        )
-    conv.weight, conv.bias = torch.nn.utils.fuse_conv_bn_weights(
-        conv.weight,
-        conv.bias,
-        norm.running_mean,
-        norm.running_var,
-        norm.eps,
-        norm.weight,
-        norm.bias,
-    )
-    parent, _, last = place.rpartition(".")
-    setattr(network.get_submodule(parent), last, nn.Identity())
-    return network
 
 
 def _adapt_norms(old: nn.Module, new: nn.Module, batches: Sequence[Any]) -> None:

@@ -16,7 +16,7 @@ from gaborium.fitting import FitResult
 from gaborium.fitting.alternatives import CenterSurround, Gaussian, crossing
 from gaborium.fitting.model import GaborModel
 from gaborium.fitting.search import Search
-from gaborium.fitting.solver import Target, kernels_of
+from gaborium.fitting.solver import Target
 from gaborium.fitting.start import StartGrid
 from gaborium.functions.kernels import gabor, offsets
 from gaborium.functions.params import Gabor
@@ -26,7 +26,6 @@ NUMBERS = {
     "gabor": "share of the power that a Gabor function explains",
     "explained": "the same, less the share of noise that as many parameters would explain",
     "bars": "visible bars of alternating sign",
-    "second_bar": "strength of the second bar relative to the strongest",
     "third_bar": "strength of the third bar relative to the strongest",
     "n_x": "cycles in a standard deviation of the envelope along the wave",
     "n_y": "the same across the wave, along the stripes",
@@ -38,7 +37,6 @@ NUMBERS = {
     "even": "symmetry about the best point: correlation with the reversed pattern",
     "blob": "share of the power that one Gaussian explains",
     "surround": "share that a centre with its surround explains",
-    "ring": "strength of that surround relative to its centre",
     "two_waves": "share that two Gabor functions explain",
     "crossing": "power of the weaker of these two relative to the stronger, if they cross",
     "noise": "floor of the spectrum, as a share of the floor with the pixels in random order",
@@ -109,7 +107,6 @@ def measure(kernels: Tensor, result: FitResult, *, n_dims: int) -> dict[str, Ten
         "gabor": torch.nan_to_num(result.explained_variance.double()),
         "explained": 1 - noise * n_data,
         "bars": visible.sum(1).double(),
-        "second_bar": ordered[:, 1] / first[:, 0],
         "third_bar": ordered[:, 2] / first[:, 0],
         "n_x": cycles,
         "n_y": torch.nan_to_num(cycles / across),
@@ -133,7 +130,7 @@ def _other_models(kernels: Tensor, result: FitResult, sizes: tuple[int, ...]) ->
     Each is searched for like a Gabor function, with one geometry for all channels. In one dimension
     a Gabor function can have a surround, and no two waves cross.
     """
-    names = ("blob", "surround", "ring", "two_waves", "crossing")
+    names = ("blob", "surround", "two_waves", "crossing")
     y = kernels.detach().double().flatten(2)
     zero = y.new_zeros(len(y))
     good = (y.isfinite().all(-1).all(-1) & (y != 0).any(-1).any(-1)).nonzero().flatten()
@@ -154,17 +151,16 @@ def _other_models(kernels: Tensor, result: FitResult, sizes: tuple[int, ...]) ->
     ends = search.best_of_model(gaussian, target, gaussian.starts(target, centers))
     blob = surround = 1 - ends.cost
     two_waves = result.explained_variance.to(y)[good]
-    ring = crossed = torch.zeros_like(blob)
+    crossed = torch.zeros_like(blob)
     if n_dims > 1:
         rings = CenterSurround(sizes, channels)
         ends = search.best_of_model(rings, target, rings.starts(target, patterns.sqrt()))
         surround = 1 - ends.cost
-        ring = _weaker_sign(_main_pattern(kernels_of(rings, ends.z, ends.coefficients)))
         z = model.rows(result[good.tolist()].params)
         pair, ends = search.best_pair(target, z, _N_PAIRS)
         crossed = crossing(pair, ends.z, ends.coefficients)
         two_waves = torch.maximum(1 - ends.cost, two_waves)
-    values = (blob, surround, ring, two_waves, crossed)
+    values = (blob, surround, two_waves, crossed)
     return {n: zero.index_copy(0, good, value) for n, value in zip(names, values, strict=True)}
 
 
@@ -183,12 +179,6 @@ def _smoothed(values: Tensor, sizes: tuple[int, ...]) -> Tensor:
 def _main_pattern(kernels: Tensor) -> Tensor:
     """The pattern that explains most of all channels, up to sign: ``(batch, pixels)``."""
     return torch.linalg.svd(kernels, full_matrices=False).Vh[:, 0]
-
-
-def _weaker_sign(patterns: Tensor) -> Tensor:
-    """Norm of the pixels of the weaker sign as a share of the stronger: ``(batch,)``."""
-    both = torch.stack([patterns.clamp_min(0.0), patterns.clamp_max(0.0)], 1).norm(dim=-1)
-    return both.amin(1) / both.amax(1).clamp_min(1e-300)
 
 
 def _bars(result: FitResult, sizes: tuple[int, ...], fitted: Tensor) -> Tensor:

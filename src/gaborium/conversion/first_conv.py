@@ -40,7 +40,7 @@ def find_first_conv(
     Raises:
         TypeError: ``module`` is no module.
         ValueError: there is no convolution, none is executed, or no layer has that ``name``; or
-            it is transposed, quantised, complex, not initialised, or of 1 x 1 pixels.
+            it is transposed, not floating, not initialised, or of 1 x 1 pixels.
 
     Example:
         >>> network = nn.Sequential(nn.BatchNorm2d(3), nn.Conv2d(3, 8, 5), nn.Conv2d(8, 8, 3))
@@ -49,7 +49,7 @@ def find_first_conv(
     """
     if not isinstance(module, nn.Module):
         raise TypeError(f"module must be an nn.Module, got {type(module).__name__}.")
-    known = [at for at, part in module.named_modules() if _is_convolution(part)]
+    known = [at for at, part in module.named_modules() if isinstance(part, _CONVOLUTIONS)]
     if name is not None:
         if name not in dict(module.named_modules(remove_duplicate=False)):
             raise ValueError(
@@ -143,7 +143,7 @@ def _executed(module: nn.Module, inputs: Any) -> list[str]:
     trial = copy.deepcopy(module).eval()
     names: list[str] = []
     for name, part in trial.named_modules():
-        if _is_convolution(part):
+        if isinstance(part, _CONVOLUTIONS):
             part.register_forward_pre_hook(lambda _, __, name=name: names.append(name))
     with torch.no_grad():
         if isinstance(inputs, dict):
@@ -153,30 +153,16 @@ def _executed(module: nn.Module, inputs: Any) -> list[str]:
     return names
 
 
-def _is_convolution(part: nn.Module) -> bool:
-    return isinstance(part, _CONVOLUTIONS) or _is_quantized(part)
-
-
-def _is_quantized(part: nn.Module) -> bool:
-    # By name, because importing torch's own quantised layers warns of their end.
-    kind = type(part)
-    return "quantized" in kind.__module__ and "Conv" in kind.__name__
-
-
 def _problem(layer: Any) -> str:
     """Why no Gabor layer can replace this layer, or an empty text."""
-    if not _is_convolution(layer):
+    if not isinstance(layer, _CONVOLUTIONS):
         return "is no convolution; expected nn.Conv1d, nn.Conv2d or nn.Conv3d"
     if isinstance(layer, _TRANSPOSED):
         return "is a transposed convolution, which spreads pixels"
-    if _is_quantized(layer):
-        return "is quantised, and its kernels do not learn; take the network before that"
     if any(isinstance(v, nn.UninitializedParameter) for v in layer.parameters()):
         return "has no shape yet; run the network once on a batch"
-    if layer.weight.is_complex():
-        return "is complex, and Gabor layers are real"
     if not layer.weight.is_floating_point():
-        return f"holds {layer.weight.dtype}; take the network before it was quantised"
+        return f"holds {layer.weight.dtype}, and Gabor layers are real and floating"
     size = tuple(layer.weight.shape[2:])
     if math.prod(size) == 1:
         return f"has kernels of {' x '.join(map(str, size))} px, in which there is no wave"

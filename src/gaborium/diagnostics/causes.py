@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import enum
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 
 class Severity(enum.Enum):
@@ -54,36 +54,28 @@ class Finding:
     confidence: float = 1.0
 
 
-def by_severity(findings: Iterable[Finding | None]) -> list[Finding]:
-    """The findings without gaps: the worst first, and among equals the most certain."""
-    present = [found for found in findings if found is not None]
-    return sorted(present, key=lambda found: (found.severity.rank, -found.confidence))
+def by_severity(findings: Iterable[Finding]) -> list[Finding]:
+    """The worst first, and among equals the most certain."""
+    return sorted(findings, key=lambda found: (found.severity.rank, -found.confidence))
 
 
 def finding(
-    cause: str,
+    kind: str,
     location: Iterable[object] = (),
     *,
     severity: Severity | None = None,
     confidence: float | None = None,
     remedy: str | None = None,
-    **values: float | str,
+    **values: Any,
 ) -> Finding:
-    """Build a finding from the table.
+    """Build a finding from its row of the table, a cause or ``"cause: variant"``.
 
-    Args:
-        cause: a row of the table.
-        location: names of the parameters, or indices of the filters, that it concerns; the
-            sentence lists them where it has ``{names}``.
-        severity: in place of the row's.
-        confidence: in place of the row's.
-        remedy: in place of the row's.
-        values: for the fields of the sentence and the remedy. Numbers are also kept as
-            ``Finding.numbers``, texts are not.
+    The sentence and the remedy take their fields from ``values``; numbers among these are also
+    ``Finding.numbers``. The other arguments replace the row's.
     """
-    row, names = _TABLE[cause], tuple(map(str, location))
+    row, names = _TABLE[kind], tuple(map(str, location))
     return Finding(
-        cause,
+        kind.partition(":")[0],
         severity or row.severity,
         row.sentence.format(names=listed(names), **values),
         {name: float(value) for name, value in values.items() if not isinstance(value, str)},
@@ -93,13 +85,13 @@ def finding(
     )
 
 
-def listed(names: Iterable[str]) -> str:
+def listed(names: Sequence[str]) -> str:
     """The first names, and how many more there are."""
-    names = list(names)
-    return (
-        ", ".join(names) if len(names) <= 6 else f"{', '.join(names[:5])} and {len(names) - 5} more"
-    )
+    shown = names if len(names) <= 6 else [*names[:4], f"{names[4]} and {len(names) - 5} more"]
+    return ", ".join(shown)
 
+
+# -- code of remedies ---------------------------------------------------------------------------
 
 # A replaced layer has parameters that the optimizer must be given.
 RENEW_OPTIMIZER = """\
@@ -109,13 +101,25 @@ if optimizer is not None:
     optimizer.state.clear()
     optimizer.add_param_group(dict(params=list(module.parameters()), lr=rate))
 """
+_CLEAR_OPTIMIZER = "if optimizer is not None:\n    optimizer.state.clear()\n"
+SINGLE_PRECISION = "module = module.float()\n" + RENEW_OPTIMIZER
 # The old step size need not suit a Gabor layer that replaces another layer.
+REPLACE = """\
+from gaborium.diagnostics import replace_by_gabor
+module = replace_by_gabor(module, {name!r}, inputs)
+"""
 NEW_OPTIMIZER = """\
 import torch
 optimizer = torch.optim.Adam(module.parameters(), lr=0.01)
 """
-SINGLE_PRECISION = "module = module.float()\n" + RENEW_OPTIMIZER
-CLEAR_OPTIMIZER = "if optimizer is not None:\n    optimizer.state.clear()\n"
+REBUILD = (
+    "from gaborium.diagnostics import rebuild_layer\n"
+    "module = rebuild_layer(module, {name!r}, {arguments})\n" + RENEW_OPTIMIZER
+)
+_REINITIALIZE = (
+    "from gaborium.diagnostics import reinitialize_filters\n"
+    "reinitialize_filters(module.get_submodule({name!r}), {filters}, seed=0)\n" + _CLEAR_OPTIMIZER
+)
 RECOVER = """\
 from gaborium import recover
 module.params = recover(
@@ -123,7 +127,7 @@ module.params = recover(
 ).params
 """
 SET_RATE = "for group in optimizer.param_groups:\n    group['lr'] = {rate}\n"
-SCALE_RATE = "for group in optimizer.param_groups:\n    group['lr'] *= {factor}\n"
+_SCALE_RATE = "for group in optimizer.param_groups:\n    group['lr'] *= {factor}\n"
 
 
 class _Row(NamedTuple):
@@ -134,22 +138,70 @@ class _Row(NamedTuple):
 
 
 _SEVERE, _WARNING, _NOTE = Severity
-_SLOWER, _FASTER = SCALE_RATE.format(factor=0.1), SCALE_RATE.format(factor=10)
+_FROZEN = "{names} does not learn: "
+_ABSORBED = (
+    "The output does not depend on the amplitude{of}: a normalisation after the layer divides it "
+    "away. With kernels of norm {kernel_norm:.3g} a step has "
+)
+_SLOWER, _FASTER = _SCALE_RATE.format(factor=0.1), _SCALE_RATE.format(factor=10)
 
 # A cause comes before its consequences: a lost gradient before a bad start, images that are too
 # bright before the step that is then too long.
 _TABLE = {
     "no gradient": _Row(_SEVERE, "{names} gets no gradient: {reason}."),
+    "no gradient: recorded": _Row(
+        _SEVERE,
+        "{names} gets no gradient: the loss is cut off from the layer, or gradients are cleared "
+        "before record(loss).",
+        confidence=0.8,
+    ),
     "nan gradient": _Row(_SEVERE, "The gradient of {names} is NaN or infinite: {reason}."),
     "stale cache": _Row(_SEVERE, "The output does not follow {names}{reason}: a kernel is kept."),
+    "stale cache: in eval": _Row(
+        _WARNING,
+        "The output does not follow {names} in eval() mode after the first call, so loaded "
+        "parameters have no effect: a kernel is kept.",
+        confidence=0.8,
+    ),
     "wrong gradient": _Row(
         _SEVERE, "The gradient of {names} is not the derivative of the loss: {reason}."
     ),
-    "frozen": _Row(_NOTE, "{names} does not learn: {reason}.", RENEW_OPTIMIZER, 0.5),
+    "frozen": _Row(_NOTE, _FROZEN + "{reason}.", confidence=0.5),
+    "frozen: all": _Row(
+        _SEVERE, _FROZEN + "{reason}, and all others are frozen too.", confidence=0.9
+    ),
+    "frozen: another copy": _Row(
+        _SEVERE,
+        _FROZEN + "the optimizer does not hold it, and may have been made for another copy.",
+        RENEW_OPTIMIZER,
+    ),
+    "frozen: not in the optimizer": _Row(
+        _WARNING,
+        _FROZEN + "the optimizer does not hold it.",
+        "new = [module.get_parameter(name) for name in {unknown}]\n"
+        "optimizer.add_param_group(dict(params=new, lr=optimizer.param_groups[0]['lr']))\n",
+        0.6,
+    ),
+    "frozen: recorded": _Row(
+        _WARNING,
+        _FROZEN + "its gradient was missing or exactly zero at every record.",
+        confidence=0.8,
+    ),
+    "frozen: wrong value": _Row(
+        _SEVERE,
+        _FROZEN
+        + "its {field} is off by up to {largest_difference:.3g} from the responses' best fit.",
+        confidence=0.9,
+    ),
+    "does not move: written back": _Row(
+        _SEVERE,
+        "{names} gets a gradient, but does not move: the next forward pass writes the old value "
+        "back.",
+    ),
     "does not move": _Row(
         _SEVERE,
         "{names} gets a gradient, but does not move: {reason}.",
-        SCALE_RATE.format(factor=1000),
+        _SCALE_RATE.format(factor=1000),
     ),
     "wrong unit": _Row(
         _WARNING,
@@ -160,9 +212,7 @@ _TABLE = {
         _SEVERE,
         "The kernels{of} are sampled around the point ({shift}) px (x first) and not around their "
         "middle, so responses are displaced and parameters biased.",
-        "from gaborium.diagnostics import replace_by_gabor\n"
-        "module = replace_by_gabor(module, {name!r}, inputs)\n"
-        "layer = module.get_submodule({name!r})\n"
+        REPLACE + "layer = module.get_submodule({name!r})\n"
         "layer.params = layer.params.replace(center=0 * layer.params.center)\n" + NEW_OPTIMIZER,
     ),
     "wrong sign of phase": _Row(
@@ -182,27 +232,37 @@ _TABLE = {
         "Curvature grows with their square, so a usual step is far too long.",
     ),
     "loss scale": _Row(_SEVERE, "The loss is too small for the step: {reason}."),
-    "vanishing step": _Row(_SEVERE, "The step is too short: {reason}.", SCALE_RATE),
+    "vanishing step": _Row(_SEVERE, "The step is too short: {reason}.", _SCALE_RATE),
     "dead filters": _Row(
-        _WARNING, "Dead filters: {n} of {total}. Their kernels are zero compared with the others."
+        _WARNING,
+        "Dead filters: {n} of {total}. Their kernels are zero compared with the others.",
+        _REINITIALIZE,
     ),
     "aliased wavelength": _Row(
         _WARNING,
         "Wavelengths below 2 px: {n} of {total} filters. Such a wave looks like a longer one.",
+        REBUILD.replace("{arguments}", "min_wavelength=2.0"),
+    ),
+    "duplicate filters: more": _Row(
+        _WARNING,
+        "Filters with the same kernel as another, up to scale: {first_pairs} pairs at first, "
+        "{last_pairs} now.",
+        _REINITIALIZE,
+        0.6,
     ),
     "duplicate filters": _Row(
-        _NOTE, "Filters with the same kernel as another, up to scale: {reason}.", confidence=0.7
+        _NOTE, "Filters with the same kernel as another, up to scale: {reason}.", _REINITIALIZE, 0.7
     ),
-    "amplitude absorbed": _Row(
-        _NOTE,
-        "The output does not depend on the amplitude{of}: a normalisation after the layer divides "
-        "it away. With kernels of norm {kernel_norm:.3g} a step has {length}.",
+    "amplitude absorbed": _Row(_NOTE, _ABSORBED + "about the right length.", confidence=0.8),
+    "amplitude absorbed: wrong size": _Row(
+        _SEVERE,
+        _ABSORBED + "the wrong length for phases, which are stored with the amplitude.",
         "import torch\n"
         "layer = module.get_submodule({name!r})\n"
         "size = layer.weight.detach().flatten(1).norm(dim=1, keepdim=True)\n"
         "size = size.unflatten(0, (layer.n_filters, -1)).amax(1)\n"
         "layer.params = layer.params.replace(amplitude=layer.params.amplitude / size)\n"
-        + CLEAR_OPTIMIZER,
+        + _CLEAR_OPTIMIZER,
         0.8,
     ),
     "zero padding": _Row(
@@ -247,13 +307,24 @@ _TABLE = {
         confidence=0.9,
     ),
     "degenerate filters": _Row(
-        _WARNING, "No Gabor functions any more: {n} of {total} filters ({kinds}).", confidence=0.8
+        _WARNING,
+        "No Gabor functions any more: {n} of {total} filters ({kinds}).",
+        _REINITIALIZE,
+        0.8,
+    ),
+    "degenerate filters: blobs": _Row(
+        _NOTE,
+        "No Gabor functions any more: {n} of {total} filters (blobs with less than a third of a "
+        "cycle, whose wave has no clear direction).",
+        _REINITIALIZE,
+        0.5,
     ),
     "truncated envelope": _Row(
         _WARNING,
         "Too small a kernel: {n} of {total} filters. The border cuts their envelope above a third "
         "of its height, which biases the parameters.",
-        confidence=0.7,
+        REBUILD,
+        0.7,
     ),
     "divergence": _Row(
         _SEVERE,
@@ -285,7 +356,12 @@ _TABLE = {
         confidence=0.5,
     ),
     "unused parameter": _Row(_NOTE, "The output does not depend on {names}.", confidence=0.5),
-    "DC leak": _Row(_NOTE, "{n} of {total} filters respond to a constant image.", confidence=0.3),
+    "DC leak": _Row(
+        _NOTE,
+        "{n} of {total} filters respond to a constant image.",
+        REBUILD.replace("{arguments}", "dc='remove'"),
+        0.3,
+    ),
     "trade-off": _Row(
         _NOTE,
         "Errors of {names} of filter {filter} are correlated ({correlation:.2f}): one makes up for "
@@ -296,7 +372,8 @@ _TABLE = {
         _WARNING, "No filter has moved by more than 0.1 % {since}.", _FASTER, 0.8
     ),
 }
-CAUSES = tuple(_TABLE)  # in the order in which a diagnosis lists them
+# In the order in which a diagnosis lists them.
+CAUSES = tuple(dict.fromkeys(kind.partition(":")[0] for kind in _TABLE))
 # Faults of the code, which are severe even if the rest of the parameters learns.
 BUGS = ("no gradient", "nan gradient", "stale cache", "wrong gradient", "off-centre grid")
 # These concern other starts and other inputs rather than the present ones.

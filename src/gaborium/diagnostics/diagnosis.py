@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any
@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from gaborium.diagnostics.causes import BUGS, CAUSES, OF_OTHER_STARTS, Finding, Severity, finding
 from gaborium.diagnostics.filters import health
 from gaborium.diagnostics.gradients import check_gradients
-from gaborium.diagnostics.identifiability import identifiability, recover_code, recover_options
+from gaborium.diagnostics.identifiability import identifiability
 from gaborium.diagnostics.landscape import landscape
-from gaborium.diagnostics.remedies import convolution_of
+from gaborium.diagnostics.remedies import convolution_of, recover_code, recover_options
 from gaborium.diagnostics.sandbox import (
     Loss,
     OutputLoss,
@@ -183,13 +183,9 @@ def diagnose_filters(layer: nn.Module) -> Diagnosis:
     found = health(layer)
     reason = "There are no inputs and no loss."
     skipped = dict.fromkeys(("gradients", "landscapes", "step limit", "trials"), reason)
-    unknown = (float("nan"), float("nan"))
-    setup = TrainingSetup(layer, _no_loss, None, None)
-    return Diagnosis(found.findings, {"health": found}, skipped, [], unknown, setup)
-
-
-def _no_loss(*_: Any) -> Any:
-    raise ValueError("A layer without inputs and targets has no loss.")
+    absent: Any = None
+    setup = TrainingSetup(layer, absent, absent, absent)
+    return Diagnosis(found.findings, {"health": found}, skipped, [], (math.nan, math.nan), setup)
 
 
 class _Examination:
@@ -231,40 +227,24 @@ class _Examination:
         fell = self.losses[-1] < 0.5 * self.losses[0] and math.isfinite(self.losses[-1])
         self.learns = self.after > _LEARNT or (math.isnan(self.after) and fell)
         judged = [self._judged(found) for found in self._merged()]
-        judged.sort(
-            key=lambda pair: (
-                pair[0].severity.rank,
-                not pair[1],  # remedies that help come first
-                CAUSES.index(pair[0].cause),
-                -pair[0].confidence,
-            )
-        )
-        findings = [found for found, _ in judged]
+
+        def place(pair: tuple[Finding, bool]) -> tuple[Any, ...]:
+            found, helps = pair  # remedies that help come first
+            return found.severity.rank, not helps, CAUSES.index(found.cause), -found.confidence
+
+        findings = [found for found, _ in sorted(judged, key=place)]
+        explained, combined = (before, self.after), self._combined(findings)
         return Diagnosis(
-            findings,
-            self.parts,
-            skipped,
-            self.losses,
-            (before, self.after),
-            self.setup,
-            self._combined(findings),
+            findings, self.parts, skipped, self.losses, explained, self.setup, combined
         )
 
     # -- checks ---------------------------------------------------------------------------------
 
     def _checks(self) -> Iterator[tuple[str, Callable[[], Any]]]:
         """The checks by name; each returns a record with findings, or findings."""
-        setup, module = self.setup, self.module
-        yield (
-            "gradients",
-            lambda: check_gradients(
-                module,
-                setup.inputs,
-                lambda output: setup.loss(output, setup.targets),
-                optimizer=setup.optimizer,
-                seed=self.seed,
-            ),
-        )
+        module, inputs, targets = self.module, self.setup.inputs, self.setup.targets
+        options: Any = {"optimizer": self.setup.optimizer, "seed": self.seed}
+        yield "gradients", partial(check_gradients, module, inputs, self._loss, **options)
         is_broken = any(f.cause in BUGS and f.severity is Severity.SEVERE for f in self.found)
         yield "kernels of foreign layers", self._foreign
         for name, layer in self.layers.items():
@@ -273,17 +253,17 @@ class _Examination:
         if is_broken:
             return
         if self.alone is not None and self.is_regression:
-            inputs, targets = setup.inputs, setup.targets
-            yield "identifiability", lambda: identifiability(module, inputs, targets=targets)
+            yield "identifiability", partial(identifiability, module, inputs, targets=targets)
             yield "reachable minimum", self._reachable
             for index in range(min(self.alone.n_filters, _MANY_FILTERS)):
                 for field in ("orientation", "wavelength"):
                     if field in self.alone.learn:
-                        yield (
-                            f"landscape of {field}, filter {index}",
-                            partial(landscape, self.output_loss, module, field, filter=index),
-                        )
+                        scan = partial(landscape, self.output_loss, module, field, filter=index)
+                        yield f"landscape of {field}, filter {index}", scan
         yield "step limit", self._step_limit
+
+    def _loss(self, output: Any) -> Tensor:
+        return self.setup.loss(output, self.setup.targets)
 
     def _foreign(self) -> Iterator[Finding]:
         """Whether layers that make their own kernels sample them around the middle."""
@@ -328,18 +308,9 @@ class _Examination:
             return
         if (one - other).double().norm() < 1e-2 * one.double().norm():
             size = self.layers[name].weight.detach().flatten(1).norm(dim=1).median().item()
-            is_far = size > 10 or size < 0.1
+            kind = ": wrong size" if size > 10 or size < 0.1 else ""
             yield finding(
-                "amplitude absorbed",
-                (name,),
-                severity=Severity.SEVERE if is_far else None,
-                remedy=None if is_far else "",
-                of=_of(name),
-                name=name,
-                length="the wrong length for phases, which are stored with the amplitude"
-                if is_far
-                else "about the right length",
-                kernel_norm=size,
+                f"amplitude absorbed{kind}", (name,), of=_of(name), name=name, kernel_norm=size
             )
 
     @cached_property
@@ -384,13 +355,11 @@ class _Examination:
                     )
                     continue
             yield finding(
-                "frozen",
+                "frozen: wrong value",
                 filters,
-                severity=Severity.SEVERE,
-                confidence=0.9,
-                remedy=recover_code(layer),
-                reason=f"its {field} is off by up to {largest:.3g} from the responses' best fit",
+                field=field,
                 largest_difference=largest.item(),
+                remedy=recover_code(layer),
             )
 
     @cached_property
@@ -438,33 +407,32 @@ class _Examination:
             severity = Severity.WARNING
         if not found.remedy or severity is Severity.NOTE:
             return replace(found, severity=severity), True
-        helps, numbers = self._compare(self._trial([found]))
+        numbers = self._trial([found])
+        helps = self._helps(numbers)
         if helps and not self.learns and not is_general:
             severity = Severity.SEVERE
         return replace(found, severity=severity, numbers=found.numbers | numbers), helps
 
-    def _trial(self, findings: Sequence[Finding]) -> tuple[float, float] | None:
-        """Last loss and explained share with remedies; ``None`` if the code cannot be run."""
+    def _trial(self, findings: Sequence[Finding]) -> dict[str, float]:
+        """How far learning gets with remedies; nothing if their code cannot be run."""
         self.report(f"remedy of {findings[-1].cause}")
         try:
             setup = _with_remedies(self.setup, findings)
-            return setup.train(self.n_steps, seed=self.seed)[-1], setup.explained()
+            loss, explained = setup.train(self.n_steps, seed=self.seed)[-1], setup.explained()
         except Exception:  # a remedy may not fit somebody else's module, or another remedy
-            return None
+            return {}
+        if math.isnan(explained):
+            return {"loss_without_remedy": self.losses[-1], "loss_with_remedy": loss}
+        return {"explained_without_remedy": self.after, "explained_with_remedy": explained}
 
-    def _compare(self, trial: tuple[float, float] | None) -> tuple[bool, dict[str, float]]:
-        """Whether learning goes better with a remedy, and how far it gets."""
-        if trial is None:
-            return False, {}
-        loss, explained = trial
-        if not math.isnan(explained):
+    def _helps(self, trial: Mapping[str, float]) -> bool:
+        """Whether learning goes better with a remedy."""
+        if "explained_with_remedy" in trial:
             reached = self.after if math.isfinite(self.after) else -1.0
-            return explained > _LEARNT or explained > reached + _HELPS * (1 - reached), {
-                "explained_without_remedy": self.after,
-                "explained_with_remedy": explained,
-            }
-        helps = math.isfinite(loss) and not loss >= 0.7 * self.losses[-1]
-        return helps, {"loss_without_remedy": self.losses[-1], "loss_with_remedy": loss}
+            enough = min(_LEARNT, reached + _HELPS * (1 - reached))
+            return trial["explained_with_remedy"] > enough
+        loss = trial.get("loss_with_remedy", math.inf)
+        return math.isfinite(loss) and not loss >= 0.7 * self.losses[-1]
 
     def _combined(self, findings: list[Finding]) -> tuple[Finding, ...]:
         """Remedies that are enough one after the other, where no remedy is enough alone."""
@@ -477,8 +445,8 @@ class _Examination:
             # Another finding may have the same remedy.
             if all(found.remedy != other.remedy for other in chosen):
                 trial = self._trial([*chosen, found])
-                chosen += [found] if trial is not None else []
-                if trial is not None and trial[1] > _LEARNT:
+                chosen += [found] if trial else []
+                if trial.get("explained_with_remedy", 0.0) > _LEARNT:
                     return tuple(chosen)
         return ()
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gaborium.diagnostics.causes import CLEAR_OPTIMIZER, Finding, Severity, by_severity, finding
-from gaborium.diagnostics.remedies import rebuilding_code
+from gaborium.diagnostics.causes import Finding, Severity, by_severity, finding
 from gaborium.fitting import fit
 from gaborium.functions.kernels import (
     ENOUGH_STDS,
@@ -29,9 +29,7 @@ _LEAK = 0.1  # response to a constant, as a share of the largest that a kernel c
 _POINT = 0.3  # px; a narrower envelope leaves one pixel
 _BLOB = 0.3  # cycles within one standard deviation to each side
 _STRETCHED = 8.0  # ratio of the two standard deviations
-_FAINT = (
-    0.05  # share of a filter's largest amplitude: a fainter channel says little of its geometry
-)
+_FAINT = 0.05  # share of a filter's largest amplitude; the geometry of fainter channels is ignored
 _MANY = 0.1  # share of the filters
 
 
@@ -64,7 +62,7 @@ class Health:
             that kernels of these magnitudes could give.
         duplicates: pairs of filters with a cosine beyond ±0.99. For energy filters the phase does
             not count.
-        remedies: code by cause, in terms of ``module`` and ``optimizer``.
+        findings: the worst first.
     """
 
     params: Gabor
@@ -75,7 +73,7 @@ class Health:
     degenerate: tuple[str, ...]
     dc_leak: Tensor
     duplicates: tuple[Duplicate, ...]
-    remedies: dict[str, str]
+    findings: list[Finding] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.norm)
@@ -84,11 +82,6 @@ class Health:
     def redundant(self) -> list[int]:
         """Filters that repeat the kernel of an earlier one, up to a positive scale."""
         return sorted({pair.second for pair in self.duplicates if not pair.negative})
-
-    @property
-    def findings(self) -> list[Finding]:
-        """The worst first."""
-        return by_severity(_findings(self))
 
 
 def health(layer: nn.Module, *, name: str = "") -> Health:
@@ -121,15 +114,14 @@ def health(layer: nn.Module, *, name: str = "") -> Health:
             "health needs a layer with a weight of shape (out, in, *kernel_size), got "
             f"{type(layer).__name__}."
         )
-    ours: Any = layer if isinstance(layer, GABOR_LAYERS) else None
     kernels, sizes = weight.detach().double(), tuple(weight.shape[2:])
-    if ours is not None:
-        params = ours.params.detach().to(torch.float64).expand()
+    if isinstance(layer, GABOR_LAYERS):
+        params = layer.params.detach().to(torch.float64).expand()
         known = torch.ones(len(params), dtype=torch.bool, device=params.device)
     else:
         result = fit(kernels, n_dims=len(sizes), geometry="filter")
         params, known = result.params.expand(), result.converged.to(kernels.device)
-    members = kernels.reshape(len(params), -1, *kernels.shape[1:])
+    members = _by_filter(kernels, len(params))
     norm, pixels = members.flatten(1).norm(dim=1), members.flatten(3)
     dead = _is_dead(norm)
     alive = known & ~dead
@@ -144,11 +136,9 @@ def health(layer: nn.Module, *, name: str = "") -> Health:
         truncated=alive & (_is_cut(params, sizes) & audible).any(1),
         degenerate=_kinds(params, audible, alive, sizes),
         dc_leak=leak.amax(1),
-        duplicates=_duplicates(members, dead, any_phase=getattr(layer, "output", "") == "energy"),
-        remedies={},
+        duplicates=duplicates_of(layer, len(params)),
     )
-    if ours is not None:
-        found.remedies.update(_remedies(ours, name, found))
+    found.findings.extend(by_severity(_findings(found, layer, name)))
     return found
 
 
@@ -183,15 +173,25 @@ def reinitialize_filters(layer: Any, filters: list[int], *, seed: int | None = N
             getattr(layer, name)[filters] = getattr(fresh, name)[filters]
 
 
-def duplicates_of(layer: Any) -> tuple[Duplicate, ...]:
-    """The duplicates of a Gabor layer alone, which cost little more than its kernels."""
-    kernels = layer.weight.detach()
-    members = kernels.reshape(layer.n_filters, -1, *kernels.shape[1:])
-    dead = _is_dead(members.flatten(1).norm(dim=1))
-    return _duplicates(members, dead, any_phase=layer.output == "energy")
+def duplicates_of(layer: Any, n_filters: int) -> tuple[Duplicate, ...]:
+    """The duplicates alone, which cost little more than the layer's kernels."""
+    flat = _by_filter(layer.weight.detach().double(), n_filters).flatten(1)
+    dead = _is_dead(flat.norm(dim=1))
+    unit = F.normalize(torch.where(dead[:, None], 0.0, flat), dim=1, eps=1e-30)
+    # The phase of an energy filter does not count.
+    n_phases = 2 if getattr(layer, "output", "") == "energy" else 1
+    unit = unit.unflatten(1, (n_phases, -1))
+    cosine = inner_products(unit, unit)
+    pairs = (cosine.abs().triu(1) > _DUPLICATE).nonzero().tolist()
+    return tuple(Duplicate(i, j, cosine[i, j].item()) for i, j in pairs)
 
 
 # -- one question each --------------------------------------------------------------------------
+
+
+def _by_filter(kernels: Tensor, n_filters: int) -> Tensor:
+    """The kernels of each filter: ``(filters, 1 or 2, channels, *size)``."""
+    return kernels.reshape(n_filters, -1, *kernels.shape[1:])
 
 
 def _is_dead(norm: Tensor) -> Tensor:
@@ -233,83 +233,63 @@ def _kinds(
     )
 
 
-def _duplicates(members: Tensor, dead: Tensor, *, any_phase: bool) -> tuple[Duplicate, ...]:
-    flat = torch.where(dead[:, None], 0.0, members.flatten(1))
-    unit = flat / flat.norm(dim=1, keepdim=True).clamp_min(1e-30)
-    unit = unit.unflatten(1, (2 if any_phase else 1, -1))
-    cosine = inner_products(unit, unit)
-    pairs = (cosine.abs().triu(1) > _DUPLICATE).nonzero().tolist()
-    return tuple(Duplicate(i, j, cosine[i, j].item()) for i, j in pairs)
-
-
 # -- findings -----------------------------------------------------------------------------------
 
 
-def _findings(found: Health) -> Iterator[Finding | None]:
-    def about(cause: str, filters: list[int], **values: Any) -> Finding | None:
-        if not filters:
-            return None
-        remedy, n, total = found.remedies.get(cause, ""), len(filters), len(found)
-        return finding(cause, filters, remedy=remedy, n=n, total=total, **values)
+def _findings(found: Health, layer: nn.Module, name: str) -> Iterator[Finding]:
+    is_ours, pairs = isinstance(layer, GABOR_LAYERS), found.duplicates
+    cut = _indices(found.truncated)
+    sick = [i for i, kind in enumerate(found.degenerate) if kind]
+    blobs = [i for i in sick if found.degenerate[i] == "blob"]
+    others = [i for i in sick if i not in blobs]
+    involved = sorted({i for pair in pairs for i in pair[:2]})
+    negatives, redundant = sum(pair.negative for pair in pairs), found.redundant
+    rows: list[tuple[str, list[int], dict[str, Any]]] = [
+        ("dead filters", _indices(found.dead), {
+            "severity": Severity.SEVERE if bool(found.dead.all()) else None,
+        }),
+        ("aliased wavelength", _indices(found.aliased), {}),
+        ("truncated envelope", cut, {
+            "arguments": _larger_kernel(layer, found.params[cut]) if is_ours and cut else "",
+        }),
+        ("degenerate filters", others, {
+            "filters": str(sick),
+            "kinds": ", ".join(sorted({found.degenerate[i] for i in others})),
+        }),
+        ("degenerate filters: blobs", blobs, {"filters": str(sick)}),
+        ("DC leak", _indices(found.dc_leak > _LEAK), {
+            "largest_share": found.dc_leak.max().item(),
+        }),
+        ("duplicate filters", involved, {
+            "filters": str(redundant),
+            "severity": Severity.WARNING if len(redundant) > _MANY * len(found) else None,
+            "reason": f"{len(involved)} of {len(found)}, in {len(pairs)} pairs, {negatives} of "
+            "them negatives",
+            "pairs": len(pairs),
+            "negative_pairs": negatives,
+            "largest_cosine": max((abs(pair.cosine) for pair in pairs), default=0.0),
+        }),
+    ]  # fmt: skip
+    for cause, filters, values in rows:
+        if filters:
+            has_remedy = is_ours and (cause != "duplicate filters" or redundant)
+            known: dict[str, Any] = {"name": name, "filters": str(filters)}
+            known |= {"n": len(filters), "total": len(found)}
+            yield finding(cause, filters, remedy=None if has_remedy else "", **(known | values))
 
-    everywhere = bool(found.dead.all())
-    severity = Severity.SEVERE if everywhere else None
-    yield about("dead filters", _indices(found.dead), severity=severity)
-    yield about("aliased wavelength", _indices(found.aliased))
-    yield about("truncated envelope", _indices(found.truncated))
-    blobs = [i for i, kind in enumerate(found.degenerate) if kind == "blob"]
-    others = [i for i, kind in enumerate(found.degenerate) if kind and kind != "blob"]
-    kinds = ", ".join(sorted({found.degenerate[i] for i in others}))
-    yield about("degenerate filters", others, kinds=kinds)
-    few = "blobs with less than a third of a cycle, whose wave has no clear direction"
-    yield about("degenerate filters", blobs, severity=Severity.NOTE, confidence=0.5, kinds=few)
-    share = found.dc_leak.max().item()
-    yield about("DC leak", _indices(found.dc_leak > _LEAK), largest_share=share)
 
-    pairs, involved = found.duplicates, {i for pair in found.duplicates for i in pair[:2]}
-    negatives = sum(pair.negative for pair in pairs)
-    is_many = len(found.redundant) > _MANY * len(found)
-    yield about(
-        "duplicate filters",
-        sorted(involved),
-        severity=Severity.WARNING if is_many else None,
-        reason=f"{len(involved)} of {len(found)}, in {len(pairs)} pairs, {negatives} of them "
-        "negatives",
-        pairs=len(pairs),
-        negative_pairs=negatives,
-        largest_cosine=max((abs(pair.cosine) for pair in pairs), default=0.0),
-    )
-
-
-def _remedies(layer: Any, name: str, found: Health) -> dict[str, str]:
-    def replace_filters(filters: list[int]) -> str:
-        return (
-            "from gaborium.diagnostics import reinitialize_filters\n"
-            f"reinitialize_filters(module.get_submodule({name!r}), {filters}, seed=0)\n"
-            + CLEAR_OPTIMIZER
-        )
-
-    remedies = {
-        "dead filters": replace_filters(_indices(found.dead)),
-        "degenerate filters": replace_filters([i for i, k in enumerate(found.degenerate) if k]),
-        "aliased wavelength": rebuilding_code(name, min_wavelength=2.0),
-        "DC leak": rebuilding_code(name, dc="remove"),
-    }
-    if found.redundant:
-        remedies["duplicate filters"] = replace_filters(found.redundant)
-    if bool(found.truncated.any()):
-        wanted = suggest_kernel_size(found.params[_indices(found.truncated)], 2.0)
-        sizes = [
-            # A size of the same parity, so that the output keeps its size and place.
-            min(new + (new - old) % 2, 3 * old) if new > old > 1 else old
-            for new, old in zip(wanted, layer.kernel_size, strict=True)
-        ]
-        changes: dict[str, Any] = {"kernel_size": tuple(sizes)}
-        if not isinstance(layer.padding, str):
-            grown = zip(layer.padding, layer.dilation, sizes, layer.kernel_size, strict=True)
-            changes["padding"] = tuple(p + d * (new - old) // 2 for p, d, new, old in grown)
-        remedies["truncated envelope"] = rebuilding_code(name, **changes)
-    return remedies
+def _larger_kernel(layer: Any, params: Gabor) -> str:
+    """Arguments for a kernel that holds these envelopes, with an output of the same size."""
+    sizes = [
+        # A size of the same parity, so that the output keeps its place.
+        min(new + (new - old) % 2, 3 * old) if new > old > 1 else old
+        for new, old in zip(suggest_kernel_size(params, 2.0), layer.kernel_size, strict=True)
+    ]
+    if isinstance(layer.padding, str):
+        return f"kernel_size={tuple(sizes)}"
+    grown = zip(layer.padding, layer.dilation, sizes, layer.kernel_size, strict=True)
+    padding = tuple(p + d * (new - old) // 2 for p, d, new, old in grown)
+    return f"kernel_size={tuple(sizes)}, padding={padding}"
 
 
 def _indices(mask: Tensor) -> list[int]:

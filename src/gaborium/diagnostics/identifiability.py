@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from gaborium.diagnostics.causes import RECOVER, Finding, by_severity, finding
+from gaborium.diagnostics.causes import Finding, by_severity, finding
+from gaborium.diagnostics.remedies import recover_code
 from gaborium.diagnostics.sandbox import check_inputs
 from gaborium.functions.params import POSITIVE_FIELDS
 from gaborium.layers import GABOR_LAYERS, GaborLayer
@@ -216,26 +216,6 @@ def filter_statistics(
     )  # fmt: skip
     statistics.add(layer.padded(own) if padded else own, answer)
     return statistics
-
-
-def recover_options(layer: GaborLayer) -> dict[str, Any] | None:
-    """The further arguments of ``recover`` for a layer; ``None`` if it has none for it."""
-    if layer.groups > 1 or layer.padding_mode != "zeros" or layer.dc != "keep" or layer.unit_norm:
-        return None
-    options: dict[str, Any] = {}
-    if any(step != 1 for step in layer.stride):
-        options["stride"] = tuple(layer.stride)
-    if isinstance(layer.padding, str) or any(layer.padding):
-        options["padding"] = layer.padding
-    return options
-
-
-def recover_code(layer: GaborLayer) -> str | None:
-    """Code that sets the parameters of a module, which is this layer, by ``recover``."""
-    options = recover_options(layer)
-    if options is None:
-        return None
-    return RECOVER.format(arguments="".join(f", {n}={value!r}" for n, value in options.items()))
 
 
 # -- one filter ---------------------------------------------------------------------------------

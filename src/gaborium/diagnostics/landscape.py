@@ -13,11 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from gaborium.diagnostics.causes import Finding, Severity, by_severity, finding
-from gaborium.diagnostics.identifiability import (
-    filter_statistics,
-    find_gabor_layer,
-    recover_code,
-)
+from gaborium.diagnostics.identifiability import filter_statistics, find_gabor_layer
+from gaborium.diagnostics.remedies import recover_code
 from gaborium.diagnostics.sandbox import LayerLoss, OutputLoss, Probe
 from gaborium.functions.kernels import orientation_basin
 from gaborium.functions.params import POSITIVE_FIELDS, UNITS, Gabor2d

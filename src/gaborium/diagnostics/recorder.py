@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from gaborium.diagnostics.causes import CLEAR_OPTIMIZER, Finding, Severity, by_severity, finding
+from gaborium.diagnostics.causes import Finding, Severity, by_severity, finding
 from gaborium.diagnostics.filters import duplicates_of
 from gaborium.functions.params import UNITS, Gabor
 from gaborium.layers import GABOR_LAYERS
@@ -18,13 +18,6 @@ _INTERVAL = 11  # odd, so that period-2 oscillations are sampled
 _MIN_RECORDS = 8  # below it the recorder reports only a loss that is not finite
 _JUMP = 0.05  # rad, or share of the value, between two records: less is no oscillation
 _STILL = 1e-3  # rad, or share of the value
-
-
-class _Snapshot(NamedTuple):
-    """The layer before a step."""
-
-    fields: dict[str, Tensor]
-    n_duplicates: int
 
 
 class Recorder:
@@ -46,7 +39,8 @@ class Recorder:
             raise TypeError(f"watch needs a Gabor layer, got {type(layer).__name__}.")
         if not isinstance(every, int) or every < 1:
             raise ValueError(f"every must be a positive whole number of steps, got {every!r}.")
-        self.layer, self.every, self.name, self.n_steps = layer, every, name, 0
+        self.layer: Any = layer
+        self.every, self.name, self.n_steps = every, name, 0
         self.steps: list[int] = []
         self.loss: list[float] = []
         self.n_duplicates: list[int] = []
@@ -55,8 +49,8 @@ class Recorder:
             for name, parameter in layer.named_parameters(recurse=False)
             if name != "bias" and parameter.requires_grad
         }
-        self._fields: list[dict[str, Tensor]] = []
-        self._before: _Snapshot | None = self._snapshot()
+        self._params: list[Gabor] = []
+        self._before = self._snapshot()
 
     def record(self, loss: Tensor | float) -> None:
         """Record a step: after ``optimizer.step()``, before gradients are cleared.
@@ -70,23 +64,24 @@ class Recorder:
         if isinstance(loss, Tensor) and loss.numel() != 1:
             raise ValueError(f"loss must be a scalar, got shape {tuple(loss.shape)}.")
         if self.n_steps % self.every == 0:
-            before = self._before or self._snapshot()
+            params, n_duplicates = self._before
             self.steps.append(self.n_steps)
             self.loss.append(loss.item() if isinstance(loss, Tensor) else float(loss))
-            self.n_duplicates.append(before.n_duplicates)
-            self._fields.append(before.fields)
+            self.n_duplicates.append(n_duplicates)
+            self._params.append(params)
             for name, norms in self.gradient_norm.items():
                 gradient = self.layer.get_parameter(name).grad
                 norms.append(math.nan if gradient is None else gradient.double().norm().item())
         self.n_steps += 1
-        # The next step's loss and gradient belong to the present parameters.
-        self._before = self._snapshot() if self.n_steps % self.every == 0 else None
+        if self.n_steps % self.every == 0:
+            # The next step's loss and gradient belong to the present parameters.
+            self._before = self._snapshot()
 
     @torch.no_grad()
-    def _snapshot(self) -> _Snapshot:
-        params: Gabor = self.layer.params
-        fields = {n: v.detach().to("cpu", copy=True) for n, v in params.as_dict().items()}
-        return _Snapshot(fields, len(duplicates_of(self.layer)))
+    def _snapshot(self) -> tuple[Gabor, int]:
+        """The parameters before a step, and the number of duplicates."""
+        duplicates = duplicates_of(self.layer, self.layer.n_filters)
+        return self.layer.params.to("cpu", copy=True), len(duplicates)
 
     def __len__(self) -> int:
         return len(self.steps)
@@ -94,10 +89,10 @@ class Recorder:
     @property
     def params(self) -> Gabor:
         """The record before each of the steps: fields ``(records, filters, channels or 1)``."""
-        if not self._fields:
+        if not self._params:
             raise ValueError("There is no record yet: call record(loss) after optimizer.step().")
-        rows = self._fields
-        return type(self.layer.params)(**{n: torch.stack([r[n] for r in rows]) for n in rows[0]})
+        rows = [params.as_dict() for params in self._params]
+        return type(self._params[0])(**{n: torch.stack([r[n] for r in rows]) for n in rows[0]})
 
     @property
     def displacement(self) -> dict[str, Tensor]:
@@ -112,56 +107,51 @@ class Recorder:
     def findings(self) -> list[Finding]:
         """Faults of the training so far, the worst first; hardly any before eight records."""
         if self.loss and not math.isfinite(self.loss[-1]):
-            return by_severity([self._diverged()])
+            return [*self._diverged()]
         if len(self) < _MIN_RECORDS:
             return []
-        return by_severity(
-            [
-                self._diverged(),
-                self._ejected(),
-                self._oscillating(),
-                self._still(),
-                *self._frozen(),
-                self._more_duplicates(),
-            ]
+        questions = (
+            self._diverged,
+            self._ejected,
+            self._oscillating,
+            self._still,
+            self._frozen,
+            self._more_duplicates,
         )
+        return by_severity(found for question in questions for found in question())
 
     # -- one question each ----------------------------------------------------------------------
 
-    def _diverged(self) -> Finding | None:
+    def _diverged(self) -> Iterator[Finding]:
         first, last = self.loss[0], self.loss[-1]
         late = torch.tensor(self.loss[-max(2, len(self) // 4) :])
-        if math.isfinite(last) and not late.median().item() > 2 * abs(first) + first:
-            return None
-        return finding("divergence", first_loss=first, last_loss=last)
+        if not math.isfinite(last) or late.median().item() > 2 * abs(first) + first:
+            yield finding("divergence", first_loss=first, last_loss=last)
 
-    def _ejected(self) -> Finding | None:
+    def _ejected(self) -> Iterator[Finding]:
         """How often a low loss was followed by one more than half way back to the first."""
         first, least = self.loss[0], min(self.loss)
         drop = first - least
-        if not drop > 0.5 * abs(first):  # it has never arrived anywhere
-            return None
         is_low, n, is_out = False, 0, False
         for loss in self.loss:
             if loss < least + 0.25 * drop:
                 is_low, is_out = True, False
             elif loss > least + 0.5 * drop and is_low:
                 is_low, is_out, n = False, True, n + 1
-        if not n:
-            return None
-        return finding(
-            "ejection",
-            severity=Severity.SEVERE if n > 1 or is_out else Severity.WARNING,
-            times="once" if n == 1 else f"{n} times",
-            ejections=n,
-            least_loss=least,
-            last_loss=self.loss[-1],
-        )
+        if n and drop > 0.5 * abs(first):  # otherwise it has never arrived anywhere
+            yield finding(
+                "ejection",
+                severity=Severity.SEVERE if n > 1 or is_out else Severity.WARNING,
+                times="once" if n == 1 else f"{n} times",
+                ejections=n,
+                least_loss=least,
+                last_loss=self.loss[-1],
+            )
 
-    def _oscillating(self) -> Finding | None:
+    def _oscillating(self) -> Iterator[Finding]:
         """Fields that go back and forth in the later half, with little net movement."""
         half = self.params.to(torch.float64)[len(self) // 2 :]
-        amplitudes: dict[str, float] = {}
+        amplitudes: dict[str, Any] = {}
         filters: set[int] = set()
         for name, step in half[1:].difference(half[:-1]).items():
             if name == "center" or len(step) < _MIN_RECORDS // 2 - 1:
@@ -173,59 +163,49 @@ class Recorder:
             if bool(bad.any()):
                 amplitudes[name] = size[bad].max().item()
                 filters |= set(bad.any(1).nonzero().flatten().tolist())
-        if not amplitudes:
-            return None
-        widest = max(amplitudes, key=lambda name: amplitudes[name])
-        return finding(
-            "oscillation",
-            sorted(filters),
-            fields=", ".join(amplitudes),
-            n=str(len(filters)),
-            total=str(half.batch_shape[1]),
-            widest=widest,
-            size=f"{amplitudes[widest]:.2g} {UNITS[widest]}",
-            **{f"amplitude[{name}]": value for name, value in amplitudes.items()},  # type: ignore[arg-type]
-        )
+        if amplitudes:
+            widest = max(amplitudes, key=lambda name: amplitudes[name])
+            yield finding(
+                "oscillation",
+                sorted(filters),
+                fields=", ".join(amplitudes),
+                n=str(len(filters)),
+                total=str(half.batch_shape[1]),
+                widest=widest,
+                size=f"{amplitudes[widest]:.2g} {UNITS[widest]}",
+                **{f"amplitude[{name}]": value for name, value in amplitudes.items()},
+            )
 
-    def _still(self) -> Finding | None:
+    def _still(self) -> Iterator[Finding]:
         params = self.params.to(torch.float64)
-        largest = {
+        largest: dict[str, Any] = {
             f"moved[{name}]": (value[-1].abs() / _scale(name, params)).nan_to_num().max().item()
             for name, value in self.displacement.items()
         }
-        if max(largest.values()) > _STILL:
-            return None
-        since = f"after {self.steps[-1]} steps"
-        return finding("filters did not move", since=since, **largest)  # type: ignore[arg-type]
+        if max(largest.values()) <= _STILL:
+            since = f"after {self.steps[-1]} steps"
+            yield finding("filters did not move", since=since, **largest)
 
     def _frozen(self) -> Iterator[Finding]:
         norms = self.gradient_norm
         missing = [name for name, values in norms.items() if all(map(math.isnan, values))]
         zero = [name for name, values in norms.items() if not any(value > 0 for value in values)]
         if missing and len(missing) == len(norms):
-            reason = "the loss is cut off from the layer, or gradients are cleared before "
-            yield finding("no gradient", missing, confidence=0.8, reason=reason + "record(loss)")
+            yield finding("no gradient: recorded", missing)
         elif zero:
-            reason = "its gradient was missing or exactly zero at every record"
-            yield finding(
-                "frozen", zero, severity=Severity.WARNING, confidence=0.8, remedy="", reason=reason
-            )
+            yield finding("frozen: recorded", zero)
 
-    def _more_duplicates(self) -> Finding | None:
+    def _more_duplicates(self) -> Iterator[Finding]:
         first, last = self.n_duplicates[0], self.n_duplicates[-1]
-        if last <= first:
-            return None
-        return finding(
-            "duplicate filters",
-            severity=Severity.WARNING,
-            confidence=0.6,
-            remedy="from gaborium.diagnostics import health, reinitialize_filters\n"
-            f"layer = module.get_submodule({self.name!r})\n"
-            "reinitialize_filters(layer, health(layer).redundant, seed=0)\n" + CLEAR_OPTIMIZER,
-            reason=f"{first} pairs at first, {last} now",
-            first_pairs=first,
-            last_pairs=last,
-        )
+        if last > first:
+            pairs = duplicates_of(self.layer, self.layer.n_filters)
+            yield finding(
+                "duplicate filters: more",
+                name=self.name,
+                filters=str(sorted({pair.second for pair in pairs if not pair.negative})),
+                first_pairs=first,
+                last_pairs=last,
+            )
 
 
 def watch(layer: nn.Module, every: int = _INTERVAL, *, name: str = "") -> Recorder:

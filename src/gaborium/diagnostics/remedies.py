@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import inspect
 from typing import Any
 
 import torch
 from torch import nn
 
-from gaborium.diagnostics.causes import NEW_OPTIMIZER, RENEW_OPTIMIZER
+from gaborium.diagnostics.causes import NEW_OPTIMIZER, RECOVER, REPLACE
 from gaborium.diagnostics.sandbox import Sandbox, Trace, copied, equal
 from gaborium.fitting import fit
-from gaborium.layers import GABOR_LAYERS, LAYERS
+from gaborium.layers import GABOR_LAYERS, LAYERS, GaborLayer
 
 
 def replace_by_gabor(module: nn.Module, name: str, inputs: Any) -> nn.Module:
@@ -77,16 +76,7 @@ def rebuild_layer(module: nn.Module, name: str, **changes: Any) -> nn.Module:
     if "min_wavelength" in changes:
         least = 1.1 * changes["min_wavelength"]
         start = start.replace(wavelength=start.wavelength.clamp_min(least))
-    special = {
-        "bias": layer.bias is not None,
-        "device": layer.log_sigma.device,
-        "dtype": layer.log_sigma.dtype,
-        "min_wavelength": layer.raw_coordinates.min_wavelength,
-        "start": start,
-    }
-    names = inspect.signature(type(layer)).parameters
-    same = {name: special[name] if name in special else getattr(layer, name) for name in names}
-    new = type(layer)(**(same | changes))
+    new = type(layer)(**(layer.arguments() | {"start": start} | changes))
     if layer.bias is not None:
         new.bias.data.copy_(layer.bias.data)
     return _replaced(module, name, new)
@@ -99,19 +89,27 @@ def replacement_code(module: nn.Module, name: str, inputs: Any) -> str:
             return ""
     except Exception:  # a part of somebody else's module may not run alone
         return ""
-    return (
-        "from gaborium.diagnostics import replace_by_gabor\n"
-        f"module = replace_by_gabor(module, {name!r}, inputs)\n{NEW_OPTIMIZER}"
-    )
+    return REPLACE.format(name=name) + NEW_OPTIMIZER
 
 
-def rebuilding_code(name: str, **changes: Any) -> str:
-    """Code that rebuilds the Gabor layer of that name with other arguments."""
-    arguments = "".join(f", {key}={value!r}" for key, value in changes.items())
-    return (
-        "from gaborium.diagnostics import rebuild_layer\n"
-        f"module = rebuild_layer(module, {name!r}{arguments})\n{RENEW_OPTIMIZER}"
-    )
+def recover_options(layer: GaborLayer) -> dict[str, Any] | None:
+    """The further arguments of ``recover`` for a layer; ``None`` if it has none for it."""
+    if layer.groups > 1 or layer.padding_mode != "zeros" or layer.dc != "keep" or layer.unit_norm:
+        return None
+    options: dict[str, Any] = {}
+    if any(step != 1 for step in layer.stride):
+        options["stride"] = tuple(layer.stride)
+    if isinstance(layer.padding, str) or any(layer.padding):
+        options["padding"] = layer.padding
+    return options
+
+
+def recover_code(layer: GaborLayer) -> str | None:
+    """Code that sets the parameters of a module, which is this layer, by ``recover``."""
+    options = recover_options(layer)
+    if options is None:
+        return None
+    return RECOVER.format(arguments="".join(f", {n}={value!r}" for n, value in options.items()))
 
 
 def convolution_of(module: nn.Module, name: str, inputs: Any) -> dict[str, Any] | None:

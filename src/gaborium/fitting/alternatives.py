@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gaborium.fitting.model import GaborModel, Model, Sampled
-from gaborium.fitting.solver import Target, misfit
+from gaborium.fitting.solver import Target, likeliest
 from gaborium.functions.kernels import offsets
 
 _N_WAVES = 9  # of which any two may be a plaid
@@ -30,11 +30,7 @@ _VERY_STRONG = 10.0  # difference of the Bayesian information criterion
 
 
 class TwoGabors(Model):
-    """The sum of two Gabor functions; a row of z is their two rows side by side.
-
-    Args:
-        one: the model of each.
-    """
+    """The sum of two functions of the model ``one``; a row of z is their two rows side by side."""
 
     n_basis = 4
 
@@ -69,13 +65,8 @@ class TwoGabors(Model):
 
         Pairs are: one Gabor function and the likeliest wave in its residual; any two likely waves;
         and two that cross symmetrically about the one, which is between two of equal strength.
-
-        Args:
-            target: in the metric's coordinates.
-            z: the best single one, ``(batch, columns of one)``.
-            waves: the likeliest in its residual, and then the likeliest of all, best first:
-                ``(batch, waves, columns of one)``.
-            n_starts: how many are wanted.
+        ``z`` is the best single one, ``(batch, columns of one)``; ``waves`` are the likeliest in
+        its residual, and then the likeliest of all, ``(batch, waves, columns of one)``.
         """
         n = min(waves.shape[1], 1 + _N_WAVES)
         pairs = [(z, waves[:, 0])]
@@ -87,7 +78,7 @@ class TwoGabors(Model):
             turned[..., columns["aspect_ratio"]] = 0.0
             between.append(turned.flatten(1))
         likely = torch.stack([torch.cat(pair, 1) for pair in pairs], 1)
-        likely = likeliest(self, target, likely, max(1, n_starts - len(between)))
+        likely = likeliest(target, self, likely, max(1, n_starts - len(between)))
         return torch.cat([likely, torch.stack(between, 1)], 1)
 
 
@@ -137,9 +128,7 @@ class CenterSurround(Model):
     def starts(self, target: Target, patterns: Tensor) -> Tensor:
         """The most promising geometry for each of some ratios, ``(batch, ratios, columns)``.
 
-        Args:
-            target: in the metric's coordinates.
-            patterns: whose peaks may be the centre, ``(batch, several, pixels)``.
+        The centre is at a peak of one of the patterns ``(batch, several, pixels)``.
         """
         u = offsets(self.sizes, patterns.dtype, patterns.device)
         centers = u.T[patterns.abs().argmax(-1)]  # (batch, several, d)
@@ -149,7 +138,7 @@ class CenterSurround(Model):
             shapes = patterns.new_tensor([(width, math.log(ratio)) for width in widths])
             table = shapes.repeat(centers.shape[1], 1).expand(len(patterns), -1, -1)
             z = torch.cat([centers.repeat_interleave(len(widths), 1), table], -1)
-            rows.append(likeliest(self, target, z, 1))
+            rows.append(likeliest(target, self, z, 1))
         return torch.cat(rows, 1)
 
 
@@ -183,20 +172,12 @@ class Gaussian(GaborModel):
         shapes = centers.new_tensor(rows)
         table = shapes.repeat(centers.shape[1], 1).expand(len(centers), -1, -1)
         z = torch.cat([table, centers.repeat_interleave(len(shapes), 1)], -1)
-        return likeliest(self, target, z, _N_BLOBS)
+        return likeliest(target, self, z, _N_BLOBS)
 
 
 def _log_widths(narrow: float, wide: float) -> list[float]:
     steps = [i / (_N_WIDTHS - 1) for i in range(_N_WIDTHS)]
     return [math.log(narrow * (wide / narrow) ** step) for step in steps]
-
-
-def likeliest(model: Model, target: Target, z: Tensor, n: int) -> Tensor:
-    """The geometries of least misfit among ``(batch, several, columns)``, best first."""
-    several = z.shape[1]
-    cost = misfit(target.repeat(several), model, z.flatten(0, 1)).reshape(-1, several)
-    best = cost.topk(min(n, several), largest=False).indices
-    return z.gather(1, best.unsqueeze(-1).expand(-1, -1, z.shape[-1]))
 
 
 def crossing(model: TwoGabors, z: Tensor, coefficients: Tensor) -> Tensor:

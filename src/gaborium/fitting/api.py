@@ -257,14 +257,10 @@ def recover(
             raise ValueError("images and responses must come in equal numbers.")
         if statistics is None:
             n_dims = image.ndim - 2 if isinstance(kernel_size, int) else len(kernel_size)
-            if n_dims not in RECORDS:
-                raise ValueError(
-                    f"images must be (batch, channels, *size) with 1 to 3 axes of size, got shape "
-                    f"{tuple(image.shape)}."
-                )
+        _check_pair(image, response, n_dims)
+        if statistics is None:
             sizes = as_sizes("kernel_size", kernel_size, n_dims)
             model = _model(sizes, image.shape[1], center, isotropic, False, bounds)
-            _check_pair(image, response, n_dims)
             statistics = PatchStatistics(
                 sizes,
                 n_channels=image.shape[1],
@@ -272,7 +268,6 @@ def recover(
                 stride=as_sizes("stride", stride, n_dims),
                 padding=(padding,) * n_dims if isinstance(padding, int) else padding,
             )
-        _check_pair(image, response, n_dims)
         statistics.add(image, response)
     if statistics is None or statistics.count == 0:
         raise ValueError("recover needs at least one image, got none.")
@@ -419,10 +414,10 @@ def _root_of_metric(metric: Tensor, n: int) -> Tensor:
 
 def _check_pair(image: Tensor, response: Tensor, d: int) -> None:
     for name, value in (("images", image), ("responses", response)):
-        if value.ndim != d + 2:
+        if value.ndim != d + 2 or d not in RECORDS:
             raise ValueError(
-                f"{name} must be (batch, channels, *size) with {d} axes of size, got shape "
-                f"{tuple(value.shape)}."
+                f"{name} must be (batch, channels, *size) with {d if d in RECORDS else '1 to 3'} "
+                f"axes of size, got shape {tuple(value.shape)}."
             )
         if not value.isfinite().all():
             raise ValueError(f"{name} must be finite, got NaN or infinity.")

@@ -59,12 +59,7 @@ def judge(
 ) -> FitResult:
     """Turn ends into a result.
 
-    Args:
-        model: of the search.
-        target: of the search.
-        best: its ends.
-        statistics: how well they explain the target.
-        shared: whether fields keep their channel axis.
+    With ``shared`` geometry fields keep their channel axis.
     """
     solution, bad = best.solution, statistics.bad
     params = model.record(solution.z, solution.coefficients)  # (B, 1) and (B, C)
@@ -145,29 +140,29 @@ def _errors(
     model: GaborModel, params: Gabor, target: Target, noise: Tensor
 ) -> tuple[dict[str, Tensor], Tensor, tuple[str, ...]]:
     """Standard errors and correlations, from the Fisher information at the solution."""
-    C, d = model.n_channels, model.n_dims
+    one = torch.eye(model.n_channels, dtype=torch.bool, device=noise.device).unsqueeze(-1)
 
-    def by_channel(slope: Tensor) -> list[Tensor]:
-        alone = [torch.zeros_like(slope) for _ in range(C)]
-        for channel, column in enumerate(alone):
-            column[:, channel] = slope[:, channel]
-        return alone
+    def by_channel(slope: Tensor) -> Tensor:
+        return torch.where(one, slope.unsqueeze(1), 0.0)
 
-    columns: dict[str, Tensor] = {}  # each (B, C, pixels)
+    columns: dict[str, Tensor] = {}  # by fields: (B, entries, C, pixels)
     for name, slope in gabor_jacobian(params, model.sizes).items():
+        flat = slope.flatten(-model.n_dims)
         if name in ("phase", "amplitude"):
-            for channel, alone in enumerate(by_channel(slope)):
-                columns[f"{name}[{channel}]"] = alone.flatten(2)
+            columns[name] = by_channel(flat)
         elif name == "center":
-            if model.free_center:
-                for axis in range(d):
-                    columns[f"center[{axis}]"] = slope[:, :, axis].flatten(2)
+            columns |= {name: flat.movedim(2, 1)} if model.free_center else {}
         elif name != "aspect_ratio" or model.columns[name] in model.free:
-            columns[name] = slope.flatten(2)
-    names, rows = tuple(columns), [*columns.values()]
+            columns[name] = flat.unsqueeze(1)
+    widths = {name: rows.shape[1] for name, rows in columns.items()}
+    shared = {*columns} - {"phase", "amplitude", "center"}
+    names = tuple(
+        name if name in shared else f"{name}[{i}]" for name, n in widths.items() for i in range(n)
+    )
+    rows = [*columns.values()]
     if model.offset:
-        rows += by_channel(torch.ones_like(rows[0]))
-    J = torch.stack(rows, 1)  # (B, p, C, pixels)
+        rows.append(by_channel(torch.ones_like(rows[0][:, 0])))
+    J = torch.cat(rows, 1)  # (B, p, C, pixels)
     if target.root is not None:
         J = J.flatten(2) @ target.root.double().T
     elif target.weight is not None:
@@ -191,15 +186,9 @@ def _errors(
     correlation = covariance / (unit.unsqueeze(-1) * unit.unsqueeze(-2))
     correlation = correlation[:, : len(names), : len(names)]
 
-    errors = dict(zip(names, error.unbind(-1), strict=False))  # less the offsets
-    zero = torch.zeros_like(error[:, 0])
-    result = {}
-    for name in params.field_names():
-        if name in ("phase", "amplitude"):
-            result[name] = torch.stack([errors[f"{name}[{i}]"] for i in range(C)], -1)
-        elif name == "center":
-            parts = [errors.get(f"center[{i}]", zero) for i in range(d)]
-            result[name] = torch.stack(parts, -1).unsqueeze(1)
-        else:
-            result[name] = errors.get(name, zero).unsqueeze(-1)
-    return result, correlation, names
+    parts = error[:, : len(names)].split([*widths.values()], 1)  # less the offsets
+    errors = dict(zip(widths, parts, strict=True))
+    errors.setdefault("center", error.new_zeros(len(error), model.n_dims))
+    errors["center"] = errors["center"].unsqueeze(1)
+    zero = torch.zeros_like(error[:, :1])
+    return {n: errors.get(n, zero) for n in params.field_names()}, correlation, names

@@ -8,13 +8,16 @@ import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from gaborium.functions.params import RECORDS, UNITS, Gabor, plain
 from gaborium.support import read_tensors, write_tensors
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 class Outcome(enum.Enum):
@@ -33,8 +36,69 @@ class Outcome(enum.Enum):
     BAD_INPUT = "The target is zero or not finite; there is nothing to fit."
 
 
+class Saved:
+    """Base of results that can be saved: named tensors, and metadata that are JSON values."""
+
+    kind: ClassVar[str]  # "fit" in files of the name "gaborium.fit"
+
+    def to_tensors(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """The tensors and the metadata."""
+        raise NotImplementedError
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> Self:
+        """The inverse of ``to_tensors``.
+
+        Raises:
+            LookupError: a name is missing, or of another version.
+        """
+        raise NotImplementedError
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the result into a safetensors file, all or nothing.
+
+        The file holds numbers and names, no code, and a checksum against damage. Equal results make
+        equal bytes.
+
+        Args:
+            path: the file, in a folder that exists; an existing file is replaced.
+
+        Raises:
+            ImportError: safetensors is not installed.
+            OSError: it cannot be written. An earlier file stays.
+
+        Example:
+            >>> from tempfile import TemporaryDirectory
+            >>> from gaborium import Gabor2d, fit, gabor
+            >>> result = fit(gabor(Gabor2d.of(wavelength=[5.0, 6.0], sigma=2.0), 11))
+            >>> with TemporaryDirectory() as folder:
+            ...     result.save(f"{folder}/fit.safetensors")
+            ...     FitResult.load(f"{folder}/fit.safetensors")
+            FitResult(2 x Gabor2d: 2 CONVERGED)
+        """
+        tensors, metadata = self.to_tensors()
+        header = {"name": f"gaborium.{self.kind}", "format": 1}
+        write_tensors(path, tensors, header | metadata)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Self:
+        """Read what ``save`` has written, with its tensors on the CPU.
+
+        Raises:
+            ImportError: safetensors is not installed.
+            OSError: the file cannot be read.
+            ValueError: it is damaged, holds another kind of result, or has a newer format.
+        """
+        try:
+            return cls.from_tensors(*read_tensors(path, kind=cls.kind))
+        except LookupError as error:
+            raise ValueError(
+                f"{os.fspath(path)!r} has no {error} that this version knows; update gaborium."
+            ) from None
+
+
 @dataclass(frozen=True, eq=False)
-class FitResult:
+class FitResult(Saved):
     """Gabor parameters found for a batch of filters, with an outcome for each.
 
     Args:
@@ -51,6 +115,7 @@ class FitResult:
         n_iterations: ``(filters,)`` steps of the search that found it.
     """
 
+    kind = "fit"
     params: Gabor
     outcome: tuple[Outcome, ...]
     explained_variance: Tensor
@@ -75,8 +140,8 @@ class FitResult:
             chosen = list(numbers[index])
         else:
             chosen = [numbers[i] for i in ([index] if isinstance(index, int) else index)]
-        tensors, metadata = fit_tensors(self)
-        return fit_from_tensors({name: v[chosen] for name, v in tensors.items()}, metadata)
+        tensors, metadata = self.to_tensors()
+        return self.from_tensors({name: v[chosen] for name, v in tensors.items()}, metadata)
 
     @property
     def converged(self) -> Tensor:
@@ -94,69 +159,23 @@ class FitResult:
     @classmethod
     def cat(cls, results: Sequence[FitResult]) -> FitResult:
         """One result from several, in their order."""
-        parts = [fit_tensors(result) for result in results]
+        parts = [result.to_tensors() for result in results]
         tensors, metadata = parts[0]
         joined = {name: torch.cat([part[0][name] for part in parts]) for name in tensors}
-        return fit_from_tensors(joined, metadata)
+        return cls.from_tensors(joined, metadata)
 
     def to_json(self, *, indent: int | None = None) -> str:
         """The result as JSON text; infinities and missing numbers are the texts inf and nan."""
-        return json.dumps(
-            {
-                "params": json.loads(self.params.to_json()),
-                "outcome": [outcome.name for outcome in self.outcome],
-                "explained_variance": plain(self.explained_variance.tolist()),
-                "standard_error": {
-                    name: plain(value.tolist()) for name, value in self.standard_error.items()
-                },
-                "names": self.names,
-                "correlation": plain(self.correlation.tolist()),
-                "n_iterations": self.n_iterations.tolist(),
-            },
-            indent=indent,
-            allow_nan=False,
-        )
-
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the result into a safetensors file, all or nothing.
-
-        The file holds numbers and names, no code, and a checksum against damage. Equal results make
-        equal bytes.
-
-        Args:
-            path: the file, in a folder that exists; an existing file is replaced.
-
-        Raises:
-            ImportError: safetensors is not installed.
-            OSError: it cannot be written. An earlier file stays.
-
-        Example:
-            >>> from tempfile import TemporaryDirectory
-            >>> from gaborium import Gabor2d, fit, gabor
-            >>> result = fit(gabor(Gabor2d.of(wavelength=[5.0, 6.0], sigma=2.0), 11))
-            >>> with TemporaryDirectory() as folder:
-            ...     result.save(f"{folder}/fit.safetensors")
-            ...     FitResult.load(f"{folder}/fit.safetensors")
-            FitResult(2 x Gabor2d: 2 CONVERGED)
-        """
-        tensors, metadata = fit_tensors(self)
-        write_tensors(path, tensors, {"name": "gaborium.fit", "format": 1, **metadata})
-
-    @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> FitResult:
-        """Read what ``save`` has written, with its tensors on the CPU.
-
-        Raises:
-            ImportError: safetensors is not installed.
-            OSError: the file cannot be read.
-            ValueError: it is damaged, is not a saved fit, or has a newer format.
-        """
-        try:
-            return fit_from_tensors(*read_tensors(path, kind="fit"))
-        except LookupError as error:
-            raise ValueError(
-                f"{os.fspath(path)!r} has no {error} that this version knows; update gaborium."
-            ) from None
+        document = {
+            "params": json.loads(self.params.to_json()),
+            "outcome": [outcome.name for outcome in self.outcome],
+            "explained_variance": self.explained_variance.tolist(),
+            "standard_error": {name: v.tolist() for name, v in self.standard_error.items()},
+            "names": self.names,
+            "correlation": self.correlation.tolist(),
+            "n_iterations": self.n_iterations.tolist(),
+        }
+        return json.dumps(plain(document), indent=indent, allow_nan=False)
 
     def to_table(self) -> list[dict[str, object]]:
         """One row per filter and field: filter, parameter, unit, value, standard_error, outcome.
@@ -165,57 +184,43 @@ class FitResult:
         """
         rows: list[dict[str, object]] = []
         for index, outcome in enumerate(self.outcome):
-            for name, value in self.params.as_dict().items():
+            for field, value in self.params.as_dict().items():
                 entries = value[index].flatten().tolist()
-                errors = self.standard_error[name][index].flatten().tolist()
+                errors = self.standard_error[field][index].flatten().tolist()
                 for i, (entry, error) in enumerate(zip(entries, errors, strict=True)):
-                    rows.append(
-                        {
-                            "filter": index,
-                            "parameter": name if len(entries) == 1 else f"{name}[{i}]",
-                            "unit": UNITS[name],
-                            "value": entry,
-                            "standard_error": error,
-                            "outcome": outcome.name,
-                        }
-                    )
+                    name = field if len(entries) == 1 else f"{field}[{i}]"
+                    row = {"filter": index, "parameter": name, "unit": UNITS[field]}
+                    row |= {"value": entry, "standard_error": error, "outcome": outcome.name}
+                    rows.append(row)
         return rows
 
+    def to_tensors(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Tensors with one entry per filter, and metadata for all filters."""
+        # Codes count the names stored with them, because the order in the enum may change.
+        names = [outcome.name for outcome in Outcome]
+        codes = [names.index(outcome.name) for outcome in self.outcome]
+        tensors = {
+            "outcome": torch.tensor(codes, dtype=torch.uint8),
+            "explained_variance": self.explained_variance,
+            "correlation": self.correlation,
+            "n_iterations": self.n_iterations,
+            **{f"params.{name}": value for name, value in self.params.as_dict().items()},
+            **{f"standard_error.{name}": value for name, value in self.standard_error.items()},
+        }
+        record = type(self.params).__name__
+        return tensors, {"record": record, "names": self.names, "outcomes": names}
 
-def fit_tensors(result: FitResult) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """A result as named tensors with one entry per filter, and metadata for all filters."""
-    # Codes count the names stored with them, because the order in the enum may change.
-    names = [outcome.name for outcome in Outcome]
-    codes = [names.index(outcome.name) for outcome in result.outcome]
-    tensors = {
-        "outcome": torch.tensor(codes, dtype=torch.uint8),
-        "explained_variance": result.explained_variance,
-        "correlation": result.correlation,
-        "n_iterations": result.n_iterations,
-        **{f"params.{name}": value for name, value in result.params.as_dict().items()},
-        **{f"standard_error.{name}": value for name, value in result.standard_error.items()},
-    }
-    return tensors, {
-        "record": type(result.params).__name__,
-        "names": result.names,
-        "outcomes": names,
-    }
-
-
-def fit_from_tensors(tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> FitResult:
-    """The result of ``fit_tensors``, back.
-
-    Raises:
-        LookupError: a name is missing, or of another version.
-    """
-    record = {record.__name__: record for record in RECORDS.values()}[metadata["record"]]
-    fields, names = record.field_names(), metadata["outcomes"]
-    return FitResult(
-        params=record(**{name: tensors[f"params.{name}"] for name in fields}),
-        outcome=tuple(Outcome[names[code]] for code in tensors["outcome"].tolist()),
-        explained_variance=tensors["explained_variance"],
-        standard_error={name: tensors[f"standard_error.{name}"] for name in fields},
-        correlation=tensors["correlation"],
-        names=tuple(metadata["names"]),
-        n_iterations=tensors["n_iterations"],
-    )
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> FitResult:
+        """The inverse of ``to_tensors``."""
+        record = {record.__name__: record for record in RECORDS.values()}[metadata["record"]]
+        fields, names = record.field_names(), metadata["outcomes"]
+        return cls(
+            params=record(**{name: tensors[f"params.{name}"] for name in fields}),
+            outcome=tuple(Outcome[names[code]] for code in tensors["outcome"].tolist()),
+            explained_variance=tensors["explained_variance"],
+            standard_error={name: tensors[f"standard_error.{name}"] for name in fields},
+            correlation=tensors["correlation"],
+            names=tuple(metadata["names"]),
+            n_iterations=tensors["n_iterations"],
+        )

@@ -30,15 +30,9 @@ _TOLERANCE = 1e-6  # change of the kernel, as a share of the residuals' scale
 def reweighted(target: Target, search: Search, loss: str) -> tuple[Best, Tensor, Tensor]:
     """Search under a robust loss.
 
-    Args:
-        target: kernels, weighted or not.
-        search: how to search for each weighting.
-        loss: ``"huber"`` or ``"cauchy"``.
-
-    Returns:
-        The best ends, with the cost under the last weights; the variance of noise that gives the
-        right standard errors in the metric of ``target``, ``(batch,)``; and the last weights,
-        between 0 and 1, ``(batch, channels, pixels)``.
+    Returns the best ends, with the cost under the last weights; the variance of noise that gives
+    the right standard errors in the metric of ``target``, ``(batch,)``; and the last weights,
+    between 0 and 1, ``(batch, channels, pixels)``.
     """
     model, y = search.model, target.y
     own = torch.ones_like(y) if target.weight is None else target.weight.expand_as(y)

@@ -179,7 +179,7 @@ class Search:
         owner = _numbers(starts).repeat_interleave(starts.shape[1])
         tolerance = max(self.tolerance, LOOSE_TOLERANCE)
         ends = self.follow(target, starts.flatten(0, 1), owner, tolerance, model)
-        return _best_of(Solution(*(value.unflatten(0, starts.shape[:2]) for value in ends)))
+        return _best_of(ends.map(lambda value: value.unflatten(0, starts.shape[:2])))
 
     def best_pair(self, target: Target, z: Tensor, n_pairs: int) -> tuple[TwoGabors, Solution]:
         """The best sum of two Gabor functions, where z ``(batch, columns)`` are the best of one."""
@@ -261,14 +261,16 @@ class Search:
         width, loose = others.shape[1], max(self.tolerance, LOOSE_TOLERANCE)
         owner = number.repeat_interleave(width)
         ends = self._follow_to_limit(target, others.flatten(0, 1), owner, loose)
-        ends = _prepend(best.select(number), ends, width)
+        ends = _joined(
+            best.select(number).map(lambda value: value.unsqueeze(1)),
+            ends.map(lambda value: value.unflatten(0, (-1, width))),
+        )
         if self.model.n_dims > 1:
             # Nearly round kernels fit as well in the other direction: is there a difference?
             across = _best_of(ends).z
             across[:, self.model.columns["orientation"]] += math.pi / 2
             across_ends = self._follow_to_limit(target, across, number, loose)
-            flat = Solution(*(value.flatten(0, 1) for value in ends))
-            ends = _prepend(across_ends, flat, width + 1)
+            ends = _joined(across_ends.map(lambda value: value.unsqueeze(1)), ends)
         return ends
 
     def _choose(self, ends: Solution, n_left: Tensor) -> tuple[Solution, Solution]:
@@ -393,14 +395,9 @@ def _without(first: Tensor, rows: Tensor) -> Tensor:
     return rows.gather(1, order.unsqueeze(-1).expand(-1, -1, rows.shape[-1]))
 
 
-def _prepend(first: Solution, rest: Solution, width: int) -> Solution:
-    """One end, and ``width`` others, of every problem: ``(batch, 1 + width, ...)``."""
-    return Solution(
-        *(
-            torch.cat([a.unsqueeze(1), b.unflatten(0, (-1, width))], 1)
-            for a, b in zip(first, rest, strict=True)
-        )
-    )
+def _joined(one: Solution, other: Solution) -> Solution:
+    """The ends of both, ``(batch, n, ...)``."""
+    return Solution(*(torch.cat(pair, 1) for pair in zip(one, other, strict=True)))
 
 
 def _best_of(ends: Solution) -> Solution:

@@ -14,6 +14,7 @@ Reference:
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -85,9 +86,13 @@ class Solution(NamedTuple):
     converged: Tensor  # (batch,), bool
     n_iterations: Tensor  # (batch,)
 
+    def map(self, change: Callable[[Tensor], Tensor]) -> Solution:
+        """The ends with every tensor changed."""
+        return Solution(*map(change, self))
+
     def select(self, index: Tensor | tuple[Tensor, Tensor]) -> Solution:
         """The ends at ``index``."""
-        return Solution(*(value[index] for value in self))
+        return self.map(lambda value: value[index])
 
     def scatter(self, index: Tensor, part: Solution) -> Solution:
         """These ends, with ``part`` at ``index``."""
@@ -115,13 +120,8 @@ def solve(
 ) -> Solution:
     """Minimise the misfit from ``start`` ``(batch, columns)``; finished problems leave the batch.
 
-    Args:
-        target: one per problem, in the metric's coordinates.
-        model: to search.
-        start: a row of z per problem.
-        max_iterations: steps at most.
-        tolerance: a search has converged when a step changes the kernel by less than this share.
-        damping: of the first step, as a share of the Hessian's diagonal.
+    A search has converged when a step changes the kernel by a share less than ``tolerance``.
+    ``damping`` is the first step's, as a share of the Hessian's diagonal.
     """
     low, high = model.bounds(start)
     free = model.free
@@ -205,6 +205,24 @@ def misfit(target: Target, model: Model, z: Tensor) -> Tensor:
     """``|y - R K(z)|²`` with the best coefficients, for ``(batch, columns)``: ``(batch,)``."""
     cost = residual(target, model, z).square().sum((-2, -1))
     return torch.where(cost.isfinite(), cost, torch.inf)
+
+
+def misfits(target: Target, model: Model, z: Tensor) -> Tensor:
+    """Misfits of several geometries for each target: ``(batch, *several, columns)``."""
+    several = z.shape[1:-1]
+    cost = misfit(target.repeat(several.numel()), model, z.flatten(0, -2))
+    return cost.reshape(len(z), *several)
+
+
+def likeliest(target: Target, model: Model, z: Tensor, n: int) -> Tensor:
+    """The geometries of least misfit among ``(batch, several, columns)``, best first."""
+    cost = misfits(target, model, z)
+    return rows_at(z, cost.topk(min(n, z.shape[1]), largest=False).indices)
+
+
+def rows_at(rows: Tensor, chosen: Tensor) -> Tensor:
+    """Rows number ``chosen`` ``(batch, n)`` of ``(batch, rows, columns)``."""
+    return rows.gather(1, chosen.unsqueeze(-1).expand(-1, -1, rows.shape[-1]))
 
 
 def residual(target: Target, model: Model, z: Tensor) -> Tensor:

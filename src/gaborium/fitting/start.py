@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from gaborium.fitting.model import GaborModel
-from gaborium.fitting.solver import Target, misfit, without_offset
+from gaborium.fitting.solver import Target, likeliest, misfits, rows_at, without_offset
 from gaborium.functions.kernels import offsets
 
 # A round window of width s finds envelopes of these (σ / s, γ): round, longer, wider.
@@ -92,10 +92,8 @@ class _Windows:
 class StartGrid:
     """All round Gabor functions on a grid of wave vectors, widths and centres.
 
-    Args:
-        model: to search.
-        like: a tensor of the dtype and device to compute with.
-        covariance: the metric, ``(channels · pixels,) * 2``, if it is a matrix.
+    It computes in the dtype and on the device of ``like``; ``covariance`` is the metric, if it is a
+    matrix ``(channels · pixels,) * 2``.
     """
 
     def __init__(self, model: GaborModel, like: Tensor, covariance: Tensor | None = None) -> None:
@@ -106,16 +104,10 @@ class StartGrid:
         self._windows = [_Windows(model, width, like, covariance) for width in widths]
 
     def starts(self, target: Target, *, n_starts: int, thorough: bool) -> Tensor:
-        """The most promising geometries of each problem, best first.
+        """The most promising geometries of each problem, best first: ``(batch, n, columns)``.
 
-        Args:
-            target: targets in the metric's coordinates.
-            n_starts: how many are wanted.
-            thorough: whether to stretch more round waves into more shapes, and to try the best ones
-                in other directions too.
-
-        Returns:
-            ``(batch, n_starts, columns)`` rows of z.
+        If ``thorough``, more round waves are stretched into more shapes, and the best ones are
+        tried in other directions too.
         """
         cross = target.project(without_offset(target, self.model), self.model.n_channels)
         rows, worth = [], []
@@ -131,12 +123,12 @@ class StartGrid:
                 near = windows.close[at].unsqueeze(-1) & windows.near[wave].unsqueeze(-2)
                 table = table.masked_fill(near.flatten(1), -torch.inf)
         kept = torch.stack(worth, 1).topk(min(n_kept, len(worth))).indices
-        best = _rows_at(torch.stack(rows, 1), kept)
+        best = rows_at(torch.stack(rows, 1), kept)
         shapes: tuple[tuple[float, float], ...] = _SHAPES + (_EXTREME_SHAPES if thorough else ())
         if self.model.columns["aspect_ratio"] not in self.model.free:
             shapes = _SHAPES[:1]
         z = torch.stack([_shaped(self.model, best, shape) for shape in shapes], 2)
-        cost = self._misfit(target, z)
+        cost = misfits(target, self.model, z)
         # Every wave in its best shape comes before any in its second best, since other waves lead
         # elsewhere.
         again = cost > cost.amin(-1, keepdim=True)
@@ -145,14 +137,13 @@ class StartGrid:
         if thorough and self.model.n_dims > 1:
             near_blobs = _turned(self.model, best[:, :_N_TURNED])
             z = torch.cat([z, near_blobs], 1)
-            cost = torch.cat([cost, self._misfit(target, near_blobs)], 1)
+            cost = torch.cat([cost, misfits(target, self.model, near_blobs)], 1)
         n_drawn = n_starts // 4 if thorough and n_starts >= _MIN_FOR_RANDOM else 0
-        best = _rows_at(z, cost.topk(min(n_starts - n_drawn, z.shape[1]), largest=False).indices)
+        best = rows_at(z, cost.topk(min(n_starts - n_drawn, z.shape[1]), largest=False).indices)
         if n_drawn == 0:
             return best
         drawn = self._random(_DRAWS_PER_START * n_drawn, best).expand(len(best), -1, -1)
-        chosen = self._misfit(target, drawn).topk(n_drawn, largest=False).indices
-        return torch.cat([best, _rows_at(drawn, chosen)], 1)
+        return torch.cat([best, likeliest(target, self.model, drawn, n_drawn)], 1)
 
     def _random(self, n: int, like: Tensor) -> Tensor:
         """Random geometries, the same for all problems, ``(n, columns)``."""
@@ -168,12 +159,6 @@ class StartGrid:
                 z[:, i] = 0.0
         return z
 
-    def _misfit(self, target: Target, z: Tensor) -> Tensor:
-        """Misfits of geometries ``(batch, *several, columns)``."""
-        several = z.shape[1:-1]
-        cost = misfit(target.repeat(several.numel()), self.model, z.flatten(0, -2))
-        return cost.reshape(len(z), *several)
-
     @property
     def size(self) -> int:
         """How many round Gabor functions are compared."""
@@ -187,11 +172,6 @@ def _inverse_lengths(a: Tensor, b: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
     """
     rest = b - c.square() / a
     return a.rsqrt(), torch.where(rest > 1e-6 * a, rest, torch.inf).rsqrt()
-
-
-def _rows_at(rows: Tensor, chosen: Tensor) -> Tensor:
-    """Rows number ``chosen`` ``(batch, n)`` of ``(batch, rows, columns)``."""
-    return rows.gather(1, chosen.unsqueeze(-1).expand(-1, -1, rows.shape[-1]))
 
 
 def _wave_vectors(model: GaborModel, steps: list[float]) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 
 import torch
 from torch import Tensor
@@ -152,6 +153,30 @@ def suggest_kernel_size(params: Gabor, n_stds: float = 3.0) -> tuple[int, ...]:
     middle = params.center.detach().abs()
     halves = (n_stds * envelope_widths(params) + middle - 1e-6).reshape(-1, params.n_dims).amax(0)
     return tuple(2 * half + 1 for half in reversed(halves.ceil().long().tolist()))
+
+
+def warn_about_size(params: Gabor, kernel_size: tuple[int, ...], stacklevel: int) -> None:
+    """Warn once when kernels of this size cut their envelopes or alias their waves."""
+    # A kernel of one pixel along an axis is a slice, not a cut.
+    room = [size / 2 if size > 1 else math.inf for size in reversed(kernel_size)]
+    width = envelope_widths(params)
+    cut = (width * (ENOUGH_STDS - 1e-6) > width.new_tensor(room)).any(-1)
+    aliased = params.wavelength < 2
+    advice = []
+    if cut.any():
+        advice.append(
+            f"{int(cut.sum())} of {cut.numel()} Gabor functions do not fit kernel_size="
+            f"{kernel_size}: their envelopes are cut above a third of their height. "
+            f"Use kernel_size={suggest_kernel_size(params)} or smaller sigma, or expect "
+            "biased parameters."
+        )
+    if aliased.any():
+        advice.append(
+            f"{int(aliased.sum())} of {aliased.numel()} wavelengths are below 2 px, where a "
+            "wave looks like a longer one; use min_wavelength=2.0 to keep them above."
+        )
+    if advice:
+        warnings.warn(" ".join(advice), stacklevel=stacklevel)
 
 
 def envelope_widths(params: Gabor) -> Tensor:
@@ -383,9 +408,9 @@ def direction_and_slopes(
     angles: dict[str, Tensor], like: Tensor
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The unit wave vector ``(*batch, d)`` and its derivative with respect to each angle."""
+    n = unit_vector(list(angles.values()), like)
     if not angles:
-        return torch.ones_like(like).unsqueeze(-1), {}
-    n = unit_vector(list(angles.values()))
+        return n, {}
     cos, sin = angles["orientation"].cos(), angles["orientation"].sin()
     if len(angles) == 1:
         return n, {"orientation": torch.stack([-sin, cos], -1)}

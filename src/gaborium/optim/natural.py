@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
@@ -11,12 +12,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from gaborium.layers import GABOR_LAYERS, KernelGradientHook
+from gaborium.layers import GABOR_LAYERS
 from gaborium.optim.kernel_family import KernelFamily
 from gaborium.optim.quadratic import Metric, QuadraticEstimator, gradient_of_mean, inner, where
 from gaborium.optim.steps import Linearization, descend, global_step, reinitialize_filters
 from gaborium.patches import mean_patch, patch_moments, sample_patches
 
+_MAX_INPUTS = 32  # inputs that a layer's hook keeps for the next step
 _PATCH_MOMENTUM = 0.9  # of the patch covariance
 _MIN_OFFSET_SHARE = 1e-6  # of the gradient, for the responses' means to be used
 _MAX_CHANGE = 0.05  # of a kernel, for its derivatives to be used again
@@ -30,6 +32,33 @@ _Z_SCORE = 6.0
 # start. A quadratic rises at 1, but the root of one is a cone, which rises as steeply as it falls.
 _MAX_SLOPE_RATIO = 1.25
 _EARLY_CORRELATION, _MAX_CORRELATION = 0.95, 0.99  # of two filters' responses; above: duplicates
+
+
+class KernelGradientHook:
+    """Gives the gradient of the loss by a layer's kernels and by the mean of each channel.
+
+    They are the gradients of ``kernel`` and ``offset``, zeros that the layer adds to its kernels
+    and its bias and that never change. Like all gradients they add up, and are scaled and reduced
+    with the others. Without ``needs_output_mean`` a layer without bias is spared ``offset``, a sum
+    over all responses.
+    """
+
+    def __init__(self, weight: Tensor) -> None:
+        zeros = torch.zeros_like(weight, dtype=torch.promote_types(weight.dtype, torch.float32))
+        self.kernel = nn.Parameter(zeros)
+        self.offset = nn.Parameter(zeros.flatten(1)[:, 0].clone())
+        self.inputs: deque[Tensor] = deque(maxlen=_MAX_INPUTS)
+        self.needs_output_mean = True
+
+    def __call__(
+        self, input: Tensor, weight: Tensor, bias: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Kernels and bias with the zeros added."""
+        self.inputs.append(input.detach())
+        if bias is None and not self.needs_output_mean:
+            return weight + self.kernel.to(weight), None
+        offset = self.offset.to(weight)
+        return weight + self.kernel.to(weight), offset if bias is None else bias + offset
 
 
 class GradientAverage(NamedTuple):
@@ -371,25 +400,16 @@ def _offset_matters(
 def _layers_in(layers: Any) -> list[Any]:
     """The Gabor layers of a module or a list that learn any field."""
     if isinstance(layers, nn.Module):
-        found = [part for part in layers.modules() if isinstance(part, GABOR_LAYERS)]
-        if not found:
-            raise ValueError(
-                f"NaturalGradient needs a model with a Gabor layer, and {type(layers).__name__} "
-                "has none; put a GaborConv2d in its place."
-            )
+        found = [part for part in layers.modules() if isinstance(part, GABOR_LAYERS)] or [layers]
     else:
         found = list(layers)
-        for layer in found:
-            if not isinstance(layer, GABOR_LAYERS):
-                raise TypeError(
-                    "NaturalGradient takes Gabor layers, or a module that has some, got "
-                    f"{type(layer).__name__}; give its parameters to another optimiser."
-                )
-    learning = [
-        layer
-        for layer in found
-        if any(name != "bias" for name, _ in layer.named_parameters(recurse=False))
-    ]
+    for layer in found:
+        if not isinstance(layer, GABOR_LAYERS):
+            raise TypeError(
+                "NaturalGradient takes Gabor layers, or a module that has some, got "
+                f"{type(layer).__name__}; give its parameters to another optimiser."
+            )
+    learning = [layer for layer in found if layer.learn]
     if not learning:
         raise ValueError("None of the Gabor layers learns anything; see their learn= argument.")
     return learning

@@ -86,19 +86,12 @@ def inner(a: Tensor, b: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Quadratic:
-    """The loss of every filter in units of its scale, ``½ W·C W - c·W``, and its standard error.
+    """The loss of every filter in units of its scale, ``½ W·C W - c·W``, and its standard error."""
 
-    Args:
-        metric: C.
-        linear: c, ``(filters, members, n)``.
-        scale: s, ``(filters,)``.
-        error: standard error of the loss per unit of length between two kernels, ``(filters,)``.
-    """
-
-    metric: Metric
-    linear: Tensor
-    scale: Tensor
-    error: Tensor
+    metric: Metric  # C
+    linear: Tensor  # c, (filters, members, n)
+    scale: Tensor  # s, (filters,)
+    error: Tensor  # of the loss per unit of length between two kernels, (filters,)
 
     def select(self, index: Tensor) -> Quadratic:
         """The loss of some filters, with the same number of filters from each group in order."""
@@ -140,14 +133,10 @@ def where(mask: Tensor, one: Tensor, other: Tensor | float) -> Tensor:
 
 
 class QuadraticEstimator:
-    """Estimates the loss of one layer's filters from running means of patches and gradients.
-
-    Args:
-        state: holds the running means, between steps and in checkpoints.
-        damping: of the covariance, as a share of its mean variance.
-    """
+    """Estimates the loss of one layer's filters from running means of patches and gradients."""
 
     def __init__(self, state: MutableMapping[str, Any], damping: float) -> None:
+        # The state holds the running means, between steps and in checkpoints.
         self.state, self.damping = state, damping
         self._metric: Metric | None = None
 
@@ -182,19 +171,12 @@ class QuadraticEstimator:
         centred: bool,
         valid: Tensor | None = None,
     ) -> Quadratic:
-        """Average in one batch's gradient.
+        """Average in one batch's gradient, and return the present estimate of the loss.
 
-        Args:
-            kernels: where the gradient was taken, ``(filters, members, n)``.
-            gradient: of the loss by the kernels.
-            offset: gradient by the responses' means, ``(filters, members)``.
-            mean: of the batch's patches, ``(groups, n)``.
-            momentum: of the running means.
-            centred: whether the loss does not depend on the responses' means.
-            valid: filters that have a gradient, ``(filters,)``; by default all.
-
-        Returns:
-            The present estimate of the loss.
+        The gradient is by the kernels ``(filters, members, n)``, ``offset`` by their responses'
+        means ``(filters, members)``, and ``mean`` is of the batch's patches, ``(groups, n)``. With
+        ``centred`` the loss does not depend on these means. Filters outside ``valid`` have no
+        gradient.
         """
         state, metric = self.state, self.metric()
         mean_gradient = gradient_of_mean(offset, mean)

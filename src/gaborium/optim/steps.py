@@ -57,18 +57,9 @@ def descend(
 ) -> tuple[Tensor, Evaluation, Tensor]:
     """Levenberg-Marquardt steps on the quadratic, within a radius around the start.
 
-    Args:
-        family: the layer's kernels.
-        loss: the loss of every filter.
-        z: rows to start from, ``(filters, p)``.
-        radius: how far kernels may move, in the metric's length, ``(filters,)``.
-        damping: of the first step, ``(filters,)``.
-        n_iterations: steps.
-        here: the loss at z, if it is known.
-        linearization: the derivatives at or near z, if they are known.
-
-    Returns:
-        The new rows, the loss there, and the damping for the next time.
+    From rows z ``(filters, p)``, with a radius in the metric's length and a first damping for each
+    filter; ``here`` and ``linearization`` are the loss and the derivatives at z, if they are known.
+    Returns the new rows, the loss there, and the damping for the next time.
     """
     here = start = here or loss.at(family.kernels(z))
     linearization = linearization or Linearization.at(family, loss.metric, z)
@@ -104,10 +95,8 @@ def global_step(
 
     For every geometry of the grid the best amplitudes and phases are known in closed form. The
     ``n_best`` geometries are refined by ``descend``. With ``geometry="pair"`` one input channel
-    after the other is searched while the others stay.
-
-    Returns:
-        Rows ``(filters, p)``, and the loss there.
+    after the other is searched while the others stay. Returns rows ``(filters, p)``, and the loss
+    there.
     """
     here = loss.at(family.kernels(z))
     n_channels = family.record(z).amplitude.shape[1]
@@ -124,15 +113,11 @@ def global_step(
             continue
         some = loss.select(filters[index])
         radius, damping = torch.full_like(some.scale, torch.inf), torch.full_like(some.scale, 1e-2)
-        refined, reached, _ = descend(
-            family.select(filters[index]),
-            some,
-            start[index],
-            radius,
-            damping,
-            n_iterations=n_iterations,
+        part_family, rows = family.select(filters[index]), start[index]
+        rows, reached, _ = descend(
+            part_family, some, rows, radius, damping, n_iterations=n_iterations
         )
-        start[index] = refined
+        start[index] = rows
         value = torch.full_like(there.value, torch.inf)
         value[index] = torch.where(reached.value.isnan(), torch.inf, reached.value)
         value, best = value.unflatten(0, (-1, n_best)).min(1)
@@ -201,7 +186,7 @@ def _grid(layer: Any, now: Gabor, part: slice) -> Gabor:
     period = math.pi if "phase" in learned else 2 * math.pi  # a fixed phase distinguishes k from -k
     waves = torch.linspace(0.0, 0.42, n_waves).to(like).clamp_min(0.1 / largest).reciprocal()
     widths = torch.linspace(math.log(1 / 14), math.log(0.4), n_widths).to(like).exp()
-    shortest = 1.1 * (layer.raw_coordinates.min_wavelength or 0.0)
+    shortest = 1.1 * (layer.min_wavelength or 0.0)
     lines = {
         "orientation": period * torch.arange(n_angles).to(like) / n_angles,
         "elevation": torch.linspace(-1.2, 1.2, 5).to(like),
@@ -291,16 +276,8 @@ def reinitialize_filters(
     following layers must learn what the filter means now, and near a planted kernel no step is
     long.
 
-    Args:
-        family: the layer's kernels.
-        loss: the loss of every filter.
-        z: the present rows, ``(filters, p)``.
-        free: which filters may be reinitialised, ``(filters,)``.
-        n_errors: least length of a step, in standard errors, ``(filters,)``.
-        max_correlation: of two filters' responses; above, they are duplicates.
-
-    Returns:
-        Rows ``(filters, p)``, and which of them are new.
+    Only filters in ``free`` change; a step must be ``n_errors`` standard errors long. Returns rows
+    ``(filters, p)``, and which of them are new.
     """
     metric, new = loss.metric, torch.zeros_like(free)
     here = loss.at(family.kernels(z))

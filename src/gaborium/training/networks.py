@@ -67,7 +67,6 @@ def make_first_layer(
         ValueError: a name is unknown, or a number is out of range.
 
     Example:
-        >>> from gaborium.layers import n_learned
         >>> for name in ("free", "gabor", "gabor-fixed", "mixed"):
         ...     layer = make_first_layer(name, n_dims=2, in_channels=1, n_filters=8, kernel_size=9)
         ...     print(name, n_learned(layer))
@@ -213,6 +212,11 @@ class GridPool(nn.Module):
         """Return means ``(batch, channels, *cells)``."""
         cell = [-(-side // self.grid) for side in input.shape[2:]]
         return _MEANS[input.ndim - 2](input, cell, cell, ceil_mode=True)
+
+
+def n_learned(module: nn.Module) -> int:
+    """How many numbers of a module train."""
+    return sum(value.numel() for value in module.parameters() if value.requires_grad)
 
 
 def output_shape(first: Any, image_size: tuple[int, ...]) -> list[int]:

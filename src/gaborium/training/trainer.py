@@ -22,11 +22,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gaborium.functions.params import Gabor, plain
-from gaborium.layers import GABOR_LAYERS, n_learned
+from gaborium.layers import GABOR_LAYERS
 from gaborium.optim import NaturalGradient
 from gaborium.support import locked_folder, require, write_text
 from gaborium.training.datasets import Dataset, load_dataset
-from gaborium.training.networks import Network, make_network
+from gaborium.training.networks import Network, make_network, n_learned
 from gaborium.training.recipe import Recipe
 from gaborium.training.results import (
     CHECKPOINT_FILE,

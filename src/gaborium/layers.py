@@ -1,4 +1,4 @@
-"""The layers whose kernels are Gabor functions with learned parameters.
+"""Convolution layers of Gabor kernels, and the layer that has free kernels too.
 
 Image → layer → loss → gradient → parameter: ``forward`` convolves with ``weight``; ``weight``
 samples the Gabor functions of the raw parameters at every call; autograd carries the gradient of
@@ -7,10 +7,9 @@ the loss through the sampling back to the raw parameters.
 
 from __future__ import annotations
 
+import inspect
 import math
-import warnings
-from collections import deque
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, ClassVar, Generic, TypeVar, cast
 
 import torch
@@ -19,54 +18,23 @@ from torch import Tensor, nn
 
 from gaborium.coordinates import Coordinates
 from gaborium.functions.kernels import (
-    ENOUGH_STDS,
     combine,
-    envelope_widths,
     even_odd,
     quadrature_partner,
     suggest_kernel_size,
+    warn_about_size,
     with_unit_amplitude,
 )
 from gaborium.functions.params import RECORDS, Gabor, Gabor1d, Gabor2d, Gabor3d, Waveform
-from gaborium.starts import STARTS
-from gaborium.starts import start as draw_start
+from gaborium.starts import draw_start
 from gaborium.support import as_sizes, one_of
 
 _CONVOLUTIONS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 PLAIN_LAYERS: dict[int, Any] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
-_MAX_INPUTS = 32  # inputs that a gradient hook keeps, if no optimiser takes them
 # A smaller norm at amplitude 1 is rounding error, or an envelope lost between pixels.
 FAINTEST = 1e-6
 
 Record = TypeVar("Record", bound=Gabor)
-
-
-class KernelGradientHook:
-    """Gives an optimiser the gradient of the loss with respect to a layer's kernels.
-
-    ``kernel`` and ``offset`` are zeros, at least in single precision, that the layer adds to its
-    kernels and its bias. They never change. After ``loss.backward()`` their gradients are the
-    gradients of the loss with respect to the kernels and to the mean of each channel's responses;
-    like all gradients they add up, and are scaled and reduced with the others. Without
-    ``needs_output_mean`` a layer without bias is spared ``offset``, a sum over all responses.
-    """
-
-    def __init__(self, weight: Tensor) -> None:
-        zeros = torch.zeros_like(weight, dtype=torch.promote_types(weight.dtype, torch.float32))
-        self.kernel = nn.Parameter(zeros)
-        self.offset = nn.Parameter(zeros.flatten(1)[:, 0].clone())
-        self.inputs: deque[Tensor] = deque(maxlen=_MAX_INPUTS)
-        self.needs_output_mean = True
-
-    def __call__(
-        self, input: Tensor, weight: Tensor, bias: Tensor | None
-    ) -> tuple[Tensor, Tensor | None]:
-        """Kernels and bias with the zeros added."""
-        self.inputs.append(input.detach())
-        if bias is None and not self.needs_output_mean:
-            return weight + self.kernel.to(weight), None
-        offset = self.offset.to(weight)
-        return weight + self.kernel.to(weight), offset if bias is None else bias + offset
 
 
 class _GaborConv(nn.Module, Generic[Record]):
@@ -75,7 +43,8 @@ class _GaborConv(nn.Module, Generic[Record]):
     n_dims: ClassVar[int]
     log_sigma: Tensor
     bias: nn.Parameter | None
-    gradient_hook: KernelGradientHook | None = None
+    # An optimiser's: called with input, kernels and bias, and returns the kernels and bias to use.
+    gradient_hook: Callable[..., tuple[Tensor, Tensor | None]] | None = None
 
     def __init__(
         self,
@@ -102,22 +71,13 @@ class _GaborConv(nn.Module, Generic[Record]):
         min_wavelength: float | None = None,
     ) -> None:
         super().__init__()
-        record = RECORDS[self.n_dims]
         self.dc = one_of("dc", dc, ("keep", "remove"))
         self.output = one_of("output", output, ("real", "quadrature", "energy"))
         self.geometry = one_of("geometry", geometry, ("filter", "pair"))
         self.unit_norm = unit_norm
-        self.learn = _learned_fields(record, learn)
-        if isinstance(start, str):
-            one_of("start", start, STARTS)
-        elif not isinstance(start, record):
-            raise TypeError(
-                f"start must be a {record.__name__} or one of {', '.join(STARTS)}, "
-                f"got {type(start).__name__}."
-            )
-        if isinstance(kernel_size, str):
-            one_of("kernel_size", kernel_size, ("auto",))
-            if isinstance(start, str):
+        self.learn = _learned_fields(RECORDS[self.n_dims], learn)
+        if kernel_size == "auto":
+            if not isinstance(start, Gabor):
                 raise ValueError(
                     "kernel_size='auto' needs a record as start, to take the size from its sigma; "
                     f"got start={start!r}."
@@ -143,7 +103,7 @@ class _GaborConv(nn.Module, Generic[Record]):
         if not dtype.is_floating_point:
             raise TypeError(f"dtype must be a real floating type, got {dtype}.")
         self.start = start.detach() if isinstance(start, Gabor) else start
-        self.seed, self.coordinates = seed, coordinates
+        self.seed, self.coordinates, self.min_wavelength = seed, coordinates, min_wavelength
         self.raw_coordinates = Coordinates.named(
             coordinates, n_dims=self.n_dims, learn=self.learn, min_wavelength=min_wavelength
         )
@@ -154,22 +114,20 @@ class _GaborConv(nn.Module, Generic[Record]):
                 self.register_parameter(name, nn.Parameter(value))
             else:
                 self.register_buffer(name, value)
-        if bias:
-            self.bias = nn.Parameter(torch.empty(out_channels, device=device, dtype=dtype))
-        else:
-            self.register_parameter("bias", None)
+        value = torch.empty(out_channels, device=device, dtype=dtype)
+        self.register_parameter("bias", nn.Parameter(value) if bias else None)
         self.reset_parameters()
         if isinstance(start, Gabor):
-            self._warn(start, stacklevel=3)
+            warn_about_size(start, self.kernel_size, 3)
 
     # -- image → responses --------------------------------------------------------------------
 
     def forward(self, input: Tensor) -> Tensor:
         """Convolve ``(batch, in_channels, *size)``, or the same without batch."""
         responses = self.convolve(input, *self.weight_and_bias(input))
-        if self.output != "energy":
-            return responses
-        return biased(pair_norms(responses, dim=-self.n_dims - 1), self.bias, self.n_dims)
+        return (
+            responses if self.output != "energy" else pair_energy(responses, self.n_dims, self.bias)
+        )
 
     def weight_and_bias(self, input: Tensor) -> tuple[Tensor, Tensor | None]:
         """Kernels and bias to convolve with, through the gradient hook if there is one."""
@@ -277,7 +235,7 @@ class _GaborConv(nn.Module, Generic[Record]):
     @params.setter
     def params(self, params: Gabor) -> None:
         self._store(self._fitting(params))
-        self._warn(params, stacklevel=4)  # nn.Module's __setattr__ is between
+        warn_about_size(params, self.kernel_size, 4)  # nn.Module's __setattr__ is between
 
     @torch.no_grad()
     def _store(self, params: Gabor) -> None:
@@ -300,23 +258,20 @@ class _GaborConv(nn.Module, Generic[Record]):
                 f"params must have batch shape {shape} (filters, input channels per group) or "
                 f"broadcast to it, got {tuple(params.batch_shape)}."
             ) from None
-        for name in fields if self.geometry == "filter" else ():
-            if name in ("phase", "amplitude"):
+        for name, value in fields.items():
+            if self.geometry == "pair" or name in ("phase", "amplitude"):
                 continue
-            value = fields[name]
-            if not torch.equal(value, value[:, :1].expand_as(value)):
+            fields[name] = value[:, :1]
+            if not torch.equal(value, fields[name].expand_as(value)):
                 raise ValueError(
                     f"This layer shares one geometry over input channels, but {name} differs "
                     "between them; use geometry='pair', or fit with geometry='filter'."
                 )
-            fields[name] = value[:, :1]
         result = record(**fields)
-        illegal = ~self.raw_coordinates.contains(result)
-        if illegal.any():
-            shortest = result.expand().wavelength[illegal].min().item()
+        least, shortest = self.min_wavelength or 0.0, result.wavelength.min().item()
+        if shortest < least:
             raise ValueError(
-                f"wavelength must be at least min_wavelength = "
-                f"{self.raw_coordinates.min_wavelength:g} px, got {shortest:g}."
+                f"wavelength must be at least min_wavelength = {least:g} px, got {shortest:g}."
             )
         return result
 
@@ -331,7 +286,7 @@ class _GaborConv(nn.Module, Generic[Record]):
         """
         self._store(self._starting_params())
         fan_in = self.in_channels // self.groups * math.prod(self.kernel_size)
-        draw_uniform(self.bias, fan_in, self._generator())
+        _draw_uniform(self.bias, fan_in, self._generator())
 
     def _starting_params(self) -> Gabor:
         if isinstance(self.start, Gabor):
@@ -344,10 +299,10 @@ class _GaborConv(nn.Module, Generic[Record]):
             n_phases=2 if self.output == "real" else 1,
             generator=self._generator(),
         )
-        if self.raw_coordinates.min_wavelength is not None:
+        if self.min_wavelength is not None:
             # At the limit itself a wavelength has no gradient.
-            shortest = 1.1 * self.raw_coordinates.min_wavelength
-            params = params.replace(wavelength=params.wavelength.clamp_min(shortest))
+            longer = params.wavelength.clamp_min(1.1 * self.min_wavelength)
+            params = params.replace(wavelength=longer)
         params = self._fitting(params)
         kernels = self.kernels_at(self.raw_coordinates.to_raw(params))
         power = kernels.square().flatten(1).sum(1).unflatten(0, (self.n_filters, -1)).mean(1)
@@ -362,28 +317,16 @@ class _GaborConv(nn.Module, Generic[Record]):
     def _generator(self) -> torch.Generator | None:
         return None if self.seed is None else torch.Generator().manual_seed(self.seed)
 
-    def _warn(self, params: Gabor, stacklevel: int) -> None:
-        """Warn once when kernels cut their envelopes or alias their waves."""
-        # A kernel of one pixel along an axis is a slice, not a cut.
-        room = [size / 2 if size > 1 else math.inf for size in reversed(self.kernel_size)]
-        width = envelope_widths(params)
-        cut = (width * (ENOUGH_STDS - 1e-6) > width.new_tensor(room)).any(-1)
-        aliased = params.wavelength < 2
-        advice = []
-        if cut.any():
-            advice.append(
-                f"{int(cut.sum())} of {cut.numel()} Gabor functions do not fit kernel_size="
-                f"{self.kernel_size}: their envelopes are cut above a third of their height. "
-                f"Use kernel_size={suggest_kernel_size(params)} or smaller sigma, or expect "
-                "biased parameters."
-            )
-        if aliased.any():
-            advice.append(
-                f"{int(aliased.sum())} of {aliased.numel()} wavelengths are below 2 px, where a "
-                "wave looks like a longer one; use min_wavelength=2.0 to keep them above."
-            )
-        if advice:
-            warnings.warn(" ".join(advice), stacklevel=stacklevel)
+    def arguments(self) -> dict[str, Any]:
+        """The arguments that make another layer like this one, by name."""
+        names = inspect.signature(type(self)).parameters
+        special = {
+            "bias": self.bias is not None,
+            "device": self.log_sigma.device,
+            "dtype": self.log_sigma.dtype,
+            "learn": [name for name in RECORDS[self.n_dims].field_names() if name in self.learn],
+        }
+        return {name: special[name] if name in special else getattr(self, name) for name in names}
 
     # -- leaving ------------------------------------------------------------------------------
 
@@ -418,7 +361,7 @@ class _GaborConv(nn.Module, Generic[Record]):
             self.n_dims,
             joint_wave=f"{prefix}angular_wave_vector" in state_dict,
             joint_phase=f"{prefix}even" in state_dict,
-            min_wavelength=self.raw_coordinates.min_wavelength,
+            min_wavelength=self.min_wavelength,
         )
         names = stored.raw_fields()
         if stored != self.raw_coordinates and all(prefix + name in state_dict for name in names):
@@ -431,26 +374,12 @@ class _GaborConv(nn.Module, Generic[Record]):
 
     def extra_repr(self) -> str:
         """The arguments that differ from the defaults, as ``nn.ConvNd`` shows them."""
-        text = f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}"
-        text += f", stride={self.stride}"
-        options = {
-            "padding": (self.padding, (0,) * self.n_dims),
-            "dilation": (self.dilation, (1,) * self.n_dims),
-            "groups": (self.groups, 1),
-            "bias": (self.bias is not None, True),
-            "padding_mode": (self.padding_mode, "zeros"),
-            "coordinates": (self.coordinates, "wavevector"),
-            "geometry": (self.geometry, "filter"),
-            "dc": (self.dc, "keep"),
-            "unit_norm": (self.unit_norm, False),
-            "output": (self.output, "real"),
-            "min_wavelength": (self.raw_coordinates.min_wavelength, None),
-        }
-        for name, (value, default) in options.items():
-            if value != default:
-                text += f", {name}={value!r}"
-        order = RECORDS[self.n_dims].field_names()
-        return f"{text}, learn={[name for name in order if name in self.learn]}"
+        text = _empty_conv(self, self.out_channels, bias=self.bias is not None).extra_repr()
+        defaults = inspect.signature(type(self)).parameters
+        for name in ("coordinates", "geometry", "dc", "unit_norm", "output", "min_wavelength"):
+            value = getattr(self, name)
+            text += f", {name}={value!r}" if value != defaults[name].default else ""
+        return f"{text}, learn={self.arguments()['learn']}"
 
 
 class GaborConv1d(_GaborConv[Gabor1d]):
@@ -531,6 +460,149 @@ GABOR_LAYERS = tuple(LAYERS.values())
 GaborLayer = GaborConv1d | GaborConv2d | GaborConv3d
 
 
+class MixedConv(nn.Module):
+    """A convolution in which some filters are Gabor functions and the others are free.
+
+    First layers of trained networks are mixed: next to oriented edges they have colour contrasts
+    and other kernels that no Gabor function fits. Both kinds go through one convolution.
+
+    Convention:
+        - output channel ``i`` belongs to filter ``order[i]``; filters are counted from the Gabor
+          layer's channels to the free ones
+        - arguments of the convolution (stride, padding, ...) are the Gabor layer's, for all
+        - the layer is convolved with ``weight``: ``gabor.forward`` and its hooks are not called
+        - ``gabor``, ``free`` and ``free_bias`` (or ``None``) are attributes that learn, ``order``
+          is a buffer
+
+    Args:
+        gabor: a ``GaborConvNd`` with ``groups=1`` and an output of ``"real"`` or ``"quadrature"``.
+            It becomes a part of this layer, under the name ``gabor``.
+        free: how many free filters, drawn as ``nn.ConvNd`` draws its own; or their kernels,
+            ``(filters, in_channels, *kernel_size)``, which are copied.
+        free_bias: of the free filters ``(filters,)``; by default drawn as ``nn.ConvNd`` does, if
+            the Gabor layer has a bias.
+        order: the filter of each output channel, a permutation; by default Gabor first.
+        seed: of the random draws; by default torch's global generator.
+
+    Raises:
+        TypeError: ``gabor`` is no Gabor layer.
+        ValueError: its groups or its output are others, a shape does not fit, or ``order`` is no
+            permutation.
+
+    Example:
+        >>> from gaborium import GaborConv2d
+        >>> layer = MixedConv(GaborConv2d(3, 12, 7, padding=3), free=4)
+        >>> layer(torch.rand(2, 3, 32, 32)).shape
+        torch.Size([2, 16, 32, 32])
+        >>> layer.gabor.params.orientation.shape, layer.free.shape
+        (torch.Size([12, 1]), torch.Size([4, 3, 7, 7]))
+    """
+
+    order: Tensor
+    free_bias: nn.Parameter | None
+
+    def __init__(
+        self,
+        gabor: GaborLayer,
+        free: int | Tensor,
+        *,
+        free_bias: Tensor | None = None,
+        order: Sequence[int] | Tensor | None = None,
+        seed: int | None = None,
+    ) -> None:
+        super().__init__()
+        if not isinstance(gabor, GABOR_LAYERS):
+            raise TypeError(f"gabor must be a Gabor layer, got {type(gabor).__name__}.")
+        if gabor.groups != 1 or gabor.output == "energy":
+            raise ValueError(
+                "gabor must have groups=1 and output='real' or 'quadrature', so that its kernels "
+                f"fit with free ones; got groups={gabor.groups}, output={gabor.output!r}."
+            )
+        n_free = len(free) if isinstance(free, Tensor) else free
+        if not isinstance(n_free, int) or n_free < 1:
+            raise ValueError(f"free must be at least 1 filter, or their kernels, got {free!r:.60}.")
+
+        self.gabor = gabor
+        self.n_dims: int = gabor.n_dims
+        self.in_channels, self.out_channels = gabor.in_channels, gabor.out_channels + n_free
+        self.kernel_size, self.stride, self.padding = gabor.kernel_size, gabor.stride, gabor.padding
+        self.dilation, self.groups, self.padding_mode = gabor.dilation, 1, gabor.padding_mode
+        self.seed = seed
+        like = gabor.log_sigma.detach()
+        self.free = nn.Parameter(like.new_empty(n_free, gabor.in_channels, *gabor.kernel_size))
+        bias = None if gabor.bias is None else nn.Parameter(like.new_empty(n_free))
+        self.register_parameter("free_bias", bias)
+        self.register_buffer("order", _permutation(order, self.out_channels).to(like.device))
+        self._draw_free()
+        if free_bias is not None and bias is None:
+            raise ValueError("free_bias needs a Gabor layer with a bias; this one has bias=False.")
+        for name, given in (("free", free), ("free_bias", free_bias)):
+            own = getattr(self, name)
+            if not isinstance(given, Tensor):
+                continue
+            if given.shape != own.shape:
+                raise ValueError(
+                    f"{name} must have shape {tuple(own.shape)}, got {tuple(given.shape)}."
+                )
+            own.data.copy_(given)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Convolve ``(batch, in_channels, *size)``, or the same without batch."""
+        weight, bias = self.gabor.weight_and_bias(input)
+        weight = torch.cat([weight, self.free])[self.order]
+        if bias is not None:
+            free = bias.new_zeros(len(self.free)) if self.free_bias is None else self.free_bias
+            bias = torch.cat([bias, free])[self.order]
+        return self.gabor.convolve(input, weight, bias)
+
+    @property
+    def weight(self) -> Tensor:
+        """All kernels, ``(out_channels, in_channels, *kernel_size)``, sampled at this moment."""
+        return torch.cat([self.gabor.weight, self.free])[self.order]
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The bias of each output channel, or ``None``."""
+        if self.gabor.bias is None or self.free_bias is None:
+            return None
+        return torch.cat([self.gabor.bias, self.free_bias])[self.order]
+
+    @property
+    def is_gabor(self) -> Tensor:
+        """Which output channels are Gabor filters, boolean ``(out_channels,)``."""
+        return self.order < self.gabor.out_channels
+
+    def reset_parameters(self) -> None:
+        """Begin again: the Gabor layer from its start, the free filters as ``nn.ConvNd`` does."""
+        self.gabor.reset_parameters()
+        self._draw_free()
+
+    def _draw_free(self) -> None:
+        generator = None if self.seed is None else torch.Generator().manual_seed(self.seed)
+        for value in (self.free, self.free_bias):
+            _draw_uniform(value, math.prod(self.free.shape[1:]), generator)
+
+    def to_conv(self) -> nn.Conv1d | nn.Conv2d | nn.Conv3d:
+        """A plain ``nn.ConvNd`` with the present kernels, equal outputs and no Gabor inside.
+
+        Returns:
+            A new layer on the same device, of the same dtype and training mode; all its kernels
+            learn freely.
+
+        Example:
+            >>> from gaborium import GaborConv1d
+            >>> layer = MixedConv(GaborConv1d(1, 3, 9), free=2)
+            >>> sound = torch.rand(1, 1, 50)
+            >>> torch.equal(layer(sound), layer.to_conv()(sound))
+            True
+        """
+        return plain_conv(self, self.weight, self.bias)
+
+    def extra_repr(self) -> str:
+        """Channels, and how many filters are free."""
+        return f"{self.in_channels}, {self.out_channels}, free={len(self.free)}"
+
+
 class PairEnergy(nn.Module):
     """The norms of pairs of channels, as in a Gabor layer with an energy output.
 
@@ -548,30 +620,21 @@ class PairEnergy(nn.Module):
     """
 
     output = "energy"
-    bias: nn.Parameter | None
 
-    def __init__(self, pairs: nn.Module, bias: Tensor | None = None) -> None:
+    def __init__(self, pairs: Any, bias: Tensor | None = None) -> None:
         super().__init__()
-        n_channels: Any = getattr(pairs, "out_channels", None)
-        if not isinstance(n_channels, int) or n_channels % 2:
-            raise ValueError(f"pairs must give an even number of channels, got {n_channels}.")
         self.pairs = pairs
-        self.in_channels: Any = getattr(pairs, "in_channels", None)
-        self.out_channels = n_channels // 2
+        self.in_channels, self.out_channels = pairs.in_channels, pairs.out_channels // 2
+        if pairs.out_channels % 2:
+            raise ValueError(f"pairs must have an even number, got {pairs.out_channels}.")
         self.bias = None if bias is None else nn.Parameter(bias.detach().clone())
 
     def forward(self, input: Tensor) -> Tensor:
         """Energies ``(batch, out_channels, *size)``, or the same without batch."""
-        n_dims = len(cast(Any, self.pairs).kernel_size)
-        return biased(pair_norms(self.pairs(input), dim=-n_dims - 1), self.bias, n_dims)
+        return pair_energy(self.pairs(input), len(self.pairs.kernel_size), self.bias)
 
 
 # -- shared -----------------------------------------------------------------------------------
-
-
-def n_learned(module: nn.Module) -> int:
-    """How many numbers of a module train."""
-    return sum(value.numel() for value in module.parameters() if value.requires_grad)
 
 
 def plain_conv(layer: Any, weight: Tensor, bias: Tensor | None) -> Any:
@@ -592,17 +655,13 @@ def _empty_conv(layer: Any, out_channels: int, *, bias: bool) -> Any:
     )
 
 
-def pair_norms(responses: Tensor, dim: int) -> Tensor:
-    """Norms of consecutive pairs along an axis, with gradient 0 where both are 0."""
+def pair_energy(responses: Tensor, n_dims: int, bias: Tensor | None) -> Tensor:
+    """Norms of consecutive pairs of channels, with a bias; of zeros the gradient is 0."""
     # Not vector_norm, which is many times slower along an axis of 2 than the convolution itself.
-    even, odd = responses.unflatten(dim, (-1, 2)).unbind(dim if dim < 0 else dim + 1)
+    even, odd = responses.unflatten(-n_dims - 1, (-1, 2)).unbind(-n_dims - 1)
     silent = (even == 0) & (odd == 0)
-    return torch.hypot(even.masked_fill(silent, 1), odd).masked_fill(silent, 0)
-
-
-def biased(responses: Tensor, bias: Tensor | None, n_dims: int) -> Tensor:
-    """Responses ``(..., channels, *size)`` with each channel's bias ``(channels,)`` added."""
-    return responses if bias is None else responses + bias.reshape(-1, *[1] * n_dims)
+    norms = torch.hypot(even.masked_fill(silent, 1), odd).masked_fill(silent, 0)
+    return norms if bias is None else norms + bias.reshape(-1, *[1] * n_dims)
 
 
 def _widened(value: Tensor) -> Tensor:
@@ -615,7 +674,7 @@ def _widened(value: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def draw_uniform(value: Tensor | None, fan_in: int, generator: torch.Generator | None) -> None:
+def _draw_uniform(value: Tensor | None, fan_in: int, generator: torch.Generator | None) -> None:
     """Draw kernels or a bias as ``nn.ConvNd`` does."""
     if value is not None:
         bound = 1 / math.sqrt(fan_in)
@@ -625,13 +684,16 @@ def draw_uniform(value: Tensor | None, fan_in: int, generator: torch.Generator |
 
 
 def _learned_fields(record: type[Gabor], learn: Collection[str] | str | None) -> frozenset[str]:
-    names = record.field_names()
     if learn is None:
-        return frozenset(names) - {"center"}
+        return frozenset(record.field_names()) - {"center"}
     chosen = {learn} if isinstance(learn, str) else set(learn)
     for name in sorted(chosen):
-        if name not in names:
-            raise ValueError(
-                f"learn must name fields of {record.__name__} ({', '.join(names)}), got {name!r}."
-            )
+        one_of("Fields of learn", name, record.field_names())
     return frozenset(chosen)
+
+
+def _permutation(order: Sequence[int] | Tensor | None, n: int) -> Tensor:
+    places = torch.arange(n) if order is None else torch.as_tensor(order).flatten()
+    if places.is_floating_point() or sorted(places.tolist()) != list(range(n)):
+        raise ValueError(f"order must hold each of 0 to {n - 1} once, got {places.tolist()!s:.60}.")
+    return places.to(torch.int64)
