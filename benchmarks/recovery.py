@@ -22,7 +22,6 @@ from skimage import data
 
 from gaborium import Gabor2d
 from gaborium.experiments import Recovery, recover_planted
-from gaborium.readers import center_crop
 
 PHOTOGRAPHS = (
     *("astronaut", "brick", "camera", "coffee", "coins", "grass"),
@@ -34,10 +33,10 @@ RATES, MOMENTA, N_STEPS, KERNEL_SIZE = (0.001, 0.01, 0.1, 1.0), (0.0, 0.9), 150,
 
 
 def photograph(name: str) -> torch.Tensor:
-    """The middle of one of scikit-image's photographs, ``(1, 64, 64)`` in [0, 1]."""
+    """One of scikit-image's photographs, ``(1, height, width)`` in [0, 1]."""
     pixels = torch.from_numpy(getattr(data, name)()).double() / 255
     grey = pixels if pixels.ndim == 2 else pixels[..., :3].mean(-1)
-    return center_crop(grey[None], 64)
+    return grey[None]
 
 
 def experiment(name: str, orientation: float, shape: tuple[float, float, float]) -> Recovery:
@@ -52,6 +51,7 @@ def experiment(name: str, orientation: float, shape: tuple[float, float, float])
         target,
         start=start,
         kernel_size=KERNEL_SIZE,
+        crop=64,
         learning_rates=RATES,
         momenta=MOMENTA,
         n_steps=N_STEPS,

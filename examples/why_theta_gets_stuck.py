@@ -26,7 +26,7 @@ from torch import Tensor
 
 from gaborium import Gabor2d, GaborConv2d, gabor, gabor_jacobian, plots, recover
 from gaborium.diagnostics import Landscape, OutputLoss, identifiability, landscape, step_limit
-from gaborium.readers import center_crop, read_images
+from gaborium.readers import read_images
 
 ROOT = Path(__file__).resolve().parent.parent
 SCIKIT_IMAGE = (
@@ -84,8 +84,14 @@ def photographs(size: int, names: tuple[str, ...]) -> dict[str, Tensor]:
     for name in names:
         pixels = torch.from_numpy(getattr(data, name)()).double() / 255
         grey = pixels if pixels.ndim == 2 else pixels[..., :3].mean(-1)
-        found[name] = center_crop(grey, size)[None, None]
+        found[name] = middle(grey, size)
     return found
+
+
+def middle(image: Tensor, size: int) -> Tensor:
+    """The middle of a grey photograph, ``(1, 1, size, size)``."""
+    top, left = ((side - size) // 2 for side in image.shape)
+    return image[None, None, top : top + size, left : left + size]
 
 
 def planted(aspect_ratio: float = 1.0, orientation: float = TRUTH, **fields: float) -> Gabor2d:
@@ -690,7 +696,7 @@ def main() -> None:
     else:
         folder = arguments.data / "natural" / "kodak"
         files = read_images(folder) if folder.is_dir() else []
-        kodak = {name.partition(".")[0]: center_crop(image.mean(0), 96)[None, None]
+        kodak = {name.partition(".")[0]: middle(image.mean(0), 96)
                  for name, image in files}  # fmt: skip
         plan = Plan(photographs(96, SCIKIT_IMAGE), kodak)
     sections = compute(plan, 1 if arguments.quick else arguments.jobs)

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+from typing import Any
+
 import pytest
 
 from gaborium.cli import main
 
 
-def run(command: str, *tokens: object) -> int:
-    """What ``gaborium`` exits with."""
-    with pytest.raises(SystemExit) as stop:
-        main([command, *map(str, tokens)])
+def run(command: str, *tokens: object, figures: bool = False) -> int:
+    """What ``gaborium`` exits with; most tests leave out the figures, which take longest."""
+    with pytest.MonkeyPatch.context() as patch:
+        if not figures:
+            patch.setattr("gaborium.report.page.Report.html", lambda *_: "")
+        with pytest.raises(SystemExit) as stop:
+            main([command, *map(str, tokens)])
     return int(stop.value.code)
 
 
@@ -20,3 +27,16 @@ def one_line(capsys: pytest.CaptureFixture[str]) -> str:
     assert text.count("\n") == 1, text
     assert "Traceback" not in text
     return text
+
+
+def shown(capsys: pytest.CaptureFixture[str]) -> str:
+    """What stands on the output, without line ends."""
+    return " ".join(capsys.readouterr().out.split())
+
+
+def written(name: str) -> dict[str, Any]:
+    """The record of a run, whose page and index must be there too."""
+    folder = Path("runs", name)
+    assert f'href="{name}/report.html"' in Path("runs/index.html").read_text(encoding="utf-8")
+    assert (folder / "report.html").is_file()
+    return json.loads((folder / "result.json").read_text(encoding="utf-8"))

@@ -1,13 +1,11 @@
 """``gaborium train``: what it writes, how it goes on, and what it refuses."""
 
 import dataclasses
-import json
 from pathlib import Path
 
 import pytest
 
-import gaborium.report
-from commands import one_line, run
+from commands import one_line, run, shown, written
 from gaborium.training import Recipe
 from gaborium.training.trainer import _Trainer
 
@@ -33,33 +31,28 @@ def folder(empty_folder: Path) -> Path:
 
 
 def test_it_writes_recipe_metrics_checkpoints_result_and_report(folder, capsys):
-    assert run("train", "--data", "data.npz", *FAST) == 0
-    place = folder / "runs/train"
+    assert run("train", "--data", "data.npz", *FAST, figures=True) == 0
+    place, record = folder / "runs/train", written("train")
     recipe = Recipe.from_toml(place / "recipe.toml")
     assert (recipe.epochs, recipe.seeds) == (2, (0,))
-    result = json.loads((place / "result.json").read_text(encoding="utf-8"))
-    assert result["result"]["recipe"]["n_filters"] == 4
-    assert [row["variant"] for row in result["result"]["table"]] == ["gabor", "free"]
-    assert result["facts"]["command"].startswith("gaborium")
+    result = record["result"]
+    assert result["recipe"]["n_filters"] == 4
+    assert [row["variant"] for row in result["table"]] == ["gabor", "free"]
+    assert record["facts"]["command"].startswith("gaborium")
     assert "</html>" in (place / "report.html").read_text(encoding="utf-8")
     assert (place / "training.png").is_file()
     assert (place / "gabor-0/checkpoint.pt").is_file()
     assert (place / "free-0/metrics.jsonl").is_file()
-    shown = capsys.readouterr().out
-    assert "gabor, seed 0" in shown
-    assert result["headline"].split()[0] in shown
-    assert "runs/train/report.html" in shown
-    assert shown.splitlines()[-2] == "All runs: runs/index.html"
-    assert 'href="train/report.html"' in (folder / "runs/index.html").read_text(encoding="utf-8")
+    text = shown(capsys)
+    assert "gabor, seed 0" in text
+    means = [f"{100 * row['accuracy']:.1f} %" for row in result["table"]]
+    assert f"With the first layer gabor, test accuracy is {means[0]}: " in text
+    assert record["headline"] in text
+    assert "gabor, median distance from the start: orientation " in text
+    assert "Accuracy Means over 1 seed with standard errors. Reset is the trained network " in text
+    assert "Report: runs/train/report.html All runs: runs/index.html Took" in text
 
 
-@pytest.fixture
-def unreported(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without the report, which has a test and takes long."""
-    monkeypatch.setattr(gaborium.report, "write_report", lambda *_, **__: ())
-
-
-@pytest.mark.usefixtures("unreported")
 def test_flags_stand_above_the_file(folder):
     Recipe(data="data.npz", epochs=7, n_filters=6, compare_with=("gabor-fixed",)).to_toml("my.toml")
     assert run("train", "my.toml", *FAST, "--no-compare-with", "--name", "mine") == 0
@@ -72,7 +65,6 @@ def test_flags_stand_above_the_file(folder):
     )
 
 
-@pytest.mark.usefixtures("unreported")
 def test_interrupted_it_says_how_to_go_on_and_does(folder, capsys, monkeypatch):
     steps, step = [], _Trainer._do_step
 
@@ -85,7 +77,9 @@ def test_interrupted_it_says_how_to_go_on_and_does(folder, capsys, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(_Trainer, "_do_step", interrupted)
         assert run("train", "--data", "data.npz", *FAST) == 130
-    assert "Interrupted; the same command continues from the last checkpoint in" in one_line(capsys)
+    assert one_line(capsys) == (
+        "Interrupted; the same command continues from the last checkpoint in runs/train.\n"
+    )
     assert not list(folder.glob("runs/train/free-0"))
     steps.clear()
     with monkeypatch.context() as patch:
@@ -97,7 +91,6 @@ def test_interrupted_it_says_how_to_go_on_and_does(folder, capsys, monkeypatch):
     assert run("train", "--data", "data.npz", *FAST) == 0  # nothing is left to do
 
 
-@pytest.mark.usefixtures("unreported")
 def test_another_recipe_in_the_same_folder_needs_overwrite(folder, capsys):
     assert run("train", "--data", "data.npz", *FAST, "--no-compare-with") == 0
     capsys.readouterr()

@@ -274,7 +274,7 @@ def test_a_conversion_has_the_pairs_and_the_explained_variance(kernels, width):
 def test_every_figure_of_an_experiment_draws_without_a_warning(plot, kind, width, grey, colour):
     lost = dataclasses.replace(
         grey.descents[0], orientation=[-0.7, 3e9, math.nan], loss=[0.5, math.inf, math.nan],
-        error=[1.5, 0.1, math.nan], final_error=math.nan,
+        final_error=math.nan,
     )  # fmt: skip
     recovery = {
         "grey": grey,

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from gaborium.readers import center_crop, read_image, read_images, sample_image
+from gaborium.readers import read_image, read_images, sample_image
 
 np = pytest.importorskip("numpy")
 pytest.importorskip("PIL")
@@ -134,16 +134,13 @@ def test_a_jpeg_is_close(tmp_path: Path) -> None:
     assert (image - 128 / 255).abs().max() <= 2 / 255
 
 
-def test_white_is_zero_and_12_bit_tiffs(tmp_path: Path) -> None:
-    inverted = read(tmp_path, tiff(WIDE, photometric="miniswhite", byteorder="<"))
-    torch.testing.assert_close(inverted, expected(65535 - WIDE, 65535), rtol=0, atol=1e-15)
-    # Two 12-bit values in three bytes: 0xFFF and 0x800.
+def tiff_of_12_bits() -> bytes:
+    """Two values in three bytes: 0xFFF and 0x800."""
     entries = [(256, 2), (257, 1), (258, 12), (259, 1), (262, 1), (273, 8), (277, 1), (279, 3)]
     data = b"II*\0" + struct.pack("<I", 12) + b"\xff\xf8\x00\0"
     data += struct.pack("<H", len(entries))
     data += b"".join(struct.pack("<HHIHH", tag, 3, 1, value, 0) for tag, value in entries)
-    image = read(tmp_path, data + b"\0\0\0\0")
-    assert image.flatten().tolist() == [1.0, 0x800 / 0xFFF]
+    return data + b"\0\0\0\0"
 
 
 @pytest.mark.parametrize("mode", ["LA", "RGBA"])
@@ -251,9 +248,14 @@ ANIMATION = {"save_all": True, "append_images": [Image.fromarray(255 - NOISE)]}
             ["from -1.5 to 200", "expected 0 (black) to 1 (white)"],
             id="range",
         ),
-        pytest.param(tiff(GREY.astype("u4")), ["expected one image of 8 or 16 bits"], id="32-bit"),
-        pytest.param(tiff(GREY.astype("i2")), ["expected one image of 8"], id="signed 16"),
-        pytest.param(tiff(GREY.astype("i1")), ["expected one image of 8"], id="signed 8"),
+        pytest.param(tiff(GREY.astype("u4")), ["16 bits from 0, black"], id="32-bit"),
+        pytest.param(tiff(GREY.astype("i2")), ["16 bits from 0, black"], id="signed 16"),
+        pytest.param(tiff_of_12_bits(), ["16 bits from 0, black"], id="12-bit"),
+        pytest.param(
+            tiff(WIDE, photometric="miniswhite", byteorder="<"),
+            ["16 bits from 0, black", "save it as PNG"],
+            id="white is zero",
+        ),
         pytest.param(tiff(NOISE / 255, photometric="rgb"), ["cannot identify"], id="float64"),
     ],
 )
@@ -325,6 +327,13 @@ def test_what_a_folder_holds_besides_is_listed(tmp_path: Path) -> None:
     assert [name for name, _ in pairs] == ["it.png"]
 
 
+def test_of_many_images_the_first_are_read(tmp_path: Path) -> None:
+    for name in "abc":
+        (tmp_path / f"{name}.png").write_bytes(encoded(GREY, "PNG"))
+    with pytest.warns(UserWarning, match=r"^Using the first 2 of 3 images in .*--max-images\)\.$"):
+        assert [name for name, _ in read_images(tmp_path, 2)] == ["a.png", "b.png"]
+
+
 def test_a_folder_without_images_is_one_line(tmp_path: Path) -> None:
     refused(FileNotFoundError, lambda: read_images(tmp_path), "No images", ".png")
 
@@ -335,7 +344,7 @@ def test_a_damaged_image_in_a_folder_is_named_and_not_skipped(tmp_path: Path) ->
     refused(ValueError, lambda: read_images(tmp_path), "/b.png'", "cannot be read")
 
 
-# -- the default photograph and crops -------------------------------------------------------
+# -- the default photograph -----------------------------------------------------------------
 
 
 def test_the_sample_needs_no_download(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -352,20 +361,6 @@ def test_the_sample_needs_no_download(monkeypatch: pytest.MonkeyPatch) -> None:
     assert image.dtype == torch.float64
     assert image.min() == 0
     assert image.max() == 1
-
-
-def test_center_crop_of_odd_and_even(tmp_path: Path) -> None:
-    image = torch.arange(35.0).reshape(1, 5, 7)
-    assert center_crop(image, (3, 1)).flatten().tolist() == [10, 17, 24]
-    assert center_crop(image, (4, 2)).flatten()[0] == 2  # the extra row goes from the bottom
-    assert torch.equal(center_crop(image, (5, 7)), image)
-    assert center_crop(torch.zeros(2, 3, 9, 9), 4).shape == (2, 3, 4, 4)
-
-
-def test_center_crop_needs_enough_pixels() -> None:
-    image = torch.zeros(1, 5, 7)
-    refused(ValueError, lambda: center_crop(image, 6), "at least 6 x 6", "(1, 5, 7)", "choose")
-    refused(ValueError, lambda: center_crop(image, 0), "positive")
 
 
 def test_the_warning_filters_of_the_caller_stay(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import math
 import os
 import shlex
@@ -15,6 +16,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn, get_type_hints
 
 from gaborium import __version__
@@ -26,12 +28,7 @@ if TYPE_CHECKING:
 _BAD_INPUT = 2
 _INTERRUPTED = 130
 _PIECE = 1024  # kernels between two updates of the progress bar
-_PIECE_VALUES = 4_000_000  # numbers in a piece: it bounds the memory for large kernels
 _SEVERITY_STYLES = {"severe": "bold red", "warning": "bold yellow", "note": "bold cyan"}
-
-Facts = dict[str, str]
-Progress = Callable[[str, int, int], None]
-Work = Callable[[Path, Progress], "tuple[Any, Tensor | None, Facts]"]
 
 
 def _at_least(least: int, **options: float) -> None:
@@ -94,37 +91,25 @@ class Experiment:
         _at_least(0, crop=self.crop)
         _at_least(1, max_images=self.max_images, kernel_size=self.kernel_size)
 
-    def arguments(self) -> tuple[dict[str, Any], Facts]:
+    def arguments(self) -> tuple[dict[str, Any], dict[str, str]]:
         """Return arguments of the functions in ``experiments``, and facts about them."""
-        from gaborium.functions.params import Gabor2d
-        from gaborium.readers import center_crop, sample_image
+        from gaborium import Gabor2d
+        from gaborium.readers import read_images, sample_image
 
-        if self.image is None:
-            named = [("camera (scikit-image)", sample_image())]
-        else:
-            named = _read_photographs(self.image, self.max_images)
-        if len({len(pixels) for _, pixels in named}) > 1:
-            # Grey photographs next to coloured ones get three equal channels.
-            named = [(name, pixels.expand(3, -1, -1)) for name, pixels in named]
-        smallest = [min(pixels.shape[axis] for _, pixels in named) for axis in (1, 2)]
-        height, width = (min(self.crop or side, side) for side in smallest)
-        several = {name: getattr(self, name) for name in ("phase", "amplitude")}
-        target = Gabor2d.of(
-            orientation=self.orientation,
-            wavelength=self.wavelength,
-            sigma=self.sigma,
-            aspect_ratio=self.aspect_ratio,
-            **{name: v if len(v) > 1 else v[0] for name, v in several.items()},
-        )
-        orientation = target.orientation.new_tensor(self.start_orientation)
+        named = {"camera (scikit-image)": sample_image()}
+        if self.image is not None:
+            named = dict(read_images(self.image, self.max_images))
+        fields = {name: getattr(self, name) for name in ("wavelength", "sigma", "aspect_ratio")}
+        fields |= {"phase": list(self.phase), "amplitude": list(self.amplitude)}
+        target = Gabor2d.of(orientation=self.orientation, **fields)
         arguments = {
-            "images": [center_crop(pixels, (height, width)) for _, pixels in named],
+            "images": list(named.values()),
             "target": target,
-            "start": target.replace(orientation=orientation),
+            "start": Gabor2d.of(orientation=self.start_orientation, **fields),
             "kernel_size": self.kernel_size,
+            "crop": self.crop or None,
         }
-        names = ", ".join(name for name, _ in named)
-        return arguments, {"photograph": names, "crop": f"{height} × {width} px"}
+        return arguments, {"photograph": ", ".join(named)}
 
 
 @dataclass(frozen=True)
@@ -140,11 +125,15 @@ class Kernels:
     key: str | None = None
     n_dims: Literal[1, 2, 3] = 2
 
-    def read(self, file: Path, **options: Any) -> tuple[Any, Any]:
-        """Return a convolution, and the file's kernels with their names."""
-        from gaborium.readers import read_layer
+    def read(self, file: Path) -> tuple[Any, dict[str, str]]:
+        """Return the kernels of a file, and facts about them."""
+        from gaborium.readers import read_kernels
 
-        return read_layer(file, key=self.key, n_dims=self.n_dims, **options)
+        found = read_kernels(file, key=self.key, n_dims=self.n_dims)
+        facts = {"file": file.name, "array": found.key, "shape": _by(found.values.shape)}
+        if file.is_file():
+            facts["SHA-256"] = hashlib.sha256(file.read_bytes()).hexdigest()
+        return found, {name: fact for name, fact in facts.items() if fact}
 
 
 # Defaults of the commands; frozen records can be shared.
@@ -157,8 +146,10 @@ def main(tokens: Sequence[str] | None = None) -> NoReturn:
     Args:
         tokens: the arguments; by default those of the process.
     """
-    # A terminated run cleans up like an interrupted one.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    # A terminated run cleans up like an interrupted one. One that ignores Ctrl-C still does.
+    signal.signal(signal.SIGTERM, _interrupt)
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, _interrupt)
     warnings.showwarning = _show_warning
     tokens = sys.argv[1:] if tokens is None else list(tokens)
     try:
@@ -169,8 +160,8 @@ def main(tokens: Sequence[str] | None = None) -> NoReturn:
         _app(cyclopts, tokens)(tokens)
     except cyclopts.CycloptsError as error:
         _fail(f"{error} See gaborium --help.")
-    except KeyboardInterrupt:
-        _say("Interrupted; nothing was written.")
+    except KeyboardInterrupt as stop:
+        _say(f"Interrupted; {str(stop) or 'nothing was written.'}")
         sys.exit(_INTERRUPTED)
     except (ValueError, TypeError, OSError, ImportError) as error:
         _fail(error)
@@ -203,22 +194,19 @@ def recover(
     _at_least(1, steps=steps)
     _at_least(0, noise=noise, learning_rate=min(learning_rate), momentum=min(momentum))
 
-    def work(_: Path, on_progress: Progress) -> tuple[Any, None, Facts]:
+    with _run("recover", output) as run:
         from gaborium.experiments import recover_planted
 
-        arguments, facts = experiment.arguments()
-        result = recover_planted(
+        arguments, run.facts = experiment.arguments()
+        run.result = recover_planted(
             **arguments,
             noise=noise,
             learning_rates=learning_rate,
             momenta=momentum,
             n_steps=steps,
             seed=seed,
-            on_progress=on_progress,
+            on_progress=run.progress,
         )
-        return result, None, {**facts, "seed": str(seed), "steps": str(steps)}
-
-    _run("recover", output, work)
 
 
 def fit(
@@ -247,41 +235,30 @@ def fit(
     """
     _at_least(1, n_starts=n_starts)
 
-    def work(_: Path, on_progress: Progress) -> tuple[Any, Tensor, Facts]:
-        from gaborium.fitting import FitResult
-        from gaborium.fitting import fit as fit_kernels
+    with _run("fit", output) as run:
+        from gaborium import FitResult
+        from gaborium import fit as fit_kernels
 
-        found = kernels.read(file)[1]
-        n_dims = kernels.n_dims
-        values, has_channels = found.values, found.values.ndim >= n_dims + 2
-        share = geometry or ("filter" if has_channels else "pair")
-        if share == "filter" and not has_channels:
-            raise ValueError(
-                f"--geometry filter needs an axis of channels, got kernels of shape "
-                f"{_by(values.shape)}; use --geometry pair."
-            )
+        found, run.facts = kernels.read(file)
+        share = geometry or ("filter" if found.has_channels else "pair")
         # One filter per entry, so that pieces of the file are pieces of the result.
-        filters = values.reshape(-1, *values.shape[-n_dims - (share == "filter") :])
-        results: list[Any] = []
-        for piece in filters.split(max(1, min(_PIECE, _PIECE_VALUES // filters[0].numel()))):
-            on_progress("Fitting", sum(map(len, results)), len(filters))
-            options: Any = {
-                "center": not fixed_center,
-                "isotropic": isotropic,
-                "n_starts": n_starts,
-            }
-            results.append(fit_kernels(piece, n_dims=n_dims, geometry=share, **options))
-        on_progress("Fitting", len(filters), len(filters))
-        facts = {
-            **_source(found),
-            "geometry": share,
-            "centre": "the kernel's middle" if fixed_center else "searched",
-            "aspect ratio": "1" if isotropic else "searched",
-            "starts": str(n_starts),
-        }
-        return FitResult.cat(results), filters, facts
-
-    _run("fit", output, work)
+        size = found.values.shape[-found.n_dims - (share == "filter") :]
+        run.kernels = found.values.reshape(-1, *size)
+        results: list[FitResult] = []
+        for piece in run.kernels.split(_PIECE):
+            run.progress("Fitting", sum(map(len, results)), len(run.kernels))
+            results.append(
+                fit_kernels(
+                    piece,
+                    n_dims=found.n_dims,
+                    geometry=share,
+                    center=not fixed_center,
+                    isotropic=isotropic,
+                    n_starts=n_starts,
+                )
+            )
+        run.progress("Fitting", len(run.kernels), len(run.kernels))
+        run.result = FitResult.cat(results)
 
 
 def census(
@@ -301,16 +278,13 @@ def census(
     """
     _at_least(1, n_starts=n_starts)
 
-    def work(_: Path, on_progress: Progress) -> tuple[Any, Tensor, Facts]:
-        from gaborium.conversion import census as classify
+    with _run("census", output) as run:
+        from gaborium import census as classify
 
-        layer, found = kernels.read(file)
-        n_dims: Any = layer.weight.ndim - 2
-        filters = layer.weight.detach()
-        result = classify(filters, n_dims=n_dims, n_starts=n_starts, on_progress=on_progress)
-        return result, filters, {**_source(found), "starts": str(n_starts)}
-
-    _run("census", output, work)
+        found, run.facts = kernels.read(file)
+        run.kernels = found.layer().weight.detach()
+        options: Any = {"n_dims": found.n_dims, "n_starts": n_starts}
+        run.result = classify(run.kernels, **options, on_progress=run.progress)
 
 
 def convert(
@@ -349,40 +323,32 @@ def convert(
     if not 0 <= threshold <= 1:
         raise ValueError(f"--threshold must be from 0 to 1, got {threshold}.")
 
-    def work(folder: Path, on_progress: Progress) -> tuple[Any, Tensor, Facts]:
-        from gaborium.conversion import convert as convert_layer
+    with _run("convert", output) as run:
+        from gaborium import convert as convert_layer
         from gaborium.storage import save_layer
         from gaborium.support import write_tensors
 
-        conv, found = kernels.read(file, stride=stride, padding=padding)
-        batches = _calibration(images, max_images, conv) if images else None
-        on_progress("Converting", 0, 1)
-        with _rename("filters", "--filters"):
-            conversion = convert_layer(
-                conv,
-                calibrate=batches,
-                threshold=threshold,
-                filters=filters or None,
-                n_starts=n_starts,
-            )
-        on_progress("Converting", 1, 1)
-        if conversion.is_gabor.any():
-            save_layer(conversion.layer, folder / "layer.safetensors")
-        weights = found.weights_with(conversion.layer)
-        header = {"name": "gaborium.weights", "format": 1, "file": found.name, "array": found.key}
-        write_tensors(folder / "weights.safetensors", weights, header)
+        found, run.facts = kernels.read(file)
+        layer = found.layer(stride=stride, padding=padding)
+        run.kernels = layer.weight.detach()
+        batches = None
+        if images is not None:
+            batches = _calibration(images, max_images, run.kernels)
+            run.facts["images"] = f"{len(batches)} from {images}"
+        run.result = convert_layer(
+            layer,
+            calibrate=batches,
+            threshold=threshold,
+            filters=filters or None,
+            n_starts=n_starts,
+        )
+        if run.result.is_gabor.any():
+            save_layer(run.result.layer, run.folder / "layer.safetensors")
+        weights = found.weights_with(run.result.layer)
+        header = {"name": "gaborium.weights", "format": 1, "file": file.name, "array": found.key}
+        write_tensors(run.folder / "weights.safetensors", weights, header)
         for name in sorted(weights.keys() - found.arrays.keys() - {"weight"}):
-            warnings.warn(
-                f"weights.safetensors has {name!r}, a bias that keeps the responses' means; a "
-                "network that loads these weights needs a bias in this layer.",
-                stacklevel=1,
-            )
-        facts = _source(found) | {"starts": str(n_starts)}
-        if batches:
-            facts["images"] = f"{len(batches)} from {images}"
-        return conversion, conv.weight.detach(), facts
-
-    _run("convert", output, work)
+            _say(f"Note: weights.safetensors has a new bias {name!r}, for the responses' means.")
 
 
 def diagnose(
@@ -390,7 +356,6 @@ def diagnose(
     /,
     *,
     experiment: Experiment = _EXPERIMENT,
-    padding: int = 0,
     loss: Literal["rmse", "mse"] = "rmse",
     learning_rate: float = 1.0,
     momentum: float = 0.0,
@@ -407,16 +372,15 @@ def diagnose(
         file: A Python script that defines setup(), which returns (module, loss, (inputs,
             targets)), and optionally the optimizer; the script is run. Or a layer from
             gaborium.storage.save_layer, or kernels as for gaborium fit, whose filters are checked.
-        padding: Experiment: zeros around the photograph, px.
         loss: Experiment: loss between outputs and responses.
         learning_rate: Experiment: step size of the descent.
         momentum: Experiment: momentum of the descent.
         steps: Steps of each trial, with and without a remedy.
     """
     _at_least(1, steps=steps)
-    _at_least(0, padding=padding, learning_rate=learning_rate, momentum=momentum)
-    options = (experiment, padding, loss, learning_rate, momentum)
-    if file is not None and options != (_EXPERIMENT, 0, "rmse", 1.0, 0.0):
+    _at_least(0, learning_rate=learning_rate, momentum=momentum)
+    options = (experiment, loss, learning_rate, momentum)
+    if file is not None and options != (_EXPERIMENT, "rmse", 1.0, 0.0):
         raise ValueError(f"Options of the built-in experiment have no effect on {str(file)!r}.")
     is_script = file is not None and file.suffix == ".py"
     if (file is None or is_script) and kernels != _KERNELS:
@@ -424,39 +388,31 @@ def diagnose(
     if file is not None and not is_script and steps != 100:
         raise ValueError(f"--steps is the length of trials, and {str(file)!r} has none.")
 
-    def work(_: Path, on_progress: Progress) -> tuple[Any, None, Facts]:
+    with _run("diagnose", output) as run:
+        from torch.nn.functional import mse_loss
+
         from gaborium import diagnostics
-        from gaborium.experiments import planted_setup
+        from gaborium.experiments import planted_setup, rmse
         from gaborium.readers import run_setup, script_errors
 
         if file is not None and not is_script:
-            layer, found = kernels.read(file)
-            return diagnostics.diagnose_filters(layer), None, _source(found)
-        facts = {"steps": f"{steps} in each trial"}
+            found, run.facts = kernels.read(file)
+            run.result = diagnostics.diagnose_filters(found.layer())
+            return
         if file is not None:
-            setup = run_setup(file)
-            facts["script"] = str(file)
+            setup, run.facts = run_setup(file), {"script": str(file)}
         else:
-            arguments, more = experiment.arguments()
-            descent: Any = {"loss": loss, "learning_rate": learning_rate, "momentum": momentum}
-            setup = planted_setup(**arguments, **descent, padding=padding)
-            facts |= more | {
-                "planted orientation": f"{math.degrees(experiment.orientation):g}°",
-                "start": f"{math.degrees(experiment.start_orientation):g}°",
-                **{name.replace("_", " "): str(value) for name, value in descent.items()},
-            }
+            arguments, run.facts = experiment.arguments()
+            descent: Any = {"learning_rate": learning_rate, "momentum": momentum}
+            arguments["loss"] = rmse if loss == "rmse" else mse_loss
+            setup = planted_setup(**arguments, **descent)
         with nullcontext() if file is None else script_errors(file):
-            result = diagnostics.diagnose(
-                setup.module,
-                setup.loss,
-                (setup.inputs, setup.targets),
-                optimizer=setup.optimizer,
+            run.result = diagnostics.diagnose(
+                *setup[:3],
+                optimizer=setup[3],
                 n_steps=steps,
-                on_progress=lambda part, *_: on_progress(f"Checking: {part}", 0, 0),
+                on_progress=lambda part: run.progress(f"Checking: {part}", 0, 0),
             )
-        return result, None, facts
-
-    _run("diagnose", output, work)
 
 
 def train(
@@ -478,48 +434,35 @@ def train(
     """
     if recipe is not None and not recipe.is_file():
         raise FileNotFoundError(f"There is no recipe {str(recipe)!r}.")
-    folder = output.out / (output.name or "train")
-
-    def work(_: Path, on_progress: Progress) -> tuple[Any, None, Facts]:
-        from gaborium.training import Recipe
-        from gaborium.training import train as train_networks
+    with _run("train", output, resume=True) as run:
+        from gaborium import Recipe
+        from gaborium import train as train_networks
 
         chosen = Recipe() if recipe is None else Recipe.from_toml(recipe)
         given = {name: value for name, value in vars(options).items() if value is not None}
-        for package in ("jinja2", "matplotlib"):  # missing ones are reported before the training
-            require(package, extra="report", purpose="Reports")
 
         def report(line: Mapping[str, Any]) -> None:
-            on_progress(f"{line['variant']}, seed {line['seed']}", line["step"], line["n_steps"])
+            run.progress(f"{line['variant']}, seed {line['seed']}", line["step"], line["n_steps"])
 
-        result = train_networks(
+        run.result = train_networks(
             chosen.replace(**given),
-            folder=folder,
+            folder=run.folder,
             resume=not output.overwrite,
             tensorboard=tensorboard,
             progress=report,
         )
-        return result, None, {}
-
-    try:
-        _run("train", output, work, folder)
-    except KeyboardInterrupt:
-        _say(f"Interrupted; the same command continues from the last checkpoint in {folder}.")
-        sys.exit(_INTERRUPTED)
 
 
-def _run(command: str, output: Output, work: Work, folder: Path | None = None) -> None:
-    """Run the work of a command, write its report, and print its answer.
+@contextmanager
+def _run(command: str, output: Output, *, resume: bool = False) -> Iterator[Any]:
+    """The frame of all commands: load torch, let them work, write the report, print the answer.
 
-    Args:
-        command: name of the command.
-        output: where to write.
-        work: takes the folder and a progress callback; returns the result, its kernels and facts.
-        folder: of work that keeps its own folder; others get one that appears when it is complete.
+    A command gets ``folder`` and ``progress`` (stage, steps done, steps in all; 0 if unknown), and
+    sets ``result``, and perhaps ``kernels`` and ``facts`` of the report. With ``resume`` it keeps
+    its own folder; others get one that appears when it is complete.
     """
-    begun = time.monotonic()
-    console = require("rich.console", extra="cli", purpose="Commands").Console()
-    place = output.out / (output.name or command)
+    begun, place = time.monotonic(), output.out / (output.name or command)
+    console = _console()
     with console.status("Loading PyTorch"):
         import torch
 
@@ -529,33 +472,49 @@ def _run(command: str, output: Output, work: Work, folder: Path | None = None) -
     torch.set_num_threads(1)
 
     is_first = not int(os.environ.get("RANK", "0"))  # of the processes of torchrun
-    own = new_folder(place, overwrite=output.overwrite) if folder is None else nullcontext(folder)
-    with own as inside:
-        with _progress(console) as on_progress:
-            result, kernels, facts = work(inside, on_progress)
-        if is_first:
-            facts["command"] = shlex.join(["gaborium", *sys.argv[1:]])
-            with console.status("Writing the report"):
-                write_report(result, inside, kernels=kernels, facts=facts)
-    if not is_first:
-        return
-    _print_result(console, result)
-    console.print(f"Report: {place / 'report.html'}", soft_wrap=True, highlight=False)
-    index = write_index(output.out)
-    if index is not None:
-        console.print(f"All runs: {index}", soft_wrap=True, highlight=False)
-    console.print(f"Took {time.monotonic() - begun:.0f} s.", highlight=False)
+    own = nullcontext(place) if resume else new_folder(place, overwrite=output.overwrite)
+    try:
+        with own as folder:
+            with _progress(console) as progress:
+                run = SimpleNamespace(folder=folder, progress=progress, kernels=None, facts={})
+                yield run
+            if is_first:
+                run.facts["command"] = shlex.join(["gaborium", *sys.argv[1:]])
+                with console.status("Writing the report"):
+                    write_report(run.result, folder, kernels=run.kernels, facts=run.facts)
+    except KeyboardInterrupt:
+        if resume:
+            raise KeyboardInterrupt(
+                f"the same command continues from the last checkpoint in {place}."
+            ) from None
+        raise
+    if is_first:
+        _print_result(console, run.result)
+        console.print(f"Report: {place / 'report.html'}", soft_wrap=True)
+        if (index := write_index(output.out)) is not None:
+            console.print(f"All runs: {index}", soft_wrap=True)
+        console.print(f"Took {time.monotonic() - begun:.0f} s.")
+
+
+def _console(**options: Any) -> Any:
+    """A terminal on which texts are shown as they are."""
+    from rich.console import Console
+
+    return Console(markup=False, emoji=False, highlight=False, **options)
 
 
 def _print_result(console: Any, result: Any) -> None:
     """Print the sections of the report that are text: the same words and tables as on the page."""
+    from rich.box import SIMPLE_HEAD
+    from rich.padding import Padding
+    from rich.table import Table
+
     from gaborium.report import describe
 
     report = describe(result)
-    text = require("rich.text", extra="cli", purpose="Commands").Text
-    console.print(text(report.headline, "bold"), highlight=False)
+    console.print(report.headline, style="bold")
     for sentence in report.sentences:
-        console.print(text(sentence), highlight=False)
+        console.print(sentence)
     for section in report.sections:
         table: Any = section.table
         if table and not all(isinstance(cell, str) for row in table.rows for cell in row):
@@ -563,45 +522,32 @@ def _print_result(console: Any, result: Any) -> None:
         if not (section.tone or table):
             continue
         console.print()
-        console.print(text(section.title, _SEVERITY_STYLES.get(section.tone, "bold")))
+        console.print(section.title, style=_SEVERITY_STYLES.get(section.tone, "bold"))
         for paragraph in section.text:
-            _print_indented(console, text, paragraph)
+            console.print(Padding.indent(paragraph, 3))
         if table:
-            console.print(_table(table.head, table.rows, table.n_words))
+            shown = Table(box=SIMPLE_HEAD, padding=(0, 0))
+            for index, name in enumerate(table.head):
+                shown.add_column(name, justify="left" if index < table.n_words else "right")
+            for row in table.rows:
+                shown.add_row(*row)
+            console.print(shown)
         if section.code:
             console.print()
-            for line in section.code.rstrip().splitlines():
-                console.print(text(f"     {line}"), soft_wrap=True, highlight=False)
-
-
-def _print_indented(console: Any, text: Any, paragraph: str) -> None:
-    lines = textwrap.wrap(
-        paragraph, max(console.width, 40) - 3, break_long_words=False, break_on_hyphens=False
-    )
-    for line in lines:
-        console.print(text(f"   {line}"), soft_wrap=True, highlight=False)
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[Any]], n_words: int) -> Any:
-    box = require("rich.box", extra="cli", purpose="Commands")
-    table = require("rich.table", extra="cli", purpose="Commands").Table(
-        box=box.SIMPLE_HEAD, padding=(0, 0)
-    )
-    for index, name in enumerate(head):
-        table.add_column(name, justify="left" if index < n_words else "right")
-    for row in rows:
-        table.add_row(*row)
-    return table
+            console.print(textwrap.indent(section.code.rstrip(), " " * 5), soft_wrap=True)
 
 
 @contextmanager
-def _progress(console: Any) -> Iterator[Progress]:
+def _progress(console: Any) -> Iterator[Callable[[str, int, int], None]]:
     """Show a bar per stage; a stage without a total replaces the one before it."""
-    progress = require("rich.progress", extra="cli", purpose="Commands")
-    columns = [progress.TextColumn("{task.description}"), progress.BarColumn()]
-    columns += [progress.MofNCompleteColumn(), progress.TimeElapsedColumn()]
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()
     stages: dict[str, Any] = {}
-    with progress.Progress(*columns, console=console) as bars, console.status("Working") as status:
+    with (
+        Progress(*columns, TimeElapsedColumn(), console=console) as bars,
+        console.status("Working") as status,
+    ):
 
         def update(stage: str, done: int, total: int) -> None:
             if not total:
@@ -614,51 +560,29 @@ def _progress(console: Any) -> Iterator[Progress]:
         yield update
 
 
-def _read_photographs(path: Path, max_images: int) -> list[tuple[str, Tensor]]:
-    from gaborium.readers import read_images
-
-    named = read_images(path)
-    if len(named) > max_images:
-        _say(f"Note: using the first {max_images} of {len(named)} photographs (--max-images).")
-    return named[:max_images]
-
-
-def _calibration(path: Path, max_images: int, conv: Any) -> list[Tensor]:
+def _calibration(path: Path, max_images: int, kernels: Tensor) -> list[Tensor]:
     """Photographs as batches of one, with mean 0 and standard deviation 1 over all of them."""
     import torch
 
-    n_channels, n_dims = conv.weight.shape[1], conv.weight.ndim - 2
+    from gaborium.readers import read_images
+
+    n_channels, n_dims = kernels.shape[1], kernels.ndim - 2
     if n_channels not in (1, 3) or n_dims != 2:
         raise ValueError(
             f"--images needs kernels of 1 or 3 channels and 2 dimensions, got {n_channels} and "
             f"{n_dims}; convert the network in Python, with calibrate."
         )
-    images = [pixels for _, pixels in _read_photographs(path, max_images)]
+    images = [pixels for _, pixels in read_images(path, max_images)]
     if n_channels == 1:
         images = [pixels.mean(0, keepdim=True) for pixels in images]
     images = [pixels.expand(n_channels, -1, -1) for pixels in images]
     values = torch.cat([pixels.flatten(1) for pixels in images], 1)
     mean, deviation = values.mean(1)[:, None, None], values.std()
-    return [((pixels - mean) / deviation)[None].to(conv.weight) for pixels in images]
-
-
-def _source(found: Any) -> Facts:
-    """Where kernels come from."""
-    facts = {"file": found.name, "array": found.key, "shape": _by(found.values.shape)}
-    return {name: fact for name, fact in facts.items() if fact} | {"SHA-256": found.sha256}
+    return [((pixels - mean) / deviation)[None].to(kernels) for pixels in images]
 
 
 def _by(shape: Sequence[int]) -> str:
     return " × ".join(map(str, shape))
-
-
-@contextmanager
-def _rename(option: str, ours: str) -> Iterator[None]:
-    """Errors name an argument of a function by the option of this command."""
-    try:
-        yield
-    except ValueError as error:
-        raise ValueError(str(error).replace(option, ours)) from None
 
 
 def _app(cyclopts: Any, tokens: Sequence[str]) -> Any:
@@ -696,6 +620,14 @@ def _recipe_options(cyclopts: Any) -> Any:
     options = dataclasses.make_dataclass("Options", fields, frozen=True)
     options.__doc__, options.__module__ = Recipe.__doc__, __name__
     return cyclopts.Parameter(name="*")(options)
+
+
+class _Interrupted(KeyboardInterrupt):
+    """Python exits with a code of its own after an exact KeyboardInterrupt in a string of code."""
+
+
+def _interrupt(*_: object) -> NoReturn:
+    raise _Interrupted
 
 
 def _fail(error: object) -> NoReturn:

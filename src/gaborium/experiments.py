@@ -18,15 +18,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gaborium.diagnostics import TrainingSetup
 from gaborium.fitting import FitResult, recover
 from gaborium.functions.kernels import gabor, orientation_basin
-from gaborium.functions.params import UNITS, Gabor, Gabor2d, plain
+from gaborium.functions.params import UNITS, Gabor2d, plain
 from gaborium.layers import GaborConv2d
 from gaborium.optim import NaturalGradient
-from gaborium.support import as_sizes, one_of
 
-Progress = Callable[[str, int, int], None]  # stage, steps done, steps in all
+Loss = Callable[[Tensor, Tensor], Tensor]
 
 _LANDSCAPE_POINTS = 360
 _NEAR = 0.05  # rad; a descent closer than this has been at the minimum
@@ -42,7 +40,6 @@ class Descent:
         momentum: of the descent.
         orientation: θ before every step and after the last, rad.
         loss: the root of the mean squared error at each of them.
-        error: distance of θ from the truth at each of them, rad, in [0, π/2].
         first_arrival: the first step at which θ was within 0.05 rad of the truth, or ``None``.
         n_ejections: how often θ left the basin after it had been inside.
         final_error: largest error in the last tenth of the run, rad.
@@ -52,7 +49,6 @@ class Descent:
     momentum: float
     orientation: list[float]
     loss: list[float]
-    error: list[float]
     first_arrival: int | None
     n_ejections: int
     final_error: float
@@ -85,15 +81,11 @@ class Training:
         params: where it ended, geometry ``(1, 1)``.
         orientation: θ before every step and after the last, rad.
         loss: variance of the error as a share of the responses' variance, at each of them.
-        global_steps: the steps at which a global step was taken.
-        kernel_error: of the final kernel, relative to the planted one in L2 norm.
     """
 
     params: Gabor2d
     orientation: list[float]
     loss: list[float]
-    global_steps: list[int]
-    kernel_error: float
 
 
 @dataclass(frozen=True)
@@ -105,7 +97,6 @@ class Recovery:
         target: the planted parameters, geometry ``(1, 1)``.
         start: where the descents and the training began.
         kernel_size: (height, width).
-        noise: standard deviation of the noise as a share of the responses' own.
         responses: ``(batch, 1, height, width)``, with noise.
         landscape: θ over the whole circle (``orientation``, rad) with ``mse`` and ``rmse``.
         basin: convex half-width of the squared error in θ that theory gives, rad.
@@ -118,7 +109,6 @@ class Recovery:
     target: Gabor2d
     start: Gabor2d
     kernel_size: tuple[int, int]
-    noise: float
     responses: Tensor
     landscape: dict[str, list[float]]
     basin: float
@@ -127,33 +117,25 @@ class Recovery:
     training: Training
 
     def table(self) -> list[dict[str, Any]]:
-        """Rows of parameter, unit, truth, start, found, error, standard error, trained."""
+        """Rows of parameter, unit, found, trained, truth, start, and errors of both."""
         target = self.target.canonical()
-        found, trained = self.found.params.difference(target), self.training.params
         columns = {
             "truth": target.as_dict(),
             "start": self.start.expand().as_dict(),
-            "error": found,
+            "error": self.found.params.difference(target),
             "standard_error": self.found.standard_error,
-            "trained_error": trained.difference(target),
+            "trained_error": self.training.params.difference(target),
         }
         rows = []
-        for name in target.field_names():
-            values = {column: fields[name].flatten() for column, fields in columns.items()}
-            n = len(values["truth"])
-            for i in range(n if name != "center" else 0):
-                row = {column: value[i].item() for column, value in values.items()}
+        for name in (name for name in target.field_names() if name != "center"):
+            values = {column: fields[name].flatten().tolist() for column, fields in columns.items()}
+            for i, truth in enumerate(values["truth"]):
+                row = {column: value[i] for column, value in values.items()}
                 # Errors are on the circle and up to symmetry. Truth + error is the found value on
                 # the truth's side of it.
-                rows.append(
-                    {
-                        "parameter": name if n == 1 else f"{name}[{i}]",
-                        "unit": UNITS[name],
-                        "found": row["truth"] + row["error"],
-                        "trained": row["truth"] + row["trained_error"],
-                        **row,
-                    }
-                )
+                found = {"found": truth + row["error"], "trained": truth + row["trained_error"]}
+                parameter = name if len(values["truth"]) == 1 else f"{name}[{i}]"
+                rows.append({"parameter": parameter, "unit": UNITS[name], **found, **row})
         return rows
 
     def to_json(self) -> str:
@@ -169,9 +151,11 @@ class Recovery:
 
     def kernel_errors(self) -> dict[str, float]:
         """L2 distance of the found and the trained kernel from the planted one, as a share."""
+        wanted = gabor(self.target, self.kernel_size)
+        ends = {"found": self.found.params, "trained": self.training.params}
         return {
-            "found": _kernel_error(self.found.params, self.target, self.kernel_size),
-            "trained": self.training.kernel_error,
+            name: ((gabor(params, self.kernel_size) - wanted).norm() / wanted.norm()).item()
+            for name, params in ends.items()
         }
 
 
@@ -181,22 +165,25 @@ def recover_planted(
     *,
     start: Gabor2d,
     kernel_size: int | tuple[int, int] = 15,
+    crop: int | None = None,
     noise: float = 0.0,
     learning_rates: Sequence[float] = (0.001, 0.01, 0.1, 1.0),
     momenta: Sequence[float] = (0.0, 0.9),
     n_steps: int = 300,
     seed: int = 0,
-    on_progress: Progress | None = None,
+    on_progress: Callable[[str, int, int], None] | None = None,
 ) -> Recovery:
     """Plant a kernel, convolve photographs with it, and look for it in three ways.
 
     Args:
-        images: photographs ``(channels, height, width)`` of equal shape, values in [0, 1].
+        images: photographs ``(channels, height, width)``, values in [0, 1]. The middle of each is
+            used, as large as the smallest; grey ones next to colours get equal channels.
         target: the planted Gabor function: geometry of batch shape ``()``, phase and amplitude
             ``()`` or ``(channels,)``.
         start: where the descents and the training begin, in the same shapes. Descents move the
             orientation only, so give them the truth in the rest.
         kernel_size: of all layers, px.
+        crop: side of the square that is used of each photograph at most, px.
         noise: standard deviation of white noise on the responses, as a share of their own.
         learning_rates: step sizes of the descents.
         momenta: momenta of the descents.
@@ -208,7 +195,7 @@ def recover_planted(
         Descents, the result of ``recover``, the training, and the loss over all orientations.
 
     Raises:
-        ValueError: images differ in shape, are constant, not finite or smaller than the kernel.
+        ValueError: images are constant, not finite or smaller than the kernel.
 
     Example:
         >>> image = torch.rand(1, 48, 48, generator=torch.Generator().manual_seed(0))
@@ -220,7 +207,7 @@ def recover_planted(
         >>> result.found.outcome[0].name, len(result.descents)
         ('CONVERGED', 2)
     """
-    size, batch, target, start = _prepare(images, target, start, kernel_size)
+    batch, target, start, size = _prepare(images, target, start, kernel_size, crop)
     report = on_progress or (lambda *_: None)
     clean = F.conv2d(batch, gabor(target, size).to(batch))
     if not clean.std() > 1e-6 * batch.abs().max():
@@ -233,43 +220,34 @@ def recover_planted(
     responses = clean + noise * clean.std() * white
 
     descents = []
-    settings = [(rate, momentum) for momentum in momenta for rate in learning_rates]
-    for rate, momentum in settings:
+    settings = list(itertools.product(momenta, learning_rates))
+    for momentum, rate in settings:
         layer = _orientation_layer(start, size)
         optimizer = torch.optim.SGD(layer.parameters(), lr=rate, momentum=momentum)
-        path = _path(layer, optimizer, _rmse, batch.float(), responses.float(), n_steps)
-        descents.append(_descent(rate, momentum, list(path), target))
+        path = list(_path(layer, optimizer, rmse, (batch.float(), responses.float()), n_steps))
+        descents.append(_descent(rate, momentum, path, target))
         report("gradient descent on θ", len(descents), len(settings))
     report("recover", 0, 1)
     found = recover(batch, responses, size)
     report("recover", 1, 1)
     layer = GaborConv2d(batch.shape[1], 1, size, bias=False, start=start, dtype=torch.float64)
-    natural, orientation, losses, n_jumps = NaturalGradient(layer), [], [], []
-    for theta, loss in _path(layer, natural, _error_variance, batch, responses, n_steps):
-        orientation.append(theta)
-        losses.append(loss / responses.var(correction=0).item())
-        n_jumps.append(natural.n_global_steps)
-        report("training all parameters", len(n_jumps) - 1, n_steps)
+    path, natural = [], NaturalGradient(layer)
+    for place in _path(layer, natural, _error_variance, (batch, responses), n_steps):
+        path.append(place)
+        report("training all parameters", len(path) - 1, n_steps)
+    (orientation, losses), variance = zip(*path, strict=True), responses.var(correction=0).item()
     trained = layer.params.detach().canonical()
-    training = Training(
-        params=trained,
-        orientation=orientation,
-        loss=losses,
-        global_steps=[i for i in range(1, len(n_jumps)) if n_jumps[i] > n_jumps[i - 1]],
-        kernel_error=_kernel_error(trained, target, size),
-    )
     return Recovery(
         images=batch,
         target=target,
         start=start,
         kernel_size=size,
-        noise=noise,
         responses=responses,
         landscape=_landscape(batch, responses, target, size),
         basin=orientation_basin(target).item(),
         descents=tuple(descents),
         found=found,
-        training=training,
+        training=Training(trained, list(orientation), [loss / variance for loss in losses]),
     )
 
 
@@ -279,45 +257,44 @@ def planted_setup(
     *,
     start: Gabor2d,
     kernel_size: int | tuple[int, int] = 15,
-    loss: str = "rmse",
+    crop: int | None = None,
+    loss: Loss | None = None,
     learning_rate: float = 1.0,
     momentum: float = 0.0,
-    padding: int = 0,
-) -> TrainingSetup:
-    """One descent of the experiment as a set-up to diagnose: a layer that learns its orientation.
+) -> tuple[GaborConv2d, Loss, tuple[Tensor, Tensor], torch.optim.Optimizer]:
+    """Return a descent of the experiment: layer, loss, inputs with targets, and optimizer.
 
     Args:
         images: photographs, as for ``recover_planted``.
         target: the planted Gabor function.
         start: where the layer begins; only its orientation moves.
         kernel_size: of both, px.
-        loss: between outputs and responses: ``"rmse"``, as in the experiment, or ``"mse"``.
+        crop: as for ``recover_planted``, px.
+        loss: of outputs and responses; by default ``rmse``, as in the experiment.
         learning_rate: step size of the descent.
         momentum: of the descent.
-        padding: of both with zeros, px.
 
     Raises:
-        ValueError: images differ in shape, are not finite, or smaller than the kernel.
+        ValueError: images are not finite, or smaller than the kernel.
 
     Example:
         >>> from gaborium.diagnostics import diagnose
         >>> image = torch.rand(1, 40, 40, generator=torch.Generator().manual_seed(0))
         >>> planted = Gabor2d.of(orientation=0.8, wavelength=5.0, sigma=2.0)
         >>> start = Gabor2d.of(orientation=0.6, wavelength=5.0, sigma=2.0)
-        >>> setup = planted_setup([image], planted, start=start, kernel_size=9)
-        >>> data = setup.inputs, setup.targets
-        >>> diagnose(setup.module, setup.loss, data, optimizer=setup.optimizer).findings[0].cause
+        >>> *setup, optimizer = planted_setup([image], planted, start=start, kernel_size=9)
+        >>> diagnose(*setup, optimizer=optimizer).findings[0].cause
         'cone at the minimum'
     """
-    one_of("loss", loss, ("rmse", "mse"))
-    size, batch, target, start = _prepare(images, target, start, kernel_size)
-    layer, inputs = _orientation_layer(start, size, padding), batch.float()
-    targets = F.conv2d(inputs, gabor(target, size).to(inputs), padding=padding)
+    batch, target, start, size = _prepare(images, target, start, kernel_size, crop)
+    layer, inputs = _orientation_layer(start, size), batch.float()
+    targets = F.conv2d(inputs, gabor(target, size).to(inputs))
     optimizer = torch.optim.SGD(layer.parameters(), lr=learning_rate, momentum=momentum)
-    return TrainingSetup(layer, _rmse if loss == "rmse" else F.mse_loss, inputs, targets, optimizer)
+    return layer, loss or rmse, (inputs, targets), optimizer
 
 
-def _rmse(output: Tensor, target: Tensor) -> Tensor:
+def rmse(output: Tensor, target: Tensor) -> Tensor:
+    """The root of the mean squared error."""
     return (output - target).square().mean().sqrt()
 
 
@@ -331,50 +308,49 @@ def _prepare(
     target: Gabor2d,
     start: Gabor2d,
     kernel_size: int | tuple[int, int],
-) -> tuple[tuple[int, int], Tensor, Gabor2d, Gabor2d]:
-    """Kernel size, images in one float64 batch, and both records with one filter's shapes."""
-    height, width = as_sizes("kernel_size", kernel_size, 2)
-    shapes = sorted({tuple(image.shape) for image in images})
-    if len(shapes) != 1:
-        raise ValueError(f"images must be one or more of equal shape, got shapes {shapes}.")
-    if len(shapes[0]) != 3:
-        raise ValueError(f"images must be (channels, height, width), got shape {shapes[0]}.")
-    batch = torch.stack(list(images)).double()
+    crop: int | None,
+) -> tuple[Tensor, Gabor2d, Gabor2d, tuple[int, int]]:
+    """Images in one float64 batch, both records with one filter's shapes, and the kernel size."""
+    shapes, pieces = [tuple(image.shape) for image in images], []
+    if {len(shape) for shape in shapes} != {3}:
+        raise ValueError(f"images must be (channels, height, width), got shapes {shapes}.")
+    channels, smallest = max(shapes)[0], [min(sides) for sides in zip(*shapes, strict=True)]
+    height, width = (min(side, crop or side) for side in smallest[1:])
+    for image in images:
+        top, left = (image.shape[1] - height) // 2, (image.shape[2] - width) // 2
+        pieces.append(image[:, top : top + height, left : left + width].expand(channels, -1, -1))
+    batch = torch.stack(pieces).double()
     if not batch.isfinite().all():
         raise ValueError("images must be finite, got NaN or infinity.")
-    channels, *room = shapes[0]
-    if height > room[0] or width > room[1]:
+    size: Any = GaborConv2d(1, 1, kernel_size, seed=0).kernel_size
+    if size[0] > height or size[1] > width:
         raise ValueError(
-            f"kernel_size {(height, width)} must not be larger than the image, {tuple(room)} px "
-            "(height, width)."
+            f"kernel_size {size} must not be larger than the image, {(height, width)} px (height, "
+            "width)."
         )
     target, start = (_one_filter(params, channels) for params in (target, start))
-    return (height, width), batch, target, start
+    return batch, target, start, size
 
 
 def _one_filter(params: Gabor2d, channels: int) -> Gabor2d:
     """Geometry ``(1, 1)``, phase and amplitude ``(1, channels)``, float64."""
-    fields = {}
-    for name, value in params.detach().to(torch.float64).as_dict().items():
-        if name not in ("phase", "amplitude"):
-            fields[name] = (
-                value.reshape(1, -1, 2)[:, :1] if name == "center" else value.reshape(1, -1)[:, :1]
-            )
-        elif value.numel() in (1, channels):
-            fields[name] = value.reshape(1, -1).expand(1, channels)
-        else:
-            raise ValueError(
-                f"{name} must be 1 number or one per channel ({channels}), got {value.numel()}."
-            )
+    record = params.detach().to(torch.float64).expand()
+    n = record.phase.numel()
+    if n not in (1, channels):
+        raise ValueError(
+            f"phase and amplitude must be 1 number or one per channel ({channels}), got {n}."
+        )
+    fields = {name: value.reshape(1, n, -1)[:, :1, 0] for name, value in record.as_dict().items()}
+    fields["center"] = record.center.reshape(1, n, 2)[:, :1]
+    for name in ("phase", "amplitude"):
+        fields[name] = getattr(record, name).reshape(1, n).expand(1, channels)
     return Gabor2d(**fields)
 
 
-def _orientation_layer(
-    start: Gabor2d, kernel_size: tuple[int, int], padding: int = 0
-) -> GaborConv2d:
+def _orientation_layer(start: Gabor2d, kernel_size: tuple[int, int]) -> GaborConv2d:
     """A layer that learns its orientation only."""
     return GaborConv2d(
-        start.phase.shape[1], 1, kernel_size, padding=padding, bias=False,
+        start.phase.shape[1], 1, kernel_size, bias=False,
         learn="orientation", coordinates="textbook", start=start,
     )  # fmt: skip
 
@@ -392,15 +368,14 @@ def _landscape(
 
 def _path(
     layer: GaborConv2d,
-    optimizer: torch.optim.Optimizer,
-    loss_function: Callable[[Tensor, Tensor], Tensor],
-    batch: Tensor,
-    responses: Tensor,
+    optimizer: Any,
+    loss_function: Loss,
+    data: tuple[Tensor, Tensor],
     n_steps: int,
 ) -> Iterator[tuple[float, float]]:
     """Orientation and loss before every step of a training and after the last."""
     for step in range(n_steps + 1):
-        loss = loss_function(layer(batch), responses)
+        loss = loss_function(layer(data[0]), data[1])
         yield layer.params.orientation.item(), loss.item()
         if step < n_steps:
             optimizer.zero_grad()
@@ -423,13 +398,7 @@ def _descent(
         momentum=momentum,
         orientation=orientation,
         loss=losses,
-        error=error,
         first_arrival=next((step for step, away in enumerate(error) if away < _NEAR), None),
         n_ejections=sum(before and not now for before, now in itertools.pairwise(within)),
         final_error=math.nan if math.isnan(error[-1]) else max(error[-last_tenth:]),
     )
-
-
-def _kernel_error(params: Gabor, target: Gabor, kernel_size: tuple[int, int]) -> float:
-    wanted = gabor(target, kernel_size)
-    return ((gabor(params, kernel_size) - wanted).norm() / wanted.norm()).item()
