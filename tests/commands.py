@@ -15,7 +15,7 @@ def run(command: str, *tokens: object, figures: bool = False) -> int:
     """What ``gaborium`` exits with; most tests leave out the figures, which take longest."""
     with pytest.MonkeyPatch.context() as patch:
         if not figures:
-            patch.setattr("gaborium.report.page.Report.html", lambda *_: "")
+            patch.setattr("gaborium.report.render", lambda *_: ("", {}))
         with pytest.raises(SystemExit) as stop:
             main([command, *map(str, tokens)])
     return int(stop.value.code)

@@ -17,7 +17,7 @@ from urllib.parse import quote
 
 from torch import Tensor
 
-from gaborium.report.page import Report, Section, page, saved
+from gaborium.report.page import Report, Section, render, saved
 from gaborium.report.results import REPORTS
 from gaborium.support import csv_text, write_bytes, write_text
 
@@ -84,7 +84,7 @@ def write_report(
     versions = {name: version(name) for name in ("gaborium", "torch", "matplotlib")}
     versions |= {"python": platform.python_version()}
     shown = facts | {"versions": ", ".join(map(" ".join, versions.items()))}
-    html, figures = page(report._replace(title=title or report.title), shown)
+    html, figures = render(report._replace(title=title or report.title), shown)
     record = {"format": f"gaborium.{report.kind}", "version": 1, "facts": facts}
     record |= {"versions": versions, "headline": report.headline}
     record["result"] = json.loads(result.to_json())
@@ -119,5 +119,5 @@ def write_index(folder: str | os.PathLike[str]) -> Path | None:
             said = []
         sections.append(Section(run.name, said, link=f"{quote(run.name)}/report.html"))
     index = Report("index", "Gaborium runs", f"{len(sections)} runs", [], sections)
-    write_text(path, page(index, {})[0])
+    write_text(path, render(index, {})[0])
     return path

@@ -71,7 +71,7 @@ class Report(NamedTuple):
     rows: Sequence[Mapping[str, object]] = ()
 
 
-def page(report: Report, facts: Mapping[str, str]) -> tuple[str, dict[str, Any]]:
+def render(report: Report, facts: Mapping[str, str]) -> tuple[str, dict[str, Any]]:
     """The page as HTML, and its matplotlib figures by name."""
     jinja2 = require("jinja2", extra="report", purpose="Reports")
     markup = require("markupsafe", extra="report", purpose="Reports")
