@@ -114,7 +114,7 @@ def plot_kernels(
     columns = max(1, min(n, int(width / 0.9)))
     cell = max(min(1.6, width / columns), 2.0 / columns)
     scales = [largest(images if shared_scale else image) for image in images]
-    options = {"aspect": size[0] / size[1], "height": 0.22 * bool(titles)}
+    options = {"aspect": size[0] / size[1], "height": 0.25 * bool(titles)}
     with _panels(n, columns * cell, cell, **options) as (figure, axes):
         for place, image, scale, title in zip(
             axes, images, scales, titles or [""] * n, strict=True
@@ -412,7 +412,7 @@ def plot_orientation(recovery: Recovery, *, width: float = _WIDTH) -> Figure:
     middle, basin = math.degrees(truth), math.degrees(recovery.basin)
     runs = recovery.descents or (None,)
     columns = min(len(runs), int(width / 1.75))
-    panels = _panels(len(runs), width, width / columns, 1.85, sharex=True, sharey=True)
+    panels = _panels(len(runs), width, width / columns, 1.95, sharex=True, sharey=True)
     with panels as (figure, places):
         for index, (place, run) in enumerate(zip(places, runs, strict=True)):
             place.axhspan(middle - basin, middle + basin, color=SHADE, linewidth=0, label="basin")
@@ -473,7 +473,7 @@ def _plot_losses(recovery: Recovery, width: float) -> Figure:
     start = math.degrees(math.remainder(recovery.start.orientation[0, 0].item(), 2 * math.pi))
     nearest = min(range(len(around)), key=lambda index: abs(around[index] - start))
     basin = math.degrees(recovery.basin)
-    with _panels(2, width, 3.0, 2.2) as (figure, places):
+    with _panels(2, width, 3.0, 2.3) as (figure, places):
         for place, name in zip(places, ("rmse", "mse"), strict=True):
             for index, truth in enumerate(map(math.degrees, truths(recovery))):
                 for turn in (-360, 0, 360):
@@ -641,7 +641,7 @@ def plot_training(result: TrainResult, *, width: float = _WIDTH) -> Figure:
     fields = list(moving[0].displacement) if moving else []
     palette = (GREEN, INK, BLUE, SKY, ORANGE, VERMILION)
     colors = dict(zip(result.variants, palette, strict=False))
-    with _panels(2 + len(fields), width, 1.75, 1.7) as (figure, places):
+    with _panels(2 + len(fields), width, 1.75, 1.8) as (figure, places):
         for place, name in zip(places, ["test_accuracy", "loss", *fields], strict=True):
             factor = 180 / math.pi if UNITS.get(name) == "rad" else 1.0
             for run in moving if name in fields else result.runs:
@@ -809,7 +809,7 @@ def _panels(
     """
     columns = max(1, int(width / least + 1e-6))
     rows = max(1, math.ceil(n / columns))
-    with _figure(width, rows * (height + aspect * width / columns) + 0.3) as figure:
+    with _figure(width, rows * (height + aspect * width / columns) + 0.1) as figure:
         places = list(figure.subplots(rows, columns, squeeze=False, **options).flat)
         for place in places[n:]:
             place.remove()
