@@ -25,7 +25,7 @@ from skimage import data
 from torch import Tensor
 
 from gaborium import Gabor2d, GaborConv2d, gabor, gabor_jacobian, plots, recover
-from gaborium.diagnostics import Landscape, OutputLoss, identifiability, landscape, step_limit
+from gaborium.diagnostics import Landscape, TrainingSetup, identifiability, landscape, step_limit
 from gaborium.readers import read_images
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -99,8 +99,8 @@ def planted(aspect_ratio: float = 1.0, orientation: float = TRUTH, **fields: flo
     return Gabor2d.of(orientation=orientation, aspect_ratio=aspect_ratio, **fields)
 
 
-def problem(image: Tensor, truth: Gabor2d, padding: int | str = 0, measure: str = "mse",
-            size: int = KERNEL) -> tuple[OutputLoss, GaborConv2d]:  # fmt: skip
+def problem(image: Tensor, truth: Gabor2d, padding: int | str = 0, loss: Any = F.mse_loss,
+            size: int = KERNEL) -> TrainingSetup:  # fmt: skip
     """A layer a quarter turn away from the kernel that made the targets, which learns θ only."""
     layer = GaborConv2d(
         1, 1, size, padding=padding, bias=False, learn="orientation", coordinates="textbook",
@@ -108,12 +108,11 @@ def problem(image: Tensor, truth: Gabor2d, padding: int | str = 0, measure: str 
     )  # fmt: skip
     targets = layer(image).detach()
     layer.params = truth.replace(orientation=truth.orientation - math.pi / 2)
-    return OutputLoss(image, targets, measure), layer
+    return TrainingSetup(layer, loss, image, targets)
 
 
 def circle(*arguments: Any, **options: Any) -> Landscape:
-    loss, layer = problem(*arguments, **options)
-    return landscape(loss, layer, "orientation")
+    return landscape(problem(*arguments, **options), "orientation")
 
 
 def impulse(size: int) -> Tensor:
@@ -381,9 +380,9 @@ def stability(plan: Plan) -> Rows:
     image, truth = plan.images["camera"], planted()
     c = slope(root(patches(image)), truth).item()
     rows = []
-    for measure in ("mse", "rmse"):
-        found = step_limit(*problem(image, truth, measure=measure))
-        row = {"loss": measure, "exponent": found.exponent, "slope": found.slopes[-1]}
+    for name, loss in (("mse", F.mse_loss), ("rmse", lambda a, b: F.mse_loss(a, b).sqrt())):
+        found = step_limit(problem(image, truth, loss=loss))
+        row = {"loss": name, "exponent": found.exponent, "slope": found.slopes[-1]}
         row |= {"c": c, "is_cone": found.is_cone, "step_limit": found.step_limit}
         rows.append(row | {"predicted_limit": 0.0 if found.is_cone else c**-2})
     return rows
@@ -486,7 +485,7 @@ def recovering(plan: Plan, noise: float = 0.1) -> Rows:
     for where, name, image in both(plan):
         for gamma in (1.0, 0.5):
             truth = planted(gamma)
-            clean = problem(image, truth, "same")[0].targets
+            clean = problem(image, truth, "same").targets
             white = torch.randn(clean.shape, generator=generator, dtype=torch.float64)
             targets = clean + noise * clean.std() * white
             found = recover(image, targets, KERNEL, padding="same")
@@ -496,7 +495,7 @@ def recovering(plan: Plan, noise: float = 0.1) -> Rows:
             schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 50)
             for _ in range(50):
                 optimizer.zero_grad()
-                OutputLoss(image, targets)(layer).backward()
+                F.mse_loss(layer(image), targets).backward()
                 optimizer.step()
                 schedule.step()
             row = {"collection": where, "image": name, "aspect_ratio": gamma, "noise": noise}

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import strategies as st
 from torch import Tensor
 
 from gaborium import FitResult, gabor
@@ -40,6 +41,10 @@ def planted(
     values |= {name: torch.full_like(values[name], value) for name, value in fixed.items()}
     record = RECORDS[n_dims]
     return record(**{name: values[name] for name in record.field_names()})
+
+
+def number(low: float, high: float) -> st.SearchStrategy[float]:
+    return st.floats(low, high, allow_nan=False)
 
 
 def drawn(*shape: int, seed: int = 0) -> Tensor:

@@ -137,7 +137,7 @@ def test_a_centre_with_its_surround_is_not_called_a_gabor_function(center):
             for x0, y0 in ((0.0, 0.0), (1.3, -0.6))
         ]
     )
-    result = fit(kernels, center=center)
+    result = fit(kernels, center=center, n_starts=4)
     assert not result.converged.any()
     assert result.outcome.count(Outcome.OFF_MODEL) >= 5
 
@@ -145,7 +145,7 @@ def test_a_centre_with_its_surround_is_not_called_a_gabor_function(center):
 @pytest.mark.parametrize(("size", "center"), [(7, False), (7, True), (11, False)])
 def test_noise_makes_neither_two_of_one_nor_a_rival(size, center):
     # On few pixels two waves could explain much of the noise.
-    kernels = gabor(planted(2, 40, seed=3, sigma=1.8, aspect_ratio=0.8), size)
-    result = fit(with_noise(kernels, 0.3, seed=4), center=center)
+    kernels = gabor(planted(2, 20, seed=3, sigma=1.8, aspect_ratio=0.8), size)
+    result = fit(with_noise(kernels, 0.3, seed=4), center=center, n_starts=6)
     assert Outcome.OFF_MODEL not in result.outcome
-    assert result.converged.sum() >= 36
+    assert result.converged.sum() >= 18

@@ -76,7 +76,7 @@ def flat(parts: dict[str, Tensor]) -> tuple[Tensor, list[str]]:
 @pytest.fixture(scope="module")
 def mixed() -> tuple[Tensor, Census]:
     kernels, labels = flat(planted(7, 3))
-    found = census(kernels)
+    found = census(kernels, n_starts=4)
     assert list(found.labels) == labels
     return kernels, found
 
@@ -84,16 +84,15 @@ def mixed() -> tuple[Tensor, Census]:
 # -- outcome ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("channels", [1, 3])
-@pytest.mark.parametrize("size", [5, 11])  # 7 is the fixture
+@pytest.mark.parametrize(("size", "channels"), [(5, 3), (11, 1)])  # (7, 3) is the fixture
 def test_planted_filters_are_called_what_they_are(size, channels):
     kernels, labels = flat(planted(size, channels))
-    assert list(census(kernels).labels) == labels
+    assert list(census(kernels, n_starts=4).labels) == labels
 
 
 def test_an_untrained_layer_is_noise():
     torch.manual_seed(0)
-    assert census(nn.Conv2d(1, 16, 7), n_starts=3).counts["noise"] >= 15
+    assert census(nn.Conv2d(1, 10, 7), n_starts=1).counts["noise"] >= 9
 
 
 def test_a_dead_filter_is_noise_and_said_to_be_dead():
@@ -109,7 +108,7 @@ def test_a_dead_filter_is_noise_and_said_to_be_dead():
 
 def test_a_constant_is_a_blob_and_colours_make_no_grating_less_a_gabor():
     constant = torch.ones(1, 7, 7, dtype=torch.float64)
-    assert census(constant).labels == ("blob",)
+    assert census(constant, n_starts=1).labels == ("blob",)
     grating = wave(11, wavelength=4.0, sigma=2.5, phase=0.3)
     assert census(OPPONENT[None, :, None, None] * grating).labels == ("gabor",)
 
@@ -170,7 +169,7 @@ def test_a_layer_drawn_like_v1_is_where_v1_is():
         aspect_ratio=10**-0.07,
         dtype=torch.float64,
     )
-    found = census(gabor(bank, 25), n_starts=3)
+    found = census(gabor(bank, 21), n_starts=1)
     assert found.labels == ("gabor",) * 3
     beside = found.compare_with_v1()
     for name in ("n_x", "n_y", "bandwidth"):
@@ -179,7 +178,7 @@ def test_a_layer_drawn_like_v1_is_where_v1_is():
     assert beside["within"][0] == 1.0
     assert beside["cardinal"][0] == 2 / 3
     assert beside["octaves"][0] == pytest.approx(math.sqrt(2 / 9))
-    assert json.loads(found.to_json())["v1"]["cardinal"] == {"layer": 2 / 3, "v1": 143 / 246}
+    assert json.loads(found.to_json())["v1"]["cardinal"] == [2 / 3, 143 / 246]
 
 
 def test_a_wave_of_many_bars_is_outside_v1():
@@ -188,7 +187,7 @@ def test_a_wave_of_many_bars_is_outside_v1():
 
 
 def test_without_a_gabor_or_a_plane_there_is_no_comparison():
-    flat = census(torch.ones(1, 5, 5)).compare_with_v1()
+    flat = census(torch.ones(1, 5, 5), n_starts=1).compare_with_v1()
     assert all(math.isnan(layer) and v1 > 0 for layer, v1 in flat.values())
     wave = torch.cos(torch.arange(9.0))[None, None]
     assert census(wave, n_dims=1).compare_with_v1() == {}
@@ -196,17 +195,11 @@ def test_without_a_gabor_or_a_plane_there_is_no_comparison():
 
 # -- law --------------------------------------------------------------------------------------
 
-CHANGES = {
-    "sign and channels": lambda w: -w[:, [2, 0, 1]],
-    "scale and transposed": lambda w: 1e-5 * w.mT,
-    "flipped and upside down": lambda w: w.flip(-1, -2),
-}
 
-
-@pytest.mark.parametrize("change", CHANGES)
-def test_neither_sign_scale_channels_nor_flips_change_a_class(mixed, change):
+def test_neither_sign_scale_channels_nor_flips_change_a_class(mixed):
     kernels, before = mixed
-    after = census(CHANGES[change](kernels[::2]))
+    # Transposed and upside down, that is turned by a quarter.
+    after = census(-1e-5 * kernels[::2, [2, 0, 1]].mT.flip(-1), n_starts=4)
     assert after.labels == before.labels[::2]
     torch.testing.assert_close(after.probability, before.probability[::2], atol=0.02, rtol=0)
 
@@ -264,7 +257,7 @@ def test_a_model_is_not_changed_and_its_first_layer_is_found():
             "got torch.complex64",
         ),
         (torch.zeros(2, 1, 3, 3, dtype=torch.int8), TypeError, "before it was quantised"),
-        (torch.full((2, 1, 3, 3), math.nan), ValueError, "2 of 2 filters hold NaN or infinity"),
+        (torch.full((2, 1, 3, 3), math.nan), ValueError, "NaN or infinity in 2 of 2"),
         (torch.zeros(0, 1, 3, 3), ValueError, "not empty"),
         (torch.zeros(3), ValueError, "must be"),
         (torch.zeros(4, 3, 1, 1), ValueError, "one pixel"),
@@ -301,7 +294,8 @@ def test_json_and_table_tell_the_same(mixed):
     document = json.loads(found.to_json())
     rows = found.to_table()
     assert document["labels"] == [row["class"] for row in rows] == list(found.labels)
-    assert document["explanations"] == [row["explanation"] for row in rows]
+    assert document["filters"] == rows
+    assert rows[3]["explanation"] == found.explain(3)
     assert document["counts"]["gabor"] == 2
     assert rows[0]["wavelength"] == found.fit.params.wavelength[0].item()
 

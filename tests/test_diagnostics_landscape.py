@@ -1,5 +1,6 @@
 """Landscapes equal the loss evaluated point by point, find every minimum, and change nothing."""
 
+import itertools
 import math
 import warnings
 
@@ -9,11 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gaborium import Gabor1d, Gabor2d, GaborConv1d, GaborConv2d, gabor
-from gaborium.diagnostics import OutputLoss, Severity, identifiability, landscape, step_limit
+from gaborium.diagnostics import Severity, TrainingSetup, identifiability, landscape, step_limit
 from gaborium.diagnostics.landscape import _watershed
-from gaborium.diagnostics.sandbox import Probe
-
-PLANTED = Gabor2d.of(orientation=0.8, wavelength=6.0, sigma=2.5)
+from trainings import PLANTED, camera, causes, layer_at, planted, rmse
 
 
 def image_of(*shape: int, seed: int = 0) -> Tensor:
@@ -22,38 +21,31 @@ def image_of(*shape: int, seed: int = 0) -> Tensor:
     return 0.5 + 0.3 * F.avg_pool2d(noise, 3, 1)
 
 
-def camera(size: int = 96) -> Tensor:
-    data = pytest.importorskip("skimage.data")
-    transform = pytest.importorskip("skimage.transform")
-    small = transform.resize(data.camera(), (size, size), anti_aliasing=True)
-    return torch.tensor(small)[None, None]
+class Kernels(nn.Module):
+    """Returns kernels: their squared error is what responses to ever more white input give."""
+
+    def __init__(self, layer: GaborConv2d) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self) -> Tensor:
+        return self.layer.weight
 
 
-def layer_at(params=PLANTED, *args, **kwargs) -> GaborConv2d:
-    settings = {"bias": False, "start": params, "dtype": torch.float64} | kwargs
-    return GaborConv2d(*(args or (1, 1, 11)), **settings)
+def on_white_input(layer: GaborConv2d) -> TrainingSetup:
+    return TrainingSetup(Kernels(layer), F.mse_loss, (), layer.weight.detach())
 
 
-def planted_loss(layer: GaborConv2d, inputs: Tensor, measure="mse") -> OutputLoss:
-    return OutputLoss(inputs, layer(inputs).detach(), measure)
-
-
-def on_white_input(layer: GaborConv2d):
-    """What the squared error tends to for ever more white input."""
-    wanted = layer.weight.detach()
-    return lambda other: (other.weight - wanted).square().sum()
-
-
-def directly(loss: OutputLoss, layer, field: str, grid: Tensor, index: int = 0) -> Tensor:
+def directly(setup: TrainingSetup, field: str, grid: Tensor, index: int = 0) -> Tensor:
     """The same landscape by setting the layer's parameters one by one."""
-    values = []
+    values, layer = [], setup.module
     before = layer.params.detach()
     warnings.simplefilter("ignore", UserWarning)  # of kernels that cut their envelopes
     for value in grid.tolist():
         changed = getattr(before, field).clone()
         changed[index] = value
         layer.params = before.replace(**{field: changed})
-        values.append(loss(layer).detach())
+        values.append(setup.sandbox().run(layer).loss.detach())
     layer.params = before
     return torch.stack(values)
 
@@ -78,27 +70,28 @@ SETTINGS = [
 
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
 def test_the_quadratic_equals_direct_evaluation(settings):
-    measure = "rmse" if settings.get("bias") else "mse"
     layer = layer_at("random", 2, 3, (9, 7), seed=1, **settings)
     teacher = layer_at("random", 2, 3, (9, 7), seed=2, **settings)
-    loss = planted_loss(teacher, image_of(2, 2, 40, 34), measure)
     if settings.get("geometry") == "pair":
         # The direct evaluation below sets all channels to one value.
         layer.params = layer.params.detach().replace(
             orientation=layer.params.orientation.detach()[:, :1].expand(3, 2)
         )
-    found = landscape(loss, layer, "orientation", filter=1, n_points=24)
+    given = planted(teacher, image_of(2, 2, 40, 34), rmse if settings.get("bias") else F.mse_loss)
+    setup = TrainingSetup(layer, given.loss, given.inputs, given.targets)
+    found = landscape(setup, "orientation", filter=1, n_points=24)
     assert found.exact
-    expected = directly(loss, layer, "orientation", found.grids[0], 1)
+    expected = directly(setup, "orientation", found.grids[0], 1)
     torch.testing.assert_close(found.values, expected, rtol=1e-10, atol=1e-13)
 
 
 @pytest.mark.parametrize("field", ["wavelength", "sigma", "aspect_ratio", "phase", "amplitude"])
 def test_every_field_is_varied_in_its_own_unit(field):
-    layer = layer_at(PLANTED.replace(phase=torch.tensor(0.4)))
-    loss = planted_loss(layer_at(PLANTED), image_of(1, 1, 40, 40))
-    found = landscape(loss, layer, field, n_points=17)
-    expected = directly(loss, layer, field, found.grids[0])
+    layer = layer_at()
+    setup = planted(layer, image_of(1, 1, 40, 40))
+    layer.params = PLANTED.replace(phase=torch.tensor(0.4))
+    found = landscape(setup, field, n_points=17)
+    expected = directly(setup, field, found.grids[0])
     torch.testing.assert_close(found.values, expected, rtol=1e-10, atol=1e-13)
     if field in ("wavelength", "sigma", "aspect_ratio"):
         steps = found.grids[0].log().diff()
@@ -107,40 +100,48 @@ def test_every_field_is_varied_in_its_own_unit(field):
 
 def test_the_centre_moves_along_its_own_axis():
     moved = PLANTED.replace(center=torch.tensor([1.5, -0.5]))
-    loss = planted_loss(layer_at(moved), image_of(1, 1, 60, 60))
-    layer = layer_at(moved.replace(center=torch.tensor([0.0, -0.5])))
-    assert landscape(loss, layer, "center_x").best.position[0] == pytest.approx(1.5, abs=1e-3)
+    layer = layer_at(moved)
+    setup = planted(layer, image_of(1, 1, 60, 60))
+    layer.params = moved.replace(center=torch.tensor([0.0, -0.5]))
+    assert landscape(setup, "center_x").best.position[0] == pytest.approx(1.5, abs=1e-3)
     layer.params = moved.replace(center=torch.tensor([1.5, 1.0]))
-    assert landscape(loss, layer, "center_y").best.position[0] == pytest.approx(-0.5, abs=1e-3)
+    assert landscape(setup, "center_y").best.position[0] == pytest.approx(-0.5, abs=1e-3)
 
 
 def test_the_long_way_gives_the_same_landscape():
+    short = planted(layer_at("random", 2, 2, 7, seed=2), image_of(1, 2, 20, 20))
     layer = layer_at("random", 2, 2, 7, seed=1)
-    loss = planted_loss(layer_at("random", 2, 2, 7, seed=2), image_of(1, 2, 30, 30))
-    short = landscape(loss, layer, ("orientation", "wavelength"), n_points=12, filter=1)
-    long = landscape(
-        lambda one: loss(one), layer, ("orientation", "wavelength"), n_points=12, filter=1
+
+    def twice(output: Tensor, target: Tensor) -> Tensor:  # is no squared error
+        return 2 * F.mse_loss(output, target)
+
+    found, other = (
+        landscape(
+            TrainingSetup(layer, loss, short.inputs, short.targets),
+            ("orientation", "wavelength"),
+            n_points=12,
+            filter=1,
+        )
+        for loss in (F.mse_loss, twice)
     )
-    assert short.exact
-    assert not long.exact
-    torch.testing.assert_close(short.values, long.values, rtol=1e-10, atol=1e-13)
-    torch.testing.assert_close(short.basins, long.basins)
-    assert short.values.shape == (12, 12)
+    assert (found.exact, other.exact) == (True, False)
+    torch.testing.assert_close(2 * found.values, other.values, rtol=1e-10, atol=1e-13)
+    torch.testing.assert_close(found.basins, other.basins)
+    assert found.values.shape == (12, 12)
 
 
 def test_channels_keep_their_differences_when_a_field_moves_all_of_them():
     layer = layer_at("random", 3, 1, 7, seed=0)
     target = layer.params.detach()
-    loss = planted_loss(layer, image_of(1, 3, 30, 30))
-    layer.params = target.replace(phase=target.phase - 0.7, amplitude=2 * target.amplitude)
-    layer.params = layer.params.detach().replace(amplitude=target.amplitude)
-    found = landscape(loss, layer, "phase")
+    setup = planted(layer, image_of(1, 3, 30, 30))
+    layer.params = target.replace(phase=target.phase - 0.7)
+    found = landscape(setup, "phase")
     assert math.remainder(
         found.best.position[0] - target.phase[0, 0].item(), 2 * math.pi
     ) == pytest.approx(0, abs=1e-4)
     assert found.best.value == pytest.approx(0, abs=1e-8)
     layer.params = target.replace(amplitude=1.7 * target.amplitude)
-    found = landscape(loss, layer, "amplitude")
+    found = landscape(setup, "amplitude")
     assert found.best.position[0] == pytest.approx(target.amplitude[0, 0].item(), abs=1e-4)
 
 
@@ -148,11 +149,10 @@ def test_sounds_have_landscapes_too():
     layer = GaborConv1d(
         1, 1, 21, bias=False, dtype=torch.float64, start=Gabor1d.of(wavelength=6.0, sigma=3.0)
     )
-    sound = torch.randn(1, 1, 4000, dtype=torch.float64)
-    loss = OutputLoss(sound, layer(sound).detach())
-    found = landscape(loss, layer, "wavelength", n_points=50)
+    setup = planted(layer, torch.randn(1, 1, 4000, dtype=torch.float64))
+    found = landscape(setup, "wavelength", n_points=50)
     assert found.exact
-    expected = directly(loss, layer, "wavelength", found.grids[0])
+    expected = directly(setup, "wavelength", found.grids[0])
     torch.testing.assert_close(found.values, expected, rtol=1e-10, atol=1e-12)
 
 
@@ -167,32 +167,28 @@ def test_the_convex_half_width_follows_the_closed_form(wavelength, sigma, aspect
     params = Gabor2d.of(
         orientation=0.8, wavelength=wavelength, sigma=sigma, aspect_ratio=aspect_ratio
     )
-    layer = layer_at(params, 1, 1, size)
-    found = landscape(on_white_input(layer), layer, "orientation")
+    setup = on_white_input(layer_at(params, 1, 1, size))
+    found = landscape(setup, "orientation")
     predicted = wavelength / (math.sqrt(2) * math.pi * sigma / aspect_ratio)
     assert found.predicted_half_width == pytest.approx(predicted)
     # The closed form is of first order in the angle; where γ < 1 the envelope turns as well.
     assert found.half_width == pytest.approx(predicted, rel=0.1)
     # It lies between the grid's points: a coarser grid says the same.
-    coarse = landscape(on_white_input(layer), layer, "orientation", n_points=180)
+    coarse = landscape(setup, "orientation", n_points=180)
     assert coarse.half_width == pytest.approx(found.half_width, rel=0.01)
 
 
 def test_the_half_width_of_a_root_is_that_of_its_square():
-    layer = layer_at()
     inputs = image_of(1, 1, 60, 60)
-    widths = [
-        landscape(planted_loss(layer, inputs, measure), layer, "orientation").half_width
-        for measure in ("mse", "rmse")
-    ]
-    assert widths[0] == pytest.approx(widths[1], rel=1e-6)
+    setups = [planted(layer_at(), inputs, loss) for loss in (F.mse_loss, rmse)]
+    one, other = (landscape(setup, "orientation").half_width for setup in setups)
+    assert one == pytest.approx(other, rel=1e-6)
 
 
 @pytest.mark.parametrize(("phase", "n_best"), [(0.0, 2), (1.0, 1), (math.pi / 2, 1)])
 def test_an_even_kernel_has_two_equal_minima(phase, n_best):
     params = PLANTED.replace(phase=torch.tensor(phase))
-    layer = layer_at(params)
-    found = landscape(planted_loss(layer, image_of(1, 1, 64, 64)), layer, "orientation")
+    found = landscape(planted(layer_at(params), image_of(1, 1, 64, 64)), "orientation")
     assert found.n_best == n_best
     best = sorted(one.position[0] for one in found.minima[:n_best])
     assert best[-1] == pytest.approx(0.8, abs=1e-4)
@@ -208,13 +204,14 @@ def test_basins_on_a_known_curve():
             super().__init__()
             self.theta = nn.Parameter(torch.tensor(0.3, dtype=torch.float64))
 
-    found = landscape(
-        lambda one: (3 * one.theta).cos() + one.theta / 10,
-        Angle(),
-        "theta",
-        span={"theta": (-math.pi, math.pi)},
-        n_points=601,
-    )
+        def forward(self) -> Tensor:
+            return self.theta
+
+    def loss(theta: Tensor, _: None) -> Tensor:
+        return (3 * theta).cos() + theta / 10
+
+    span = {"theta": (-math.pi, math.pi)}
+    found = landscape(TrainingSetup(Angle(), loss, (), None), "theta", span=span, n_points=601)
     third = 2 * math.pi / 3
     expected = [-third / 2, third / 2]  # and the ends of the span, where it falls from a maximum
     interior = sorted(one.position[0] for one in found.minima if abs(one.position[0]) < 3.1)
@@ -232,22 +229,19 @@ def test_basins_on_a_known_curve():
 
 def test_a_basin_reaches_over_the_end_of_the_circle():
     params = PLANTED.replace(orientation=torch.tensor(3.1), phase=torch.tensor(1.2))
-    layer = layer_at(params)
-    found = landscape(on_white_input(layer), layer, "orientation")
+    found = landscape(on_white_input(layer_at(params)), "orientation")
     assert found.basins[0] == found.basins[-1] == 0
     assert found.n_spurious == len(found.minima) - 1
     assert found.grids[0].min() >= -math.pi - 1e-9
     assert found.grids[0].max() < math.pi
-    assert (
-        found.grids[0] - found.present[0]
-    ).abs().min() < 1e-12  # the present value is one of the points
+    # The present value is one of the points.
+    assert (found.grids[0] - found.present[0]).abs().min() < 1e-12
 
 
 def test_rounding_makes_no_minima():
     """The plateau of a narrow kernel is flat to the last digit, which is not hollow."""
     params = Gabor2d.of(orientation=0.8, wavelength=3.0, sigma=8.0, phase=1.0)
-    layer = layer_at(params, 1, 1, 31)
-    found = landscape(on_white_input(layer), layer, "orientation")
+    found = landscape(on_white_input(layer_at(params, 1, 1, 31)), "orientation")
     heights = found.values.max() - torch.tensor([one.value for one in found.minima])
     assert (heights > 1e-9 * found.values.max()).all()
 
@@ -262,19 +256,16 @@ def test_a_hollow_shallower_than_rounding_is_none():
     assert len(_watershed(rough, (False, False), 0.0)[0]) > 1
 
 
-def test_the_slope_is_per_unit_of_the_field():
-    layer = layer_at(PLANTED.replace(sigma=torch.tensor(3.0)))
-    loss = planted_loss(layer_at(), image_of(1, 1, 40, 40))
-    found = landscape(loss, layer, ("sigma", "orientation"), n_points=200)
-    params = layer.params.detach()
-    for name, slope in zip(found.fields, found.present_slope, strict=True):
-        value = getattr(params, name)
-        at = []
-        for step in (1e-5, -1e-5):
-            layer.params = params.replace(**{name: value + step})
-            at.append(loss(layer).item())
-        layer.params = params
-        assert slope == pytest.approx((at[0] - at[1]) / 2e-5, rel=1e-2, abs=1e-6)
+@pytest.mark.parametrize("field", ["sigma", "orientation"])
+def test_the_slope_is_per_unit_of_the_field(field):
+    layer = layer_at()
+    setup = planted(layer, image_of(1, 1, 40, 40))
+    layer.params = PLANTED.replace(sigma=torch.tensor(3.0))
+    found = landscape(setup, field, n_points=200)
+    value, step = found.present[0], 1e-5
+    low, high = directly(setup, field, torch.tensor([value - step, value + step]).double())
+    slope = (high - low).item() / (2 * step)
+    assert found.present_slope[0] == pytest.approx(slope, rel=1e-2, abs=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -282,11 +273,11 @@ def test_the_slope_is_per_unit_of_the_field():
     [("valid", 1.0, 1.0), ("same", 1.0, 0.533), ("valid", 0.5, 0.239)],
 )
 def test_shares_of_starts_on_a_photograph(padding, aspect_ratio, share):
-    planted = Gabor2d.of(
+    truth = Gabor2d.of(
         orientation=math.pi / 4, wavelength=6.0, sigma=3.0, aspect_ratio=aspect_ratio
     )
-    layer = layer_at(planted, 1, 1, 15, padding=padding)
-    found = landscape(planted_loss(layer, camera(), "rmse"), layer, "orientation")
+    layer = layer_at(truth, 1, 1, 15, padding=padding)
+    found = landscape(planted(layer, camera(), rmse), "orientation")
     assert found.share_to_best == pytest.approx(share, abs=0.01)
     if padding == "same":  # the border is an edge, with a minimum of its own
         worse = [math.degrees(one.position[0]) for one in found.minima[2:]]
@@ -294,10 +285,6 @@ def test_shares_of_starts_on_a_photograph(padding, aspect_ratio, share):
 
 
 # -- what it says -------------------------------------------------------------------------------
-
-
-def causes(found) -> dict[str, Severity]:
-    return {finding.cause: finding.severity for finding in found.findings}
 
 
 NARROW = Gabor2d.of(orientation=0.8, wavelength=4.0, sigma=5.0)
@@ -318,25 +305,25 @@ WRONG_BASIN = {"outside the basin": Severity.SEVERE, "spurious minima": Severity
 )
 def test_findings_on_white_input(truth, moved, expected):
     layer = layer_at(truth, 1, 1, 25)
-    loss = on_white_input(layer)
+    setup = on_white_input(layer)
     layer.params = truth.replace(**{name: torch.tensor(value) for name, value in moved.items()})
-    found = landscape(loss, layer, "orientation", n_points=180)
+    found = landscape(setup, "orientation", n_points=180)
     assert expected.items() <= causes(found).items()
     assert bool(expected) == bool(found.findings)
 
 
 @pytest.mark.parametrize(
-    ("degrees", "measure", "expected"),
+    ("degrees", "loss", "expected"),
     [
-        (math.degrees(0.8) - 90, "rmse", {"antipodal start": Severity.SEVERE}),
-        (-70, "mse", WRONG_BASIN),
+        (math.degrees(0.8) - 90, rmse, {"antipodal start": Severity.SEVERE}),
+        (-70, F.mse_loss, WRONG_BASIN),
     ],
 )
-def test_findings_on_a_padded_photograph(degrees, measure, expected):
+def test_findings_on_a_padded_photograph(degrees, loss, expected):
     layer = layer_at(PLANTED, 1, 1, 15, padding="same")
-    loss = planted_loss(layer, camera(), measure)
+    setup = planted(layer, camera(), loss)
     layer.params = PLANTED.replace(orientation=torch.tensor(math.radians(degrees)))
-    found = landscape(loss, layer, "orientation")
+    found = landscape(setup, "orientation")
     assert expected.items() <= causes(found).items()
     assert found.findings[0].cause == next(iter(expected))
     if expected is WRONG_BASIN:
@@ -346,65 +333,59 @@ def test_findings_on_a_padded_photograph(degrees, measure, expected):
         assert numbers["distance_rad"] == pytest.approx(math.pi / 2, abs=0.01)
 
 
-def test_the_remedies_do_what_they_say():
-    inputs = camera()
-    for measure in ("mse", F.mse_loss):  # for the second there is no recover, but a position
-        module = layer_at(PLANTED, 1, 1, 15, padding="same")
-        loss = planted_loss(module, inputs, measure)
-        targets = loss.targets
-        module.params = PLANTED.replace(orientation=torch.tensor(0.8 - math.pi / 2))
-        found = landscape(loss, module, "orientation", n_points=90)
-        names = {"module": module, "inputs": inputs, "targets": targets}
-        exec(found.findings[0].remedy, names)
-        error = module.params.orientation.item() - 0.8
-        assert math.remainder(error, math.pi) == pytest.approx(0, abs=1e-3)
-        assert ("recover" in found.findings[0].remedy) == (measure == "mse")
+@pytest.mark.parametrize("loss", [F.mse_loss, F.smooth_l1_loss])
+def test_the_remedies_do_what_they_say(loss):
+    """For the squared error by recover, for another loss by a position."""
+    module = layer_at(PLANTED, 1, 1, 15, padding="same")
+    setup = planted(module, camera(), loss)
+    module.params = PLANTED.replace(orientation=torch.tensor(0.8 - math.pi / 2))
+    found = landscape(setup, "orientation", n_points=90)
+    exec(found.findings[0].remedy, dict(vars(setup)))
+    error = module.params.orientation.item() - 0.8
+    assert math.remainder(error, math.pi) == pytest.approx(0, abs=1e-3)
+    assert ("recover" in found.findings[0].remedy) == (loss is F.mse_loss)
 
 
 def test_the_remedy_reaches_a_layer_within_a_network():
-    torch.manual_seed(0)
     module = nn.Sequential(nn.Identity(), GaborConv2d(1, 2, 9, seed=0), nn.Tanh()).double()
-    inputs = image_of(1, 1, 30, 30)
-    targets = module(inputs).detach()
+    setup = planted(module, image_of(1, 1, 30, 30))
     params = module[1].params.detach()
     orientation = params.orientation.clone()
     orientation[1] += math.pi / 2
     module[1].params = params.replace(orientation=orientation)
-    loss = OutputLoss(inputs, targets, F.mse_loss)
-    found = landscape(loss, module, "orientation", filter=1, n_points=60)
+    found = landscape(setup, "orientation", filter=1, n_points=60)
     assert not found.exact
-    before = loss(module).item()
-    remedy = found.findings[0].remedy
-    exec(remedy, {"module": module})
-    assert loss(module).item() < 1e-3 * before
+    exec(found.findings[0].remedy, {"module": module})
+    assert setup.sandbox().run().loss < 1e-3 * found.present_value
 
 
 # -- the caller's things ------------------------------------------------------------------------
 
 
 EXAMINATIONS = {
-    "landscape": lambda loss, one: landscape(loss, one, "orientation", n_points=12),
-    "step limit": lambda loss, one: step_limit(
-        loss, one, optimizer=torch.optim.SGD(one.parameters(), lr=0.1, momentum=0.5)
-    ),
-    "identifiability": lambda loss, one: identifiability(one, loss.inputs),
+    "landscape": lambda setup: landscape(setup, "orientation", n_points=12),
+    "step limit": step_limit,
+    "identifiability": lambda setup: identifiability(setup.module, setup.inputs),
 }
 
 
 @pytest.mark.parametrize("examine", EXAMINATIONS.values(), ids=EXAMINATIONS.keys())
 def test_nothing_of_the_callers_changes(examine):
-    module = nn.Sequential(GaborConv2d(1, 2, 7, seed=0), nn.BatchNorm2d(2), nn.Dropout(0.3))
+    layer = GaborConv2d(1, 2, 7, seed=0, learn="orientation", bias=False)
+    module = nn.Sequential(layer, nn.BatchNorm2d(2), nn.Dropout(0.3))
     inputs, targets = image_of(2, 1, 20, 20).float(), torch.randn(2, 2, 12, 12)
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.1, momentum=0.5)
     module(inputs).square().mean().backward()
     state = {name: value.clone() for name, value in module.state_dict().items()}
-    gradients = [p.grad.clone() for p in module.parameters()]
+    learned = [p for p in module.parameters() if p.requires_grad]
+    gradients = [p.grad.clone() for p in learned]
     random = torch.get_rng_state()
-    examine(OutputLoss(inputs, targets), module)
+    examine(TrainingSetup(module, F.mse_loss, inputs, targets, optimizer))
     assert torch.equal(torch.get_rng_state(), random)
     assert all(part.training for part in module.modules())
     for name, value in module.state_dict().items():
         assert torch.equal(value, state[name])
-    for p, gradient in zip(module.parameters(), gradients, strict=True):
+    for p, gradient in zip(learned, gradients, strict=True):
         assert torch.equal(p.grad, gradient)
 
 
@@ -422,13 +403,11 @@ def test_foreign_parameters_go_by_their_names():
             return F.conv2d(image, gabor(params, 11).unsqueeze(1))
 
     module = Textbook()
-    inputs = image_of(1, 1, 40, 40).float()
-    loss = OutputLoss(inputs, module(inputs).detach())
+    setup = planted(module, image_of(1, 1, 30, 30).float())
     with torch.no_grad():
         module.theta[1] = 0.9
-    found = landscape(loss, module, ("theta[1]", "lambd"), span={
-        "theta[1]": (-1.5, 1.5), "lambd": (3.0, 8.0)
-    }, n_points=30)  # fmt: skip
+    span = {"theta[1]": (-1.5, 1.5), "lambd": (3.0, 8.0)}
+    found = landscape(setup, ("theta[1]", "lambd"), span=span, n_points=15)
     assert found.best.position == pytest.approx((-0.4, 5.0), abs=2e-2)
     assert found.present == pytest.approx((0.9, 5.0))
     assert found.predicted_half_width is None
@@ -439,8 +418,8 @@ def test_foreign_parameters_go_by_their_names():
         "lambd": "unknown range; give span=.'lambd': .low, high",
     }.items():
         with pytest.raises(ValueError, match=message):
-            landscape(loss, module, field)
-    found = landscape(loss, module, "theta[1]", span={"theta[1]": (-1.5, 1.5)})
+            landscape(setup, field)
+    found = landscape(setup, "theta[1]", span=span, n_points=90)
     exec(found.remedy, {"module": module})
     assert module.theta[1].item() == pytest.approx(-0.4, abs=1e-3)
 
@@ -448,68 +427,64 @@ def test_foreign_parameters_go_by_their_names():
 # -- bad input ----------------------------------------------------------------------------------
 
 
-def bad_losses():
-    inputs, count = image_of(1, 1, 20, 20), []
-    yield "must return a scalar", lambda layer: layer(inputs)
-    yield "not a finite number", lambda layer: layer(inputs).mean() > 0
-    yield "must return a scalar tensor, got float", lambda layer: layer(inputs).mean().item()
-    yield "The loss is nan", lambda layer: layer(inputs).mean() * math.nan
-    yield (
-        "must be the same",
-        lambda layer: count.append(0) or layer(inputs).mean() * 0 + len(count),
-    )
-    yield "must have the outputs' shape", OutputLoss(inputs, inputs)
-    yield "inputs are torch.float32", OutputLoss(inputs.float(), inputs)
+COUNT = itertools.count(1)
+BAD_LOSSES = {
+    "must return a scalar, got shape": lambda output, _: output,
+    "not a finite number": lambda output, _: output.mean() > 0,
+    "must return a scalar tensor, got float": lambda output, _: output.mean().item(),
+    "The loss is nan": lambda output, _: output.mean() * math.nan,
+    "must be the same": lambda output, _: output.mean() * 0 + next(COUNT),
+}
 
 
-@pytest.mark.parametrize(("message", "loss"), list(bad_losses()))
-def test_bad_losses_get_one_clear_line(message, loss):
+@pytest.mark.parametrize("message", BAD_LOSSES)
+def test_bad_losses_get_one_clear_line(message):
+    setup = TrainingSetup(layer_at(), BAD_LOSSES[message], image_of(1, 1, 20, 20), None)
     with pytest.raises((ValueError, TypeError), match=message):
-        landscape(loss, layer_at(), "orientation")
+        landscape(setup, "orientation")
 
 
-def test_dropout_is_deterministic_under_the_same_random_numbers():
-    module = nn.Sequential(layer_at(), nn.Dropout(0.5))
-    inputs = image_of(1, 1, 20, 20)
-    probe = Probe(lambda one: one(inputs).square().mean(), module)
-    assert probe().item() == probe().item() == probe.present
+class Unsteady(nn.Module):
+    """Draws random numbers and counts its calls, and the output depends on both."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(()))
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, input: Tensor) -> Tensor:
+        self.calls += 1
+        return F.dropout(input * self.weight) + self.calls
 
 
-def test_a_buffer_that_counts_begins_anew_at_every_evaluation():
-    class Counting(nn.Linear):
-        def __init__(self) -> None:
-            super().__init__(1, 1)
-            self.register_buffer("calls", torch.zeros(()))
-
-        def forward(self, input: Tensor) -> Tensor:
-            self.calls += 1
-            return super().forward(input) + self.calls
-
-    module = Counting()
-    probe = Probe(lambda one: one(torch.ones(1, 1)).sum(), module)
-    assert probe().item() == probe().item()
+def test_random_numbers_and_buffers_are_the_same_at_every_evaluation():
+    module = Unsteady()
+    sandbox = TrainingSetup(module, F.mse_loss, torch.ones(50), torch.ones(50)).sandbox()
+    sandbox.check()
+    assert sandbox.run_with({}).loss == sandbox.run().loss
     assert module.calls == 0
+    doubled = sandbox.run_with({"weight": torch.tensor(2.0)}).output - sandbox.run().output
+    assert doubled.unique().tolist() == [0.0, 2.0]
 
 
 def test_bad_arguments_get_one_clear_line():
-    layer = layer_at()
-    loss = planted_loss(layer, image_of(1, 1, 30, 30))
+    layer, inputs = layer_at(), image_of(1, 1, 30, 30)
+    setup = planted(layer, inputs)
+
+    def changed(module, inputs=inputs) -> TrainingSetup:
+        return TrainingSetup(module, F.mse_loss, inputs, setup.targets)
+
+    elsewhere = torch.empty(1, 1, 30, 30, device="meta").double()
     for message, call in {
-        "one or two different names": lambda: landscape(loss, layer, ()),
-        "from 0 to 0 in this layer": lambda: landscape(loss, layer, "phase", filter=1),
-        "two rising numbers": lambda: landscape(loss, layer, "phase", span={"phase": (1, 1)}),
-        "two rising positive": lambda: landscape(loss, layer, "sigma", span={"sigma": (-1, 1)}),
-        "at least 8": lambda: landscape(loss, layer, "phase", n_points=2),
-        "measure must be one of": lambda: OutputLoss(loss.inputs, loss.targets, "mae"),
-        "must be an nn.Module": lambda: landscape(loss, "layer", "phase"),
-        "must be a function of the layer": lambda: landscape(3.0, layer, "phase"),
-        "too coarse": lambda: landscape(loss, layer_at().half(), "phase"),
+        "one or two different names": lambda: landscape(setup, ()),
+        "from 0 to 0 in this layer": lambda: landscape(setup, "phase", filter=1),
+        "two rising numbers": lambda: landscape(setup, "phase", span={"phase": (1, 1)}),
+        "two rising positive": lambda: landscape(setup, "sigma", span={"sigma": (-1, 1)}),
+        "at least 8": lambda: landscape(setup, "phase", n_points=2),
+        "must be an nn.Module": lambda: changed("layer"),
+        "too coarse": lambda: landscape(changed(layer_at().half()), "phase"),
+        "inputs are torch.float32": lambda: landscape(changed(layer, inputs.float()), "phase"),
+        "inputs are on meta": lambda: landscape(changed(layer, elsewhere), "phase"),
     }.items():
         with pytest.raises((ValueError, TypeError), match=message):
             call()
-
-
-def test_another_device_gets_one_clear_line():
-    layer = layer_at()
-    with pytest.raises(ValueError, match="inputs are on meta and the module on cpu"):
-        OutputLoss(torch.empty(1, 1, 20, 20, device="meta").double(), torch.zeros(1))(layer)

@@ -11,6 +11,7 @@ from torch import nn
 
 from gaborium import GaborConv1d, GaborConv2d, GaborConv3d, MixedConv
 from gaborium.conversion import find_first_conv, replace_first_conv
+from transformer_networks import resnet, videomae, wav2vec2
 
 LAYERS = {1: GaborConv1d, 2: GaborConv2d, 3: GaborConv3d}
 
@@ -23,49 +24,6 @@ def gabor_like(conv: Any) -> nn.Module:
         conv.stride,
         conv.padding,
         bias=conv.bias is not None,
-    )
-
-
-def resnet() -> tuple[nn.Module, torch.Tensor, str]:
-    from transformers import ResNetConfig, ResNetModel
-
-    config = ResNetConfig(embedding_size=4, hidden_sizes=[4, 8], depths=[1, 1], layer_type="basic")
-    return ResNetModel(config), torch.rand(1, 3, 32, 32), "embedder.embedder.convolution"
-
-
-def wav2vec2() -> tuple[nn.Module, torch.Tensor, str]:
-    from transformers import Wav2Vec2Config, Wav2Vec2Model
-
-    config = Wav2Vec2Config(
-        hidden_size=8,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        intermediate_size=8,
-        conv_dim=(4, 4),
-        conv_stride=(5, 2),
-        conv_kernel=(10, 3),
-        num_conv_pos_embeddings=4,
-        num_conv_pos_embedding_groups=2,
-    )
-    return Wav2Vec2Model(config), torch.rand(1, 400), "feature_extractor.conv_layers.0.conv"
-
-
-def videomae() -> tuple[nn.Module, torch.Tensor, str]:
-    from transformers import VideoMAEConfig, VideoMAEModel
-
-    config = VideoMAEConfig(
-        image_size=16,
-        patch_size=8,
-        num_frames=4,
-        hidden_size=8,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        intermediate_size=8,
-    )
-    return (
-        VideoMAEModel(config),
-        torch.rand(1, 4, 3, 16, 16),
-        "embeddings.patch_embeddings.projection",
     )
 
 
@@ -86,18 +44,18 @@ def test_a_real_network_learns_with_a_gabor_first_layer(make: Callable):
     assert network.get_submodule(name) is conv
     assert all(torch.equal(value, before[key]) for key, value in network.state_dict().items())
 
-    shape = network(batch).last_hidden_state.shape
+    shape = network(batch).logits.shape
     # Normalised values have a fixed mean, and a fixed mean square, and no gradient of either.
     mixture = torch.randn(shape)
     optimizer = torch.optim.SGD(layer.parameters(), 0.1)
     start = layer.weight.detach()
-    (mine(batch).last_hidden_state * mixture).mean().backward()
+    (mine(batch).logits * mixture).mean().backward()
     optimizer.step()
     assert not torch.equal(layer.weight, start)
 
     # The same kernels back in place give the same network.
     back = replace_first_conv(mine, conv)
-    assert torch.equal(back(batch).last_hidden_state, network(batch).last_hidden_state)
+    assert torch.equal(back(batch).logits, network(batch).logits)
 
 
 def test_a_mixed_layer_takes_the_place_too():
@@ -209,7 +167,6 @@ def test_bad_arguments_are_one_clear_line():
         (lambda: replace(lambda conv: 3), TypeError, "got int"),
         (lambda: replace(GaborConv2d(1, 8, 5)), ValueError, "in_channels=3"),
         (lambda: replace(GaborConv2d(3, 4, 5)), ValueError, "out_channels=8"),
-        (lambda: replace(GaborConv1d(3, 8, 5)), ValueError, "2 dimensions"),
     ):
         with pytest.raises(kind, match=re.escape(word)) as caught:
             call()

@@ -21,20 +21,16 @@ from fits import (
     drawn,
     grid,
     kernel_errors,
+    number,
     planted,
     rms,
     with_noise,
 )
-from gaborium import FitResult, Gabor2d, Outcome, fit, gabor, recover
+from gaborium import Gabor2d, Outcome, fit, gabor, recover
 from gaborium.functions.params import Gabor
-from gaborium.readers import sample_image
 
-LAW = settings(max_examples=3, deadline=None, derandomize=True)
+LAW = settings(max_examples=2, deadline=None, derandomize=True)
 FIELDS = ("orientation", "wavelength", "sigma", "aspect_ratio", "phase", "amplitude")
-
-
-def number(low: float, high: float) -> st.SearchStrategy[float]:
-    return st.floats(low, high, allow_nan=False)
 
 
 def some_metric(n: int) -> Tensor:
@@ -53,7 +49,6 @@ def some_metric(n: int) -> Tensor:
         (0, {"weights": 0.1 + drawn(9, 9).abs()}),
         (0, {"metric": some_metric(81)}),
         (3, SHARED),
-        (3, {**SHARED, "weights": 0.1 + drawn(3, 9, 9).abs()}),
         (3, {**SHARED, "metric": some_metric(243)}),
         (3, {**SHARED, "dtype": torch.float32}),
         (3, {**SHARED, "loss": "huber"}),
@@ -75,7 +70,7 @@ def test_kernels_beside_constants_come_back(channels, options):
 @LAW
 @given(constant=number(-1e3, 1e3))
 def test_with_an_offset_a_constant_changes_nothing(constant):
-    kernels = with_noise(gabor(planted(2, 6, seed=2), 9), 0.2)
+    kernels = with_noise(gabor(planted(2, 3, seed=2), 9), 0.2)
     # A constant a thousand times the kernel leaves thirteen of sixteen digits.
     moved, still = (fit(k, offset=True, n_starts=2) for k in (kernels + constant, kernels))
     assert_same(moved, still, atol=1e-5)
@@ -209,7 +204,7 @@ def test_weights_by_the_noises_variance_fit_best():
     kernels = gabor(params, 11)
     size = 0.05 * 20 ** torch.rand(300, 11, 11, dtype=F64)  # from 0.05 to 1
     known = kernels + rms(kernels) * size * drawn(300, 11, 11)
-    plain, weighted = fit(known, n_starts=3), fit(known, weights=size**-2)
+    plain, weighted = fit(known, n_starts=1), fit(known, weights=size**-2, n_starts=3)
     # The mean of the variances is 11 times the inverse of the inverse variances' mean, √11 = 3.3.
     gain = kernel_errors(plain, kernels).median() / kernel_errors(weighted, kernels).median()
     assert gain > 2.5
@@ -220,17 +215,11 @@ def test_weights_by_the_noises_variance_fit_best():
 @pytest.mark.parametrize(
     ("shape", "options"),
     [
-        ((9, 9), {}),
         ((1, 9), {}),
-        ((1, 9, 9), {}),
         ((2, 9, 9), {}),
         ((3, 1, 9, 9), {}),
-        ((3, 2, 9, 9), {}),
         ((9, 9), SHARED),
-        ((2, 9, 9), SHARED),
         ((1, 2, 9, 9), SHARED),
-        ((3, 1, 9, 9), SHARED),
-        ((3, 2, 9, 9), SHARED),
         ((3, 1, 1, 9), SHARED),
     ],
     ids=str,
@@ -299,7 +288,7 @@ def test_a_few_wild_pixels_spoil_a_squared_loss(wild):
 @pytest.mark.parametrize("loss", ROBUST)
 def test_a_few_wild_pixels_do_not_spoil_a_robust_loss(wild, loss):
     kernels, spoilt, least = wild
-    result = fit(spoilt, loss=loss)
+    result = fit(spoilt, loss=loss, n_starts=3)
     assert (kernel_errors(result, kernels) < 3 * least).double().mean() >= 0.95
     assert result.converged.double().mean() >= 0.95
 
@@ -321,13 +310,13 @@ def normal() -> tuple[Gabor, Tensor, Tensor, Tensor]:
     params = planted(2, 300, seed=13)
     kernels = gabor(params, 9)
     noisy = with_noise(kernels, 0.15, seed=13)
-    return params, kernels, noisy, kernel_errors(fit(noisy), kernels)
+    return params, kernels, noisy, kernel_errors(fit(noisy, n_starts=3), kernels)
 
 
 @pytest.mark.parametrize("loss", ROBUST)
 def test_where_noise_is_normal_robust_losses_cost_little(normal, loss):
     params, kernels, noisy, squared = normal
-    result = fit(noisy, loss=loss)
+    result = fit(noisy, loss=loss, n_starts=3)
     assert result.converged.double().mean() > 0.98
     # Both are tuned to 95 % of efficiency: errors of √(1 / 0.95) = 1.026, and chance.
     ratio = (kernel_errors(result, kernels).square().mean() / squared.square().mean()).sqrt()
@@ -450,36 +439,21 @@ BAD_BOUNDS = [
     ({"aspect_ratio": (math.nan, 1)}, "bounds of aspect_ratio must be (lowest, highest) > 0, got"),
     ({"center": (1, -1)}, "bounds of center must be (lowest, highest), got (1, -1)."),
     ({"phase": (0, 1)}, "A name in bounds must be one of 'wavelength', 'sigma', 'aspect_ratio', "),
+    # A TypeError is no ValueError, and fails here as well.
+    *(({"sigma": pair}, "bounds of sigma must be (l") for pair in (3.0, (1, 2, 3), ("a", "b"))),
+    ({"wavelength": (0.5, 1.0)}, "bounds of wavelength must leave part of the range"),
+    ({"sigma": (1000.0, 2000.0)}, "bounds of sigma must leave"),  # gives 4 kernel sizes
+    ({"center": (1.0, 2.0)}, "bounds of center must leave"),  # moves one that is not searched
+    ({"aspect_ratio": (2.0, 3.0)}, "bounds of aspect_ratio must leave"),
 ]
 
 
 @pytest.mark.parametrize(("bounds", "message"), BAD_BOUNDS)
 def test_bounds_that_make_no_sense_are_refused(bounds, message):
-    assert_refused(fit, torch.rand(2, 9, 9), message=message, bounds=bounds)
+    options = {"bounds": bounds, "isotropic": "aspect_ratio" in bounds}
+    assert_refused(fit, torch.rand(2, 9, 9), message=message, **options)
     image = torch.rand(1, 1, 20, 20)
-    assert_refused(recover, image, image[..., 8:, 8:], 9, message=message, bounds=bounds)
-
-
-@pytest.mark.parametrize("pair", [3.0, (1, 2, 3), ("a", "b")], ids=str)
-def test_bounds_are_pairs(pair):
-    message = "bounds of sigma must be (lowest, highest)"
-    # A TypeError is no ValueError, and fails here as well.
-    assert_refused(fit, torch.rand(2, 9, 9), message=message, bounds={"sigma": pair})
-
-
-@pytest.mark.parametrize(
-    ("bounds", "options"),
-    [
-        ({"wavelength": (0.5, 1.0)}, {}),  # gives 2
-        ({"sigma": (1000.0, 2000.0)}, {}),  # gives 4 kernel sizes
-        ({"center": (1.0, 2.0)}, {}),  # moves a centre that is not searched
-        ({"aspect_ratio": (2.0, 3.0)}, {"isotropic": True}),  # gives 2
-    ],
-    ids=str,
-)
-def test_ranges_that_hold_no_answer_are_refused(bounds, options):
-    with pytest.raises(ValueError, match=f"^bounds of {next(iter(bounds))}"):
-        fit(torch.rand(2, 9, 9), bounds=bounds, n_starts=1, **options)
+    assert_refused(recover, image, image[..., 8:, 8:], 9, message=message, **options)
 
 
 # -- precision, starts --------------------------------------------------------------------------
@@ -565,32 +539,3 @@ def test_a_difference_of_gaussians_is_no_gabor_and_has_no_orientation():
     result = fit(torch.stack(spots))
     assert result.outcome == (Outcome.OFF_MODEL,) * 4
     assert all("orientation" in result.not_identifiable(i) for i in range(4))
-
-
-# -- recover ------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def photograph() -> Tensor:
-    return sample_image()[None, :, 232:280, 232:280]
-
-
-def test_recover_keeps_to_bounds(photograph):
-    params = planted(2, 4, 1, channels=1, wavelength=5.0, sigma=2.0)
-    responses = F.conv2d(photograph, gabor(params, 11))
-    free = recover(photograph, responses, 11)
-    within = recover(photograph, responses, 11, bounds={"wavelength": (4.0, 6.0)})
-    assert_same(within, free)
-    bound = recover(photograph, responses, 11, bounds={"wavelength": (6.0, math.inf)})
-    assert (bound.params.wavelength >= 6 * (1 - 1e-6)).all()
-    assert (bound.explained_variance < free.explained_variance - 1e-5).all()
-
-
-def test_filters_recovered_together_or_one_by_one_are_the_same(photograph):
-    params = planted(2, 5, 1, channels=2, seed=14)
-    images = torch.cat([photograph, photograph.flip(-1)], 1)
-    clean = F.conv2d(images, gabor(params, 9))
-    responses = clean + 0.3 * clean.std((0, 2, 3), keepdim=True) * drawn(*clean.shape)
-    together = recover(images, responses, 9)
-    parts = [recover(images, responses[:, band], 9) for band in ([0], [1, 2], [3, 4])]
-    assert_same(FitResult.cat(parts), together, atol=1e-5)

@@ -107,9 +107,8 @@ def test_value_and_slope_belong_together():
     torch.testing.assert_close(-slope, quadratic.at(kernel).descent)
     here, there = quadratic.at(kernel), quadratic.at(target)
     gap = here.value - there.value
-    torch.testing.assert_close(here.length, quadratic.metric.length(kernel))
-    torch.testing.assert_close(here.distance(there), quadratic.metric.length(kernel - target))
-    torch.testing.assert_close(gap, 0.5 * quadratic.metric.length(kernel - target).square())
+    torch.testing.assert_close(here.distance(there), quadratic.at(kernel - target).length)
+    torch.testing.assert_close(gap, 0.5 * quadratic.at(kernel - target).length.square())
 
 
 def test_the_metric_serves_every_group_its_own():
@@ -122,7 +121,8 @@ def test_the_metric_serves_every_group_its_own():
         torch.testing.assert_close(metric.times(kernels)[mine], part @ covariances[group])
         responses = part @ samples[:, group].T
         spread = responses.var(-1).sum(-1).sqrt()
-        torch.testing.assert_close(metric.length(kernels)[mine], spread)
+        length = inner(kernels, metric.times(kernels)).sqrt()
+        torch.testing.assert_close(length[mine], spread)
     torch.testing.assert_close(divide(metric, metric.times(kernels)), kernels)
     # Derivatives have an axis more.
     many = torch.randn(6, 2, 5, N, dtype=torch.float64)
@@ -162,7 +162,7 @@ def test_the_minimum_is_known_as_well_as_it_says():
     target = torch.randn(400, 1, N, dtype=torch.float64)
     quadratic, _ = watch(estimator, target, [3.0] * 60, noise=2.0, speed=2.0)
     other = target + torch.randn(target.shape, dtype=target.dtype)
-    apart = quadratic.metric.length(other - target)
+    apart = quadratic.at(other - target).length
     truth = 0.5 * apart.square()
     seen = quadratic.at(other).value - quadratic.at(target).value
     errors = (seen - truth) / (quadratic.error * apart)
@@ -179,7 +179,7 @@ def test_a_target_is_never_believed_to_lie_very_far():
     quadratic = estimator.update_gradient(kernel, gradient, zero, DARK, 0.9, centred=True)
     # From one gradient nothing is known of the scale.
     away = divide(quadratic.metric, quadratic.linear) - kernel
-    assert (quadratic.metric.length(away) <= 5.001 * quadratic.metric.length(kernel)).all()
+    assert (quadratic.at(away).length <= 5.001 * quadratic.at(kernel).length).all()
 
 
 def test_running_means_begin_without_a_bias():

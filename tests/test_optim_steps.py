@@ -47,8 +47,8 @@ def kernels_of(family: KernelFamily) -> Tensor:
 
 def misfit(family: KernelFamily, loss: Quadratic, z: Tensor, target: Tensor) -> Tensor:
     """Share of the target's responses that is missed."""
-    apart = loss.metric.length(family.kernels(z) - target)
-    return apart / loss.metric.length(target)
+    apart = loss.at(family.kernels(z) - target).length
+    return apart / loss.at(target).length
 
 
 @pytest.mark.parametrize(
@@ -73,13 +73,13 @@ def test_descending_stays_within_its_radius_and_never_rises(kwargs):
     value = loss.at(family.kernels(z)).value
     for share in (0.01, 0.3, 3.0):
         home = family.kernels(z)
-        radius = share * loss.metric.length(home)
+        radius = share * loss.at(home).length
         end, there, damping = descend(family, loss, z, radius, damping, n_iterations=5)
         reached = there.value
         assert (reached <= value).all()
         assert (reached < value).any()
         torch.testing.assert_close(reached, loss.at(family.kernels(end)).value)
-        moved = loss.metric.length(family.kernels(end) - home)
+        moved = loss.at(family.kernels(end) - home).length
         assert (moved <= 1.5 * radius * (1 + 1e-9)).all()
         assert (family.excess(end) == 0).all()
         assert ((damping >= 1e-9) & (damping <= 1e9)).all()

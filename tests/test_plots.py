@@ -9,10 +9,11 @@ import sys
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from gaborium import FitResult, Gabor2d, GaborConv2d, census, convert, fit, gabor, plots, starts
-from gaborium.diagnostics import OutputLoss, identifiability, landscape, step_limit
+from gaborium.diagnostics import TrainingSetup, identifiability, landscape, step_limit
 from gaborium.experiments import Recovery, recover_planted
 from gaborium.plots import (
     plot_census,
@@ -381,9 +382,9 @@ def layer_at(params=PLANTED, **kwargs) -> GaborConv2d:
     return GaborConv2d(1, 1, 13, bias=False, start=params, dtype=torch.float64, **kwargs)
 
 
-def loss_of(layer: GaborConv2d, measure: str = "mse") -> OutputLoss:
+def setup_of(layer: GaborConv2d, loss=F.mse_loss) -> TrainingSetup:
     inputs = torch.randn(1, 1, 48, 48, dtype=torch.float64)
-    return OutputLoss(inputs, layer(inputs).detach(), measure)
+    return TrainingSetup(layer, loss, inputs, layer(inputs).detach())
 
 
 def turned(layer: GaborConv2d, by: float) -> None:
@@ -392,9 +393,9 @@ def turned(layer: GaborConv2d, by: float) -> None:
 
 def test_a_curve_shows_the_values_in_degrees_and_the_minima_where_they_are():
     layer = layer_at()
-    loss = loss_of(layer)
+    setup = setup_of(layer)
     turned(layer, 0.3)
-    found = landscape(loss, layer, "orientation", n_points=90)
+    found = landscape(setup, "orientation", n_points=90)
     figure = plot_landscape(found)
     draw(figure)
     (place,) = figure.axes
@@ -415,7 +416,7 @@ def test_a_curve_shows_the_values_in_degrees_and_the_minima_where_they_are():
 
 def test_worse_minima_are_told_from_the_best():
     layer = layer_at(PLANTED.replace(phase=torch.tensor(1.0)))
-    found = landscape(loss_of(layer), layer, "orientation")
+    found = landscape(setup_of(layer), "orientation")
     assert found.n_spurious
     figure = plot_landscape(found)
     draw(figure)
@@ -426,7 +427,7 @@ def test_worse_minima_are_told_from_the_best():
 @pytest.mark.parametrize("field", ["wavelength", "phase", "amplitude", "center_x"])
 def test_every_field_can_be_drawn(field):
     layer = layer_at()
-    figure = plot_landscape(landscape(loss_of(layer), layer, field, n_points=30), width=3.5)
+    figure = plot_landscape(landscape(setup_of(layer), field, n_points=30), width=3.5)
     draw(figure)
     (place,) = figure.axes
     assert place.get_xscale() == ("log" if field == "wavelength" else "linear")
@@ -435,9 +436,9 @@ def test_every_field_can_be_drawn(field):
 
 def test_a_surface_has_the_first_field_upwards():
     layer = layer_at()
-    loss = loss_of(layer)
+    setup = setup_of(layer)
     turned(layer, 0.4)
-    found = landscape(loss, layer, ("orientation", "wavelength"), n_points=20)
+    found = landscape(setup, ("orientation", "wavelength"), n_points=20)
     figure = plot_landscape(found)
     draw(figure)
     place = figure.axes[0]
@@ -451,21 +452,20 @@ def test_a_surface_has_the_first_field_upwards():
 
 
 def test_foreign_parameters_are_drawn_without_a_unit():
-    layer = nn.Linear(1, 1, bias=False)
-    span = {"weight": (-2, 2)}
-    found = landscape(lambda one: (one.weight - 1).square().sum(), layer, "weight", span=span)
+    setup = TrainingSetup(nn.Linear(1, 1, bias=False), F.mse_loss, *torch.ones(2, 1, 1))
+    found = landscape(setup, "weight", span={"weight": (-2, 2)})
     figure = plot_landscape(found)
     draw(figure)
     assert figure.axes[0].get_xlabel() == "weight"
 
 
-@pytest.mark.parametrize("measure", ["mse", "rmse"])
-def test_slopes_are_drawn_against_distances(measure):
+@pytest.mark.parametrize("loss", [F.mse_loss, F.l1_loss])
+def test_slopes_are_drawn_against_distances(loss):
     layer = layer_at(learn="orientation", coordinates="textbook")
-    loss = loss_of(layer, measure)
+    setup = setup_of(layer, loss)
     turned(layer, 0.1)
     optimizer = torch.optim.SGD(layer.parameters(), lr=1e-3)
-    found = step_limit(loss, layer, optimizer=optimizer)
+    found = step_limit(dataclasses.replace(setup, optimizer=optimizer))
     figure = plot_step_limit(found)
     draw(figure)
     (place,) = figure.axes
@@ -474,7 +474,7 @@ def test_slopes_are_drawn_against_distances(measure):
     assert tuple(measured.get_ydata()) == found.slopes
     (step,) = lines_of(place, "one step")
     assert step.get_xdata()[0] == pytest.approx(1e-3 * found.slopes[-1])
-    assert title(place).startswith("A cone" if measure == "rmse" else "A bowl: steps below")
+    assert title(place).startswith("A cone" if loss is F.l1_loss else "A bowl: steps below")
 
 
 def test_bounds_are_drawn_against_those_of_white_input():

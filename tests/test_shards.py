@@ -79,17 +79,6 @@ def identities(folder: Path) -> dict[str, tuple[int, int]]:
     return {name: (stat.st_ino, stat.st_mtime_ns) for name, stat in shards.items()}
 
 
-def assert_same(found: FitResult, wanted: FitResult, rtol: float = 0.0) -> None:
-    assert (found.outcome, found.names) == (wanted.outcome, wanted.names)
-    close = {"rtol": rtol, "atol": rtol, "equal_nan": True}
-    torch.testing.assert_close(found.explained_variance, wanted.explained_variance, **close)
-    torch.testing.assert_close(found.params.as_dict(), wanted.params.as_dict(), **close)
-    if rtol == 0:
-        torch.testing.assert_close(found.standard_error, wanted.standard_error, **close)
-        torch.testing.assert_close(found.correlation, wanted.correlation, **close)
-        assert torch.equal(found.n_iterations, wanted.n_iterations)
-
-
 # -- one result in one file ---------------------------------------------------------------------
 
 
@@ -109,7 +98,7 @@ def test_a_saved_result_comes_back(mixed, tmp_path, where):
     for one in (result, shared):
         one.save(tmp_path / "fit")
         loaded = FitResult.load(tmp_path / "fit")
-        assert_same(loaded, one)
+        assert loaded.to_json() == one.to_json()
         loaded.save(tmp_path / "again")
         assert (tmp_path / "again").read_bytes() == (tmp_path / "fit").read_bytes()
     assert Outcome.BAD_INPUT in mixed.outcome
@@ -160,7 +149,11 @@ def test_shards_are_the_parts_of_one_fit(tmp_path, shape, size, options):
     assert len(results) == math.ceil(len(kernels) / size)
     # Sums of a batch run in another order than those of a single kernel, and a search ends where a
     # step changes the kernel by less than 1e-9.
-    assert_same(FitResult.cat(results), fit(kernels, **options), rtol=1e-8)
+    whole, wanted = FitResult.cat(results), fit(kernels, **options)
+    assert (whole.outcome, whole.names) == (wanted.outcome, wanted.names)
+    close = {"rtol": 1e-8, "atol": 1e-8, "equal_nan": True}
+    torch.testing.assert_close(whole.explained_variance, wanted.explained_variance, **close)
+    torch.testing.assert_close(whole.params.as_dict(), wanted.params.as_dict(), **close)
     before, counts = identities(tmp_path / "out"), []
     run(kernels, tmp_path / "out", lambda *numbers: counts.append(numbers), **arguments)
     assert identities(tmp_path / "out") == before
@@ -173,7 +166,11 @@ def test_the_form_of_the_kernels_does_not_matter(finished, file, tmp_path):
         run(form, finished)  # refused, if these were not the same kernels
     assert identities(finished) == before
     swapped = np.asfortranarray(array.astype(array.dtype.newbyteorder()))
-    assert_same(FitResult.load(run(swapped, tmp_path)[0]), FitResult.load(run(file, finished)[0]))
+    run(swapped, tmp_path)
+    assert (
+        content(tmp_path)["shard-000000.safetensors"]
+        == content(finished)["shard-000000.safetensors"]
+    )
 
 
 def test_dask_does_the_work_too(tmp_path, finished, file):

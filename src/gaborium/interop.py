@@ -1,10 +1,11 @@
 """Parameters of Gabor functions under other libraries' names, to and from ``Gabor2d`` records.
 
-``to_...(params)`` gives the library's arguments and a scale: ``gabor(params, size)`` is the real
-part of ``scale * kernel``, where ``kernel`` is what the library makes of the arguments. The scale
-holds the amplitude, the normalisation and, where a library has no phase, the phase. ``from_...``
-goes the other way: the record's kernel is the real part of the library's, so that its amplitude
-holds the library's normalisation.
+``to_...(params)`` takes one Gabor function with ``center`` 0 and gives the library's arguments and
+a scale: ``gabor(params, size)`` is the real part of ``scale * kernel``, where ``kernel`` is what
+the library makes of the arguments. The scale holds the amplitude, the normalisation and, where a
+library has no phase, the phase. ``from_...`` goes the other way: the record's kernel is the real
+part of the library's. It takes numbers and tensors, which broadcast and keep their graph; ``dtype``
+is by default that of the first floating tensor, or torch's default.
 
 A kernel's size is no parameter of a Gabor function: ``n_stds`` and ``ksize`` stay with the caller.
 The kernels agree as arrays, but their uses differ: ``torch.nn.Conv2d`` and ``cv2.filter2D``
@@ -93,10 +94,10 @@ def from_skimage(
         sigma_x: px along the wave vector, > 0.
         sigma_y: px along the stripes, > 0.
         offset: phase, rad.
-        dtype: floating type; by default that of the first floating tensor, or torch's default.
+        dtype: floating type.
 
     Returns:
-        Records of the arguments' common batch shape. Tensors keep their graph.
+        Records of the arguments' common batch shape.
 
     Raises:
         ValueError: the record that they mean has a field outside its range.
@@ -183,10 +184,10 @@ def from_opencv(
         lambd: wavelength, px, > 0; infinite for a blob.
         gamma: aspect ratio, > 0.
         psi: phase of the turned kernel, rad.
-        dtype: floating type; by default that of the first floating tensor, or torch's default.
+        dtype: floating type.
 
     Returns:
-        Records of the arguments' common batch shape. Tensors keep their graph.
+        Records of the arguments' common batch shape.
 
     Raises:
         ValueError: the record that they mean has a field outside its range.
@@ -237,8 +238,8 @@ def to_matlab(params: Gabor2d) -> tuple[dict[str, float], complex]:
     ratio = sigma / wavelength / _HALF_HEIGHT
     if ratio <= 1:
         raise ValueError(
-            f"MATLAB states sigma by a bandwidth, which needs sigma / wavelength above "
-            f"{_HALF_HEIGHT:.3f}, got {sigma / wavelength:.3g}."
+            f"A bandwidth needs sigma / wavelength above {_HALF_HEIGHT:.3f}, got "
+            f"{sigma / wavelength:.3g}."
         )
     arguments = {
         "Wavelength": wavelength,
@@ -271,10 +272,10 @@ def from_matlab(
         Orientation: degrees.
         SpatialFrequencyBandwidth: octaves at half height, > 0.
         SpatialAspectRatio: > 0.
-        dtype: floating type; by default that of the first floating tensor, or torch's default.
+        dtype: floating type.
 
     Returns:
-        Records of the arguments' common batch shape. Tensors keep their graph.
+        Records of the arguments' common batch shape.
 
     Raises:
         ValueError: the record that they mean has a field outside its range.
@@ -297,21 +298,14 @@ def from_matlab(
 def _only(params: Gabor2d, library: str) -> dict[str, float]:
     """The fields of one centred Gabor function as numbers."""
     if not isinstance(params, Gabor2d):
-        raise TypeError(
-            f"{library} has two-dimensional Gabor functions: expected a Gabor2d, "
-            f"got {type(params).__name__}."
-        )
+        raise TypeError(f"{library} needs a Gabor2d, got {type(params).__name__}.")
     if params.batch_shape.numel() != 1:
         raise ValueError(
-            f"{library} takes one Gabor function at a time, got a batch of shape "
-            f"{tuple(params.batch_shape)}; index the record first."
+            f"{library} takes one Gabor function at a time, got {tuple(params.batch_shape)}."
         )
     params.check()
     fields = {name: v.detach().double().flatten() for name, v in params.as_dict().items()}
-    x, y = fields.pop("center").tolist()
-    if x or y:
-        raise ValueError(
-            f"{library} has no off-centre Gabor functions, got center ({x:g}, {y:g}) px; replace "
-            f"it by zeros to convert the rest."
-        )
+    center = fields.pop("center").tolist()
+    if any(center):
+        raise ValueError(f"{library} needs a center of 0, got {center} px; replace it by zeros.")
     return {name: value.item() for name, value in fields.items()}

@@ -23,17 +23,9 @@ class PatchStatistics:
 
     For a squared error the images matter only through the covariance C of their patches, and the
     responses only through their covariance c with the patches and their variance. These have the
-    size of the kernel, whatever the size of the images.
-
-    Where neighbouring patches overlap much, C comes from the autocorrelation of the image;
-    otherwise patches are summed one by one.
-
-    Args:
-        kernel_size: pixels along each axis; a patch has n = channels · pixels numbers.
-        n_channels: channels of the images.
-        n_outputs: channels of the responses.
-        stride: of the convolution that made the responses; by default 1.
-        padding: zeros around the images, as in that convolution: numbers, "valid" or "same".
+    size of the kernel, n = channels · pixels, whatever the size of the images. Where neighbouring
+    patches overlap much, C comes from the autocorrelation of the image; otherwise patches are
+    summed one by one. Stride and padding are of the convolution that made the responses.
 
     Example:
         >>> image = torch.rand(1, 1, 16, 16)
@@ -57,27 +49,22 @@ class PatchStatistics:
         self.kernel_size, self.n_channels, self.n_outputs = kernel_size, n_channels, n_outputs
         self.stride, self.padding = stride or (1,) * len(kernel_size), padding
         self._n = n_channels * math.prod(kernel_size)
-        # The first images' mean is subtracted from everything, so that sums of squares do not
-        # swamp the variances; its exact value does not matter.
+        # Subtracted from everything, so that sums of squares do not swamp the variances.
         self._level: tuple[Tensor, Tensor] | None = None
         # Sum of z zᵀ over all positions, where z is a patch, its responses, and a one.
         self._sums = torch.zeros(2 * (self._n + n_outputs + 1,), dtype=torch.float64)
 
     def add(self, images: Tensor, responses: Tensor | None = None) -> None:
-        """Add ``images`` ``(batch, channels, *size)`` and ``responses`` ``(batch, out, *)``.
-
-        Raises:
-            ValueError: an image is smaller than the kernel, or shapes do not agree.
-        """
+        """Add ``images`` ``(batch, channels, *size)`` and ``responses`` ``(batch, out, *)``."""
         d = len(self.kernel_size)
         x = F.pad(images.detach().double(), self._border())
         sizes = tuple(x.shape[2:])
-        if any(a < k for a, k in zip(sizes, self.kernel_size, strict=True)):
+        room = [a - k + 1 for a, k in zip(sizes, self.kernel_size, strict=True)]
+        if min(room) < 1:
             raise ValueError(
                 f"Images must not be smaller than the kernel, got {sizes} px with their padding "
                 f"for kernel_size {self.kernel_size}."
             )
-        room = [a - k + 1 for a, k in zip(sizes, self.kernel_size, strict=True)]
         positions = tuple((r - 1) // step + 1 for r, step in zip(room, self.stride, strict=True))
         y = x.new_zeros(len(x), 0, *positions) if responses is None else responses.detach().double()
         if (x.shape[1], y.shape[1]) != (self.n_channels, self.n_outputs):
@@ -187,18 +174,7 @@ def sample_patches(layer: Any, images: Tensor, generator: torch.Generator) -> Te
     """Patches of a layer's input, ``(patches, groups, n)`` with n = channels · pixels.
 
     All patches if there are few, otherwise a random sample whose covariance costs little compared
-    with a training step.
-
-    Args:
-        layer: a Gabor layer.
-        images: its input, ``(batch, channels, *size)`` or without batch.
-        generator: on the CPU.
-
-    Example:
-        >>> from gaborium import GaborConv2d
-        >>> layer = GaborConv2d(3, 16, 7, padding=3)
-        >>> sample_patches(layer, torch.rand(8, 3, 10, 10), torch.Generator()).shape
-        torch.Size([800, 1, 147])
+    with a training step. The generator is on the CPU.
     """
     d = layer.n_dims
     images = layer.padded(_batched(layer, images)).contiguous()
@@ -206,10 +182,8 @@ def sample_patches(layer: Any, images: Tensor, generator: torch.Generator) -> Te
     total = len(images) * math.prod(room)
     n = images.shape[1] // layer.groups * math.prod(layer.kernel_size)
     limit = int(min(max(_WORK / n**2, _FEWEST), _MOST))
-    if total <= limit:
-        chosen = torch.arange(total)
-    else:
-        chosen = torch.randint(total, (limit,), generator=generator)
+    few = total <= limit
+    chosen = torch.arange(total) if few else torch.randint(total, (limit,), generator=generator)
     chosen = chosen.to(images.device)
 
     # A patch is copied row by row: along the last axis its pixels are adjacent in memory.
@@ -233,19 +207,7 @@ def sample_patches(layer: Any, images: Tensor, generator: torch.Generator) -> Te
 
 
 def mean_patch(layer: Any, images: Tensor) -> Tensor:
-    """The mean of all patches of a layer's input, ``(groups, n)``.
-
-    Args:
-        layer: a Gabor layer.
-        images: its input, ``(batch, channels, *size)`` or without batch.
-
-    Example:
-        >>> from gaborium import GaborConv2d
-        >>> layer, images = GaborConv2d(3, 16, 7, padding=3), torch.rand(8, 3, 10, 10)
-        >>> patches = sample_patches(layer, images, torch.Generator())
-        >>> torch.allclose(mean_patch(layer, images), patches.mean(0))
-        True
-    """
+    """The mean of all patches of a layer's input, ``(groups, n)``."""
     dtype = torch.promote_types(images.dtype, torch.float32)
     mean = layer.padded(_batched(layer, images).mean(0, keepdim=True, dtype=dtype))
     for axis, n in enumerate(_positions(layer, mean)):

@@ -456,8 +456,9 @@ def plot_landscape(landscape: Landscape | Recovery, *, width: float = _WIDTH) ->
         >>> from gaborium import Gabor2d, GaborConv2d, diagnostics
         >>> layer = GaborConv2d(1, 1, 11, start=Gabor2d.of(wavelength=5.0, sigma=2.0))
         >>> image = torch.rand(1, 1, 40, 40, generator=torch.Generator().manual_seed(0))
-        >>> loss = diagnostics.OutputLoss(image, layer(image).detach())
-        >>> figure = plot_landscape(diagnostics.landscape(loss, layer, "orientation"))
+        >>> parts = layer, torch.nn.functional.mse_loss, image, layer(image).detach()
+        >>> setup = diagnostics.TrainingSetup(*parts)
+        >>> figure = plot_landscape(diagnostics.landscape(setup, "orientation"))
         >>> figure.axes[0].get_xlabel()
         'orientation, degrees'
     """
@@ -562,9 +563,10 @@ def plot_step_limit(found: StepLimit) -> Figure:
         found: from ``gaborium.diagnostics.step_limit``.
 
     Example:
-        >>> from gaborium.diagnostics import step_limit
-        >>> layer = torch.nn.Linear(1, 1, bias=False)
-        >>> found = step_limit(lambda one: one.weight.square().sum(), layer)
+        >>> from gaborium.diagnostics import TrainingSetup, step_limit
+        >>> layer, one = torch.nn.Linear(1, 1, bias=False), torch.ones(1, 1)
+        >>> setup = TrainingSetup(layer, torch.nn.functional.mse_loss, one, one)
+        >>> found = step_limit(setup)
         >>> plot_step_limit(found).axes[0].get_title(loc="left")
         'A bowl: steps below 1 settle'
     """

@@ -55,21 +55,9 @@ def draw_start(
       aspect ratios 0.5 to 1, and an independent amplitude for every input channel.
     - ``"v1"``: shapes as measured in simple cells of macaque V1, see ``v1_widths``.
 
-    Args:
-        name: one of the above.
-        n_filters: Gabor functions to draw.
-        n_channels: input channels that each filter sees.
-        kernel_size: pixels along each axis.
-        n_phases: of the bank: 2 for an even and an odd filter of each wave, 1 for the even one
-            alone, where the layer makes its odd partner itself.
-        generator: source of randomness; by default torch's global one.
-
-    Returns:
-        A float64 record on the CPU: geometry ``(n_filters, 1)``, phase and amplitude
-        ``(n_filters, n_channels)``. Amplitudes are relative; the layer scales them.
-
-    Raises:
-        ValueError: there is no start of that name.
+    With ``n_phases=1`` the bank has even filters alone, for a layer that makes their odd partners.
+    The record is float64, on the CPU: geometry ``(n_filters, 1)``, phase and amplitude
+    ``(n_filters, n_channels)``. Amplitudes are relative; the layer scales them.
 
     Example:
         >>> bank = draw_start("bank", n_filters=8, n_channels=1, kernel_size=(9, 9))
@@ -166,11 +154,6 @@ def v1_widths(first: Tensor, second: Tensor, *, limit: float = math.inf) -> tupl
 
     The population is log-normal: ``n_x = σ/λ`` along the wave, ``n_y = σ/(γλ)`` along the stripes.
     Each width stops ``limit`` standard deviations from its mean.
-
-    Example:
-        >>> n_x, n_y = v1_widths(torch.tensor(0.0), torch.tensor(0.0))
-        >>> round(n_x.item(), 3), round(n_y.item(), 3)
-        (0.355, 0.417)
     """
     r = V1_WIDTH_CORRELATION
     both = first, r * first + math.sqrt(1 - r**2) * second
@@ -182,14 +165,7 @@ def v1_widths(first: Tensor, second: Tensor, *, limit: float = math.inf) -> tupl
 
 
 def v1_distance(n_x: Tensor, n_y: Tensor) -> Tensor:
-    """Mahalanobis distance of widths from V1's mean, in standard deviations of its population.
-
-    Example:
-        >>> median = torch.tensor([10**-0.45]), torch.tensor([10**-0.38])
-        >>> far = v1_distance(*median), v1_distance(10 * median[0], 10 * median[1])
-        >>> [round(one.item(), 1) for one in far]
-        [0.0, 5.6]
-    """
+    """Mahalanobis distance of widths from V1's mean, in standard deviations of its population."""
     x, y = (
         (width.double().log10() - mean) / std
         for width, mean, std in zip((n_x, n_y), V1_WIDTH_MEAN, V1_WIDTH_STD, strict=True)
@@ -200,12 +176,7 @@ def v1_distance(n_x: Tensor, n_y: Tensor) -> Tensor:
 
 
 def v1_radius(share: float) -> float:
-    """The ``v1_distance`` within which this share of the population is found.
-
-    Example:
-        >>> round(v1_radius(0.5), 2), round(v1_radius(0.95), 2)
-        (1.18, 2.45)
-    """
+    """The ``v1_distance`` within which this share of the population is found."""
     return math.sqrt(-2 * math.log1p(-share))
 
 

@@ -84,7 +84,7 @@ def load_layer(path: str | os.PathLike[str]) -> Any:
         OSError: the file cannot be read.
         ValueError: it is damaged, holds no layer, or has a newer format.
     """
-    tensors, metadata = read_tensors(path, kind="layer", newest=_FORMAT)
+    tensors, metadata = read_tensors(path, kind="layer")
     try:
         # The start that the tensors replace is drawn and judged without a trace.
         with torch.random.fork_rng(devices=[]), warnings.catch_warnings():

@@ -9,7 +9,7 @@ import io
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import ModuleType
@@ -22,23 +22,7 @@ _NO_CHECKSUM = "0" * 64  # in the checksum's place while the checksum is compute
 
 
 def require(package: str, *, extra: str, purpose: str) -> ModuleType:
-    """Import an optional package, or say how to get it.
-
-    Args:
-        package: import name, e.g. ``"matplotlib.pyplot"``.
-        extra: the extra of this project that installs it, e.g. ``"plot"``.
-        purpose: what needs it, as the subject of a sentence in the plural, e.g. ``"Plots"``.
-
-    Returns:
-        The imported module.
-
-    Raises:
-        ImportError: the package is not installed; the message names the command that installs it.
-
-    Example:
-        >>> require("json", extra="plot", purpose="Plots").__name__
-        'json'
-    """
+    """Import an optional package; without it, name the extra of this project that installs it."""
     try:
         return importlib.import_module(package)
     except ModuleNotFoundError as error:
@@ -50,27 +34,15 @@ def require(package: str, *, extra: str, purpose: str) -> ModuleType:
         ) from None
 
 
-def one_of(what: str, value: str, choices: Iterable[str]) -> str:
-    """Return ``value`` if it is one of ``choices``; otherwise raise one clear line.
-
-    Example:
-        >>> one_of("output", "energy", ("real", "energy"))
-        'energy'
-    """
-    choices = tuple(choices)
+def one_of(what: str, value: str, choices: Collection[str]) -> str:
+    """Return ``value`` if it is one of ``choices``; otherwise raise one clear line."""
     if value not in choices:
-        listed = ", ".join(repr(choice) for choice in choices)
-        raise ValueError(f"{what} must be one of {listed}, got {value!r}.")
+        raise ValueError(f"{what} must be one of {', '.join(map(repr, choices))}, got {value!r}.")
     return value
 
 
 def as_sizes(what: str, value: int | Iterable[Any], n_dims: int) -> tuple[int, ...]:
-    """Return ``value`` as ``n_dims`` positive whole numbers; one number serves every axis.
-
-    Example:
-        >>> as_sizes("kernel_size", 7, 2)
-        (7, 7)
-    """
+    """Return ``value`` as ``n_dims`` positive whole numbers; one number serves every axis."""
     sizes = (value,) * n_dims if isinstance(value, int) else tuple(value)
     if len(sizes) != n_dims:
         raise ValueError(f"{what} must be {n_dims} numbers (one per axis), got {value!r}.")
@@ -112,12 +84,7 @@ def write_bytes(path: str | os.PathLike[str], data: bytes) -> None:
 
 
 def csv_text(rows: Sequence[Mapping[str, object]]) -> str:
-    r"""Rows with the same keys as CSV, below a line of the keys; floats keep every bit.
-
-    Example:
-        >>> csv_text([{"filter": 0, "sigma (px)": 2.5}, {"filter": 1, "sigma (px)": 3.0}])
-        'filter,sigma (px)\n0,2.5\n1,3.0\n'
-    """
+    """Rows with the same keys as CSV, below a line of the keys; floats keep every bit."""
     buffer = io.StringIO()
     writer = csv.DictWriter(buffer, list(rows[0]), lineterminator="\n")
     writer.writeheader()
@@ -146,13 +113,13 @@ def write_tensors(
 
 
 def read_tensors(
-    path: str | os.PathLike[str], *, kind: str, newest: int = 1
+    path: str | os.PathLike[str], *, kind: str
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Read the tensors, on the CPU, and the metadata of ``write_tensors``.
 
-    ``kind`` is ``"fit"`` where the metadata's ``name`` is ``"gaborium.fit"``; ``newest`` is the
-    highest ``format`` that the caller reads. A file that is damaged, of another kind or newer
-    raises ``ValueError``. No code in a file is executed.
+    ``kind`` is ``"fit"`` where the metadata's ``name`` is ``"gaborium.fit"``. A file that is
+    damaged, of another kind or of a format above 1 raises ``ValueError``. No code in a file is
+    executed.
     """
     safetensors = require("safetensors.torch", extra="save", purpose="Saved files")
     path, shown = Path(path), repr(os.fspath(path))
@@ -170,11 +137,8 @@ def read_tensors(
         raise ValueError(f"{shown} is not a saved {kind} of gaborium, or is damaged.") from None
     if found != kind:
         raise ValueError(f"{shown} is a saved {found:.40}, expected a saved {kind}.")
-    if version > newest:
-        raise ValueError(
-            f"{shown} has format {version}, and this version of gaborium reads up to {newest}; "
-            "update gaborium."
-        )
+    if version > 1:
+        raise ValueError(f"{shown} has format {version}, and this gaborium reads 1; update it.")
     blank = data.replace(checksum.encode(), _NO_CHECKSUM.encode(), 1)
     if hashlib.sha256(blank).hexdigest() != checksum:
         raise ValueError(f"{shown} is damaged: its checksum is wrong; use a copy of it.")
@@ -182,20 +146,17 @@ def read_tensors(
 
 
 @contextmanager
-def new_folder(
-    path: str | os.PathLike[str], *, overwrite: bool, marker: str = "result.json"
-) -> Iterator[Path]:
+def new_folder(path: str | os.PathLike[str], *, overwrite: bool) -> Iterator[Path]:
     """Fill a folder that gets its name only when it is complete.
 
     The block writes into the hidden folder that it is given. When the block ends, that folder takes
     the name ``path``; if the block raises, also by Ctrl-C, it is removed and ``path`` is unchanged.
-    With ``overwrite`` an earlier folder is replaced, but only one that holds the file ``marker``,
-    so that a mistyped path loses nothing. Raises ``FileExistsError`` before the block starts.
+    With ``overwrite`` an earlier folder is replaced, but only one with a ``result.json``, so that a
+    mistyped path loses nothing. Raises ``FileExistsError`` before the block starts.
     """
     target = Path(os.path.realpath(path))  # a link to a run stays a link
-    _check_free(target, marker, overwrite=overwrite)
+    _check_free(target, overwrite=overwrite)
     temporary, old = _temporary(target), _temporary(target)
-    missing = [parent for parent in target.parents if not parent.exists()]
     try:
         temporary.mkdir(parents=True)
     except OSError as error:
@@ -204,7 +165,7 @@ def new_folder(
     try:
         yield temporary
         finished = True
-        _check_free(target, marker, overwrite=overwrite)
+        _check_free(target, overwrite=overwrite)
         if target.exists():
             target.rename(old)
         temporary.rename(target)
@@ -214,9 +175,6 @@ def new_folder(
         if finished and isinstance(error, OSError):  # a name is no reason to lose hours of work
             raise type(error)(f"{error} The finished work is in {str(temporary)!r}.") from None
         shutil.rmtree(temporary, ignore_errors=True)
-        with suppress(OSError):
-            for parent in missing:
-                parent.rmdir()
         raise
     shutil.rmtree(old, ignore_errors=True)
 
@@ -248,16 +206,17 @@ def locked_folder(folder: Path, marker: str, *, timeout: float = 0.0) -> Iterato
         lock.release()
 
 
-def _check_free(target: Path, marker: str, *, overwrite: bool) -> None:
-    if not os.path.lexists(target):
-        return
-    if not (target / marker).is_file():
-        reason = f"exists without a {marker}, so it is never replaced; choose another name."
-    elif not overwrite:
-        reason = "exists; choose another name, or replace it with overwrite=True (--overwrite)."
-    else:
-        return
-    raise FileExistsError(f"{str(target)!r} {reason}")
+def _check_free(target: Path, *, overwrite: bool) -> None:
+    if os.path.lexists(target) and not (target / "result.json").is_file():
+        raise FileExistsError(
+            f"{str(target)!r} exists without a result.json, so it is never replaced; choose "
+            "another name."
+        )
+    if target.exists() and not overwrite:
+        raise FileExistsError(
+            f"{str(target)!r} exists; choose another name, or replace it with overwrite=True "
+            "(--overwrite)."
+        )
 
 
 def _temporary(target: Path) -> Path:

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gaborium import starts
-from gaborium.conversion.features import NUMBERS, geometry, measure
+from gaborium.conversion.features import NUMBERS, measure, table
 from gaborium.conversion.first_conv import find_first_conv
 from gaborium.fitting import FitResult, fit
 from gaborium.fitting.result import Saved
@@ -158,8 +158,7 @@ class Census(Saved):
     @property
     def confidence(self) -> Tensor:
         """Probability of the class that each filter got: ``(filters,)``, in [0, 1]."""
-        chosen = torch.tensor([CLASSES.index(label) for label in self.labels])
-        return self.probability.gather(1, chosen.unsqueeze(1)).squeeze(1)
+        return self.probability.amax(1)
 
     def filters(self, label: str) -> list[int]:
         """The numbers of the filters of a class.
@@ -197,11 +196,9 @@ class Census(Saved):
         sentence = _EXPLANATIONS[kind].format(**n, color=color).replace("%", " %")
         if DEAD < n["strength"] < _FAINT:
             sentence += f" Its weights are faint: {n['strength']:.1g} of the layer's median."
-        probability = dict(zip(CLASSES, self.probability[index].tolist(), strict=True))
-        del probability[label]
-        other = max(probability, key=lambda name: probability[name])
-        if probability[other] >= _NEXT_CLASS:
-            sentence += f" Next is {other}, at {probability[other]:.2f}."
+        probability, order = (values.tolist() for values in self.probability[index].topk(2))
+        if probability[1] >= _NEXT_CLASS:
+            sentence += f" Next is {CLASSES[order[1]]}, at {probability[1]:.2f}."
         return sentence
 
     def distribution(self) -> dict[str, Tensor]:
@@ -267,7 +264,7 @@ class Census(Saved):
         angle = of["orientation"] % (math.pi / 2)
         cardinal = torch.minimum(angle, math.pi / 2 - angle) <= math.pi / 8
         octaves = of["wavelength"].log2()
-        spread = (octaves - octaves.mean()).square().mean().sqrt().item()
+        spread = octaves.sub(octaves.mean()).square().mean().sqrt().item()
         return {
             "n_x": (_median(of["n_x"]), n_x),
             "n_y": (_median(of["n_y"]), n_y),
@@ -279,15 +276,14 @@ class Census(Saved):
 
     def to_table(self) -> list[dict[str, object]]:
         """One row per filter: class, confidence, numbers, geometry of the fit, explanation."""
-        return [
-            {"filter": i, "class": label, "confidence": self.confidence[i].item()}
-            | {name: value[i].item() for name, value in self.numbers.items()}
-            | fields
-            | {"explanation": self.explain(i)}
-            for i, (label, fields) in enumerate(
-                zip(self.labels, geometry(self.fit.params), strict=True)
-            )
-        ]
+        numbers = {name: value.tolist() for name, value in self.numbers.items()}
+        columns = {
+            "filter": range(len(self)),
+            "class": self.labels,
+            "confidence": self.confidence.tolist(),
+            "explanation": [self.explain(i) for i in range(len(self))],
+        }
+        return table(self.fit.params, columns | numbers)
 
     def to_json(self, *, indent: int | None = None) -> str:
         """The whole census as JSON text; infinities and missing numbers are inf and nan."""
@@ -297,14 +293,9 @@ class Census(Saved):
             "counts": self.counts,
             "labels": self.labels,
             "probability": self.probability.tolist(),
-            "numbers": {name: value.tolist() for name, value in self.numbers.items()},
-            "explanations": [self.explain(i) for i in range(len(self))],
+            "filters": self.to_table(),
             "pairs": [pair._asdict() for pair in self.pairs],
-            "distribution": {k: v.tolist() for k, v in self.distribution().items()},
-            "v1": {
-                name: {"layer": layer, "v1": v1}
-                for name, (layer, v1) in self.compare_with_v1().items()
-            },
+            "v1": self.compare_with_v1(),
             "fit": json.loads(self.fit.to_json()),
         }
         return json.dumps(plain(document), indent=indent, allow_nan=False)
@@ -432,14 +423,10 @@ def _checked(kernels: Any, n_dims: int) -> Tensor:
         )
     if math.prod(shape[-n_dims:]) == 1:
         raise ValueError(f"kernels of shape {shape} have one pixel, in which there is no wave.")
-    w: Tensor = kernels.detach().cpu()
-    w = w.unsqueeze(1) if w.ndim == n_dims + 1 else w
-    bad = (~w.isfinite()).flatten(1).any(1).nonzero().flatten().tolist()
+    w: Tensor = kernels.detach().cpu().reshape(len(kernels), -1, *shape[-n_dims:])
+    bad = int((~w.isfinite()).flatten(1).any(1).sum())
     if bad:
-        raise ValueError(
-            f"{len(bad)} of {len(w)} filters hold NaN or infinity, the first is filter {bad[0]}; "
-            "was the network trained to the end?"
-        )
+        raise ValueError(f"kernels must be finite, got NaN or infinity in {bad} of {len(w)}.")
     return w
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gaborium.conversion.features import geometry
+from gaborium.conversion.features import table
 from gaborium.conversion.first_conv import find_first_conv, replace_first_conv
 from gaborium.fitting import FitResult, Outcome, fit
 from gaborium.functions.params import Gabor, plain
@@ -65,9 +65,7 @@ class Conversion:
     @property
     def params(self) -> Gabor:
         """The parameters of the Gabor filters alone, ``(Gabor filters, 1 or channels)``."""
-        chosen = self.is_gabor
-        fields = {name: value[chosen] for name, value in self.fit.params.as_dict().items()}
-        return type(self.fit.params)(**fields)
+        return self.fit[self.is_gabor.nonzero().flatten().tolist()].params
 
     def __repr__(self) -> str:
         """A line: how many filters, and what is saved."""
@@ -84,19 +82,16 @@ class Conversion:
         ``explained_response`` the responses' share; the geometry is that of the Gabor function
         that replaces the filter, or would.
         """
-        rows: list[dict[str, Any]] = []
-        for i, fields in enumerate(geometry(self.fit.params)):
-            row: dict[str, Any] = {
-                "filter": i,
-                "is_gabor": bool(self.is_gabor[i]),
-                "outcome": self.fit.outcome[i].name,
-                "explained_variance": self.kernels.explained_variance[i].item(),
-            }
-            if self.responses is not None and self.response_error is not None:
-                row["explained_response"] = self.responses.explained_variance[i].item()
-                row["response_error"] = self.response_error[i].item()
-            rows.append(row | fields)
-        return rows
+        columns: dict[str, Sequence[Any]] = {
+            "filter": range(len(self.is_gabor)),
+            "is_gabor": self.is_gabor.tolist(),
+            "outcome": [outcome.name for outcome in self.fit.outcome],
+            "explained_variance": self.kernels.explained_variance.tolist(),
+        }
+        if self.responses is not None and self.response_error is not None:
+            columns["explained_response"] = self.responses.explained_variance.tolist()
+            columns["response_error"] = self.response_error.tolist()
+        return table(self.fit.params, columns)
 
     def to_json(self, *, indent: int | None = None) -> str:
         """The whole report as JSON text; infinities and missing numbers are inf and nan."""
@@ -193,7 +188,8 @@ def convert(
     chosen = _chosen(responses, threshold, filters)
     result = whole
     if chosen.any():
-        new = _converted(layer, weight, responses.params, chosen, learn, mean)
+        params = responses[chosen.nonzero().flatten().tolist()].params
+        new = _converted(layer, weight, params, chosen, learn, mean)
         result = replace_first_conv(whole, new, place)
     converted: Any = result.get_submodule(place)
     if batches:
@@ -288,11 +284,9 @@ def _kernels(layer: Any, name: str) -> Tensor:
             "converted (groups=1); name another layer."
         )
     weight: Tensor = layer.weight.detach().cpu().double()
-    if not weight.isfinite().all():
-        bad = int((~weight.flatten(1).isfinite().all(1)).sum())
-        raise ValueError(
-            f"{what} must have finite kernels, got NaN or infinity in {bad} of {len(weight)}."
-        )
+    bad = int((~weight.isfinite()).flatten(1).any(1).sum())
+    if bad:
+        raise ValueError(f"{what} must have finite kernels, got NaN in {bad} of {len(weight)}.")
     return weight
 
 
@@ -363,7 +357,6 @@ def _converted(
     mean: Tensor | None,
 ) -> nn.Module:
     """The layer with Gabor functions where they are chosen, on patches of this mean."""
-    fields = {name: value[chosen] for name, value in params.as_dict().items()}
     bias = None if layer.bias is None else layer.bias.detach()
     if mean is not None and bias is None:
         bias = layer.weight.new_zeros(len(weight))
@@ -376,7 +369,7 @@ def _converted(
             device=layer.weight.device,
             dtype=layer.weight.dtype,
             learn=params.field_names() if learn is None else learn,
-            start=type(params)(**fields),
+            start=params,
         )
     if bias is not None:
         if mean is not None:

@@ -8,6 +8,8 @@ function to it.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -53,40 +55,41 @@ _N_WAVES = 6  # of which any two may be a plaid
 _N_PAIRS = 6  # of waves that are followed together
 
 
-def geometry(params: Gabor) -> list[dict[str, float]]:
-    """For each filter the fields that its channels share: the wave and its envelope."""
-    fields = {
+def table(params: Gabor, columns: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
+    """A row per filter: ``columns``, and the fields that its channels share."""
+    shared = {
         name: value.reshape(len(value), -1)[:, 0].tolist()
         for name, value in params.as_dict().items()
         if name not in ("phase", "amplitude", "center")
     }
-    return [dict(zip(fields, values, strict=True)) for values in zip(*fields.values(), strict=True)]
+    columns = {**columns, **shared}
+    return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
 
 
 @torch.no_grad()
 def measure(kernels: Tensor, result: FitResult, *, n_dims: int) -> dict[str, Tensor]:
-    """The numbers of filters, each ``(filters,)`` and in float64; ``NUMBERS`` explains them.
+    """The numbers of finite kernels ``(filters, channels, *size)``, each ``(filters,)``, float64.
 
-    Args:
-        kernels: ``(filters, channels, *kernel_size)``, finite.
-        result: of ``fit`` with ``geometry="filter"`` and ``center=True``.
-        n_dims: spatial dimensions of a kernel.
-
-    Returns:
-        All numbers but ``strength``, which needs the whole layer. For filters that are zero
-        everywhere all but ``noise`` are 0.
+    ``result`` is a fit of one geometry per filter with its centre. ``strength`` is left at 0, since
+    it needs the whole layer. For filters that are zero all but ``noise`` are 0.
     """
-    sizes = tuple(kernels.shape[-n_dims:])
-    w = kernels.detach().double().flatten(2)
-    largest = w.abs().amax((1, 2), keepdim=True)
-    w = w / torch.where(largest > 0, largest, 1.0)
-    w = w / w.flatten(1).norm(dim=1).clamp_min(1e-300)[:, None, None]
-    channels, pixels = w.shape[1:]
-    power = w.square().sum((1, 2))
+    alive = kernels.flatten(1).any(1).nonzero().flatten()
+    zero = torch.zeros(len(kernels), dtype=torch.float64, device=kernels.device)
+    numbers = dict.fromkeys(NUMBERS, zero) | {"noise": zero + 1}
+    if len(alive):
+        found = _measured(kernels[alive].detach().double(), result[alive.tolist()], n_dims)
+        numbers |= {name: numbers[name].index_copy(0, alive, v) for name, v in found.items()}
+    return numbers
 
-    fitted = torch.nan_to_num(gabor(result.params, sizes).double().flatten(2))
-    scale = kernels.detach().double().flatten(1).norm(dim=1)
-    fitted = fitted / torch.where(scale > 0, scale, 1.0)[:, None, None]
+
+def _measured(kernels: Tensor, result: FitResult, n_dims: int) -> dict[str, Tensor]:
+    sizes = tuple(kernels.shape[-n_dims:])
+    w = kernels.flatten(2) / kernels.flatten(2).abs().amax((1, 2), keepdim=True)
+    w = w / w.flatten(1).norm(dim=1)[:, None, None]
+    channels, pixels = w.shape[1:]
+
+    fitted = gabor(result.params, sizes).double().flatten(2)
+    fitted = fitted / kernels.flatten(1).norm(dim=1)[:, None, None]
     n_data = channels * pixels
     n_parameters = 2 * channels + {1: 3, 2: 6, 3: 8}[n_dims]
     noise = (w - fitted).square().sum((1, 2)) / max(1, n_data - n_parameters)
@@ -99,17 +102,16 @@ def measure(kernels: Tensor, result: FitResult, *, n_dims: int) -> dict[str, Ten
 
     pattern, luminance = _main_pattern(w), w.mean(1)
     in_luminance = channels * luminance.square().sum(1)
-    floor = _noise_floor(w, sizes)
-    params = result.params
-    cycles = torch.nan_to_num(params.sigma.flatten() / params.wavelength.flatten())
+    floor, params = _noise_floor(w, sizes), result.params
+    cycles = params.sigma.flatten() / params.wavelength.flatten()
     across = params.as_dict().get("aspect_ratio", torch.ones_like(params.sigma)).flatten()
-    numbers = {
-        "gabor": torch.nan_to_num(result.explained_variance.double()),
+    return {
+        "gabor": result.explained_variance.double(),
         "explained": 1 - noise * n_data,
         "bars": visible.sum(1).double(),
         "third_bar": ordered[:, 2] / first[:, 0],
         "n_x": cycles,
-        "n_y": torch.nan_to_num(cycles / across),
+        "n_y": cycles / across,
         "selectivity": _selectivity(pattern, sizes),
         "opponency": (1 - in_luminance).clamp(0.0, 1.0),
         "oriented_luminance": in_luminance * _selectivity(luminance, sizes),
@@ -117,26 +119,17 @@ def measure(kernels: Tensor, result: FitResult, *, n_dims: int) -> dict[str, Ten
         "constant": w.mean(2).square().sum(1) * pixels,
         "even": _symmetry(pattern, sizes),
         **_other_models(kernels, result, sizes),
+        "noise": floor,
+        "snr": (1 / floor.clamp_min(1 / _MAX_SNR) - 1).clamp_min(0.0),
     }
-    numbers = {name: torch.where(power > 0, value, 0.0) for name, value in numbers.items()}
-    numbers["noise"] = torch.where(power > 0, floor, 1.0)
-    numbers["snr"] = (1 / numbers["noise"].clamp_min(1 / _MAX_SNR) - 1).clamp_min(0.0)
-    return numbers
 
 
 def _other_models(kernels: Tensor, result: FitResult, sizes: tuple[int, ...]) -> dict[str, Tensor]:
-    """How much of kernels other models than one Gabor function explain; 0 for bad input.
+    """How much of kernels other models explain, with one geometry for all channels.
 
-    Each is searched for like a Gabor function, with one geometry for all channels. In one dimension
-    a Gabor function can have a surround, and no two waves cross.
+    In one dimension a Gabor function can have a surround, and no two waves cross.
     """
-    names = ("blob", "surround", "two_waves", "crossing")
-    y = kernels.detach().double().flatten(2)
-    zero = y.new_zeros(len(y))
-    good = (y.isfinite().all(-1).all(-1) & (y != 0).any(-1).any(-1)).nonzero().flatten()
-    if len(good) == 0:
-        return dict.fromkeys(names, zero)
-    y = y[good] / y[good].abs().amax((-2, -1), keepdim=True)
+    y = kernels.flatten(2) / kernels.flatten(2).abs().amax((-2, -1), keepdim=True)
     y = y / y.square().sum((-2, -1), keepdim=True).sqrt()  # misfits are shares then
     target, channels, n_dims = Target(y), y.shape[1], len(sizes)
     model = GaborModel(sizes, channels, free_center=True)
@@ -150,18 +143,16 @@ def _other_models(kernels: Tensor, result: FitResult, sizes: tuple[int, ...]) ->
     gaussian = Gaussian(sizes, channels, free_center=True, zero_frequency=True)
     ends = search.best_of_model(gaussian, target, gaussian.starts(target, centers))
     blob = surround = 1 - ends.cost
-    two_waves = result.explained_variance.to(y)[good]
+    two_waves = result.explained_variance.to(y)
     crossed = torch.zeros_like(blob)
     if n_dims > 1:
         rings = CenterSurround(sizes, channels)
         ends = search.best_of_model(rings, target, rings.starts(target, patterns.sqrt()))
         surround = 1 - ends.cost
-        z = model.rows(result[good.tolist()].params)
-        pair, ends = search.best_pair(target, z, _N_PAIRS)
+        pair, ends = search.best_pair(target, model.rows(result.params), _N_PAIRS)
         crossed = crossing(pair, ends.z, ends.coefficients)
         two_waves = torch.maximum(1 - ends.cost, two_waves)
-    values = (blob, surround, two_waves, crossed)
-    return {n: zero.index_copy(0, good, value) for n, value in zip(names, values, strict=True)}
+    return {"blob": blob, "surround": surround, "two_waves": two_waves, "crossing": crossed}
 
 
 def _smoothed(values: Tensor, sizes: tuple[int, ...]) -> Tensor:

@@ -96,8 +96,7 @@ def replace_first_conv(
 
     Raises:
         TypeError: ``replacement`` is neither, or makes no module.
-        ValueError: as for ``find_first_conv``; or the new layer takes or gives other numbers of
-            channels, or works in other dimensions.
+        ValueError: as for ``find_first_conv``; or the new layer has other numbers of channels.
 
     Example:
         >>> from gaborium import GaborConv2d
@@ -116,18 +115,14 @@ def replace_first_conv(
             "replacement must be a layer, or a function that makes one from the old, got "
             f"{type(new).__name__}."
         )
-    what = f"The layer in place of {place or type(old).__name__!r}"
     for attribute in ("in_channels", "out_channels"):
         wanted = getattr(old, attribute)
         given = getattr(new, attribute, wanted)
         if given != wanted:
-            raise ValueError(f"{what} must have {attribute}={wanted} like the old, got {given}.")
-    weight = getattr(new, "weight", None)
-    if isinstance(weight, torch.Tensor) and weight.ndim > 2 and weight.ndim != old.weight.ndim:
-        raise ValueError(
-            f"{what} must convolve in {old.weight.ndim - 2} dimensions like the old, got "
-            f"{weight.ndim - 2}."
-        )
+            raise ValueError(
+                f"The layer in place of {place or type(old).__name__!r} must have "
+                f"{attribute}={wanted} like the old, got {given}."
+            )
     new.train(old.training)
     if old is result:
         return new

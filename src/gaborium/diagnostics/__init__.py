@@ -8,7 +8,7 @@ from gaborium.diagnostics.identifiability import Identifiability, identifiabilit
 from gaborium.diagnostics.landscape import Landscape, Minimum, landscape
 from gaborium.diagnostics.recorder import Recorder, watch
 from gaborium.diagnostics.remedies import rebuild_layer, replace_by_gabor
-from gaborium.diagnostics.sandbox import OutputLoss, TrainingSetup
+from gaborium.diagnostics.sandbox import TrainingSetup
 from gaborium.diagnostics.step_size import StepLimit, step_limit
 
 __all__ = [
@@ -20,7 +20,6 @@ __all__ = [
     "Identifiability",
     "Landscape",
     "Minimum",
-    "OutputLoss",
     "ParameterCheck",
     "Recorder",
     "Severity",

@@ -11,7 +11,6 @@ from functools import cached_property, partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gaborium.diagnostics.causes import BUGS, CAUSES, OF_OTHER_STARTS, Finding, Severity, finding
@@ -22,7 +21,6 @@ from gaborium.diagnostics.landscape import landscape
 from gaborium.diagnostics.remedies import convolution_of, recover_code, recover_options
 from gaborium.diagnostics.sandbox import (
     Loss,
-    OutputLoss,
     Sandbox,
     TrainingSetup,
     copied,
@@ -258,9 +256,9 @@ class _Examination:
             for index in range(min(self.alone.n_filters, _MANY_FILTERS)):
                 for field in ("orientation", "wavelength"):
                     if field in self.alone.learn:
-                        scan = partial(landscape, self.output_loss, module, field, filter=index)
+                        scan = partial(landscape, self.setup, field, filter=index)
                         yield f"landscape of {field}, filter {index}", scan
-        yield "step limit", self._step_limit
+        yield "step limit", partial(step_limit, self.setup)
 
     def _loss(self, output: Any) -> Tensor:
         return self.setup.loss(output, self.setup.targets)
@@ -361,30 +359,6 @@ class _Examination:
                 largest_difference=largest.item(),
                 remedy=recover_code(layer),
             )
-
-    @cached_property
-    def output_loss(self) -> OutputLoss:
-        """The loss; by name if it is the squared error or its root under another name."""
-        setup = self.setup
-        measure: Any = setup.loss
-        with torch.no_grad():
-            outputs = [self.output, 0.5 * self.output + setup.targets.std()]
-            given = torch.stack([setup.loss(one, setup.targets).double() for one in outputs])
-            squared = torch.stack([F.mse_loss(one, setup.targets).double() for one in outputs])
-        for name, expected in (("mse", squared), ("rmse", squared.sqrt())):
-            if torch.allclose(given, expected, rtol=1e-5, atol=0.0):
-                measure = name
-        return OutputLoss(setup.inputs, setup.targets, measure)
-
-    def _step_limit(self) -> Any:
-        if isinstance(self.setup.inputs, tuple):
-            raise ValueError("The step is judged for one tensor of inputs.")
-        if not self.is_regression:
-            raise ValueError(
-                "The step is judged where targets are responses; the minimum of a classifier's "
-                "loss may be at infinity."
-            )
-        return step_limit(self.output_loss, self.module, optimizer=self.setup.optimizer)
 
     # -- trials of remedies ---------------------------------------------------------------------
 

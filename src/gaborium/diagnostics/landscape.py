@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from gaborium.diagnostics.causes import Finding, Severity, by_severity, finding
 from gaborium.diagnostics.identifiability import filter_statistics, find_gabor_layer
 from gaborium.diagnostics.remedies import recover_code
-from gaborium.diagnostics.sandbox import LayerLoss, OutputLoss, Probe
+from gaborium.diagnostics.sandbox import TrainingSetup
 from gaborium.functions.kernels import orientation_basin
 from gaborium.functions.params import POSITIVE_FIELDS, UNITS, Gabor2d
 
@@ -110,8 +110,7 @@ class Landscape:
 
 
 def landscape(
-    loss: LayerLoss,
-    layer: nn.Module,
+    setup: TrainingSetup,
     fields: str | Sequence[str],
     *,
     filter: int = 0,  # noqa: A002 - the field's word
@@ -120,9 +119,9 @@ def landscape(
 ) -> Landscape:
     """Evaluate a loss over one or two parameters of one filter, all others fixed.
 
-    An ``OutputLoss`` of ``"mse"`` or ``"rmse"`` on a Gabor layer with a real output needs the
-    inputs only once, for the covariance of their patches. Any other loss is evaluated once for
-    every point. The layer is copied and never changed.
+    The squared error of a Gabor layer with a real output, or its root, needs the inputs only once,
+    for the covariance of their patches. Any other loss is evaluated once for every point. The
+    module is copied and never changed.
 
     Convention:
         - ``orientation`` and ``phase`` go around the whole circle, 2π rad, and include the
@@ -135,8 +134,8 @@ def landscape(
         - a start descends on the grid, from each point to its steepest neighbour
 
     Args:
-        loss: ``loss(layer) -> scalar``, such as an ``OutputLoss``.
-        layer: a Gabor layer, a module that contains one (the first is used), or any other module.
+        setup: with a Gabor layer, a module that contains one (the first is used), or any other
+            module.
         fields: one or two fields of the record (for ``center``: ``center_x``, ``center_y``), or
             numbers among the module's own parameters: ``"theta"``, ``"conv.theta[2, 0]"``.
         filter: the filter to vary.
@@ -146,16 +145,16 @@ def landscape(
 
     Raises:
         ValueError: a field is unknown, a span is missing or empty, or the loss is not a finite
-            scalar that comes out the same twice.
+            scalar that is the same twice.
 
     Example:
         >>> from gaborium import Gabor2d, GaborConv2d
         >>> planted = Gabor2d.of(orientation=0.8, wavelength=5.0, sigma=2.0)
         >>> layer = GaborConv2d(1, 1, 11, bias=False, start=planted)
         >>> image = torch.randn(1, 1, 64, 64)
-        >>> loss = OutputLoss(image, layer(image).detach())
+        >>> setup = TrainingSetup(layer, nn.functional.mse_loss, image, layer(image).detach())
         >>> layer.params = planted.replace(orientation=-0.6)
-        >>> found = landscape(loss, layer, "orientation")
+        >>> found = landscape(setup, "orientation")
         >>> round(found.best.position[0] % math.pi, 3), found.n_best
         (0.8, 2)
     """
@@ -165,11 +164,13 @@ def landscape(
     n = n_points or (360 if len(names) == 1 else 100)
     if n < 8:
         raise ValueError(f"n_points must be at least 8, got {n}.")
-    probe = Probe(loss, layer)
-    varied = _varied(probe.layer, filter, names)
+    setup = setup.copy()
+    sandbox = setup.sandbox()
+    sandbox.check()
+    varied = _varied(setup.module, filter, names)
     axes = [_axis(field, (span or {}).get(field.name, field.span), n) for field in varied.fields]
-    exact = _from_patches(loss, varied)
-    is_root = isinstance(loss, OutputLoss) and loss.measure == "rmse"
+    power = setup.power()
+    exact = _from_patches(setup, varied) if power else None
 
     @torch.no_grad()
     def evaluate(points: Tensor) -> Tensor:
@@ -178,18 +179,20 @@ def landscape(
         if exact is not None:
             score = exact(values)
         else:
-            score = torch.stack([probe(t).flatten()[0] for t in varied.tensors(values)]).double()
-            score = score.square() if is_root else score
+            losses = [sandbox.run_with(varied.tensors(one)).loss.flatten()[0] for one in values]
+            score = torch.stack(losses).double()
+            score = score.square() if power == 1 else score
         return score.cpu().nan_to_num(math.inf, posinf=math.inf)
 
     def loss_of(score: Tensor) -> Tensor:
-        return score.sqrt() if is_root else score
+        return score.sqrt() if power == 1 else score
 
     points = torch.cartesian_prod(*(axis.coordinates for axis in axes)).view(-1, len(axes))
     score = evaluate(points)
     finite = score[score.isfinite()]
     height = (finite.max() - finite.min()).item() if len(finite) else 0.0
-    rounding = height * (1e-9 if exact is not None or probe.is_double else 1e-5)
+    is_double = all(p.dtype == torch.float64 for p in setup.module.parameters())
+    rounding = height * (1e-9 if exact is not None or is_double else 1e-5)
     periodic = tuple(axis.periodic for axis in axes)
     bottoms, basins = _watershed(score.view([n] * len(axes)), periodic, rounding)
     places = points[bottoms]
@@ -327,13 +330,12 @@ class _Parameters:
             self.places.append((name, index))
             self.fields.append(_Field(field, present))
 
-    def tensors(self, points: Tensor) -> Iterator[dict[str, Tensor]]:
-        """The changed parameters, by name, for each of the points ``(batch, fields)``."""
-        for point in points:
-            changed: dict[str, Tensor] = {}
-            for value, (name, index) in zip(point, self.places, strict=True):
-                changed.setdefault(name, self.parameters[name].detach().clone())[index] = value
-            yield changed
+    def tensors(self, point: Tensor) -> dict[str, Tensor]:
+        """The changed parameters, by name, at values of the fields."""
+        changed: dict[str, Tensor] = {}
+        for value, (name, index) in zip(point, self.places, strict=True):
+            changed.setdefault(name, self.parameters[name].detach().clone())[index] = value
+        return changed
 
     def remedy(self, position: tuple[float, ...], *, exact: bool) -> str:  # noqa: ARG002
         """Code that sets the fields."""
@@ -366,14 +368,13 @@ class _GaborFields:
         if "orientation" in names and self.record is Gabor2d:
             self.predicted_half_width = orientation_basin(params[index])[0].item()
 
-    def tensors(self, points: Tensor) -> Iterator[dict[str, Tensor]]:
-        """The layer's tensors, by name in the module, for each of the points."""
-        raw, prefix = self._raw(points), self.layer_name and self.layer_name + "."
-        for i in range(len(points)):
-            whole = {name: getattr(self.layer, name).detach().clone() for name in raw}
-            for name, tensor in whole.items():
-                tensor[self.index] = raw[name][i]
-            yield {prefix + name: tensor for name, tensor in whole.items()}
+    def tensors(self, point: Tensor) -> dict[str, Tensor]:
+        """The layer's tensors, by name in the module, at values of the fields."""
+        changed, prefix = {}, self.layer_name and self.layer_name + "."
+        for name, row in self._raw(point[None]).items():
+            changed[prefix + name] = getattr(self.layer, name).detach().clone()
+            changed[prefix + name][self.index] = row[0]
+        return changed
 
     def kernels(self, points: Tensor) -> Tensor:
         """Kernels ``(batch, channels, *size)`` of a layer with a real output, in float64."""
@@ -428,23 +429,22 @@ def _default_span(field: str, present: float, kernel_size: tuple[int, ...]) -> S
     return low, 4 * present
 
 
-def _from_patches(loss: LayerLoss, varied: _Parameters | _GaborFields) -> _Function | None:
+def _from_patches(setup: TrainingSetup, varied: _Parameters | _GaborFields) -> _Function | None:
     """The squared error at values ``(batch, fields)``, where patch statistics give it."""
-    if not isinstance(loss, OutputLoss) or not isinstance(varied, _GaborFields):
+    if not isinstance(varied, _GaborFields) or not isinstance(setup.inputs, Tensor):
         return None
     layer, index = varied.layer, varied.index
     if (
         varied.layer_name
-        or not loss.is_squared
         or layer.output != "real"
         or any(step != 1 for step in layer.dilation)
-        or loss.inputs.ndim != layer.n_dims + 2
+        or setup.inputs.ndim != layer.n_dims + 2
     ):
         return None
-    errors = (layer(loss.inputs) - loss.targets).detach().double().square()
+    errors = (layer(setup.inputs) - setup.targets).detach().double().square()
     errors = errors.transpose(0, 1).flatten(1).mean(1).cpu()
     others = (errors.sum() - errors[index]).clamp_min(0)
-    patches = filter_statistics(layer, index, loss.inputs, loss.targets)
+    patches = filter_statistics(layer, index, setup.inputs, setup.targets)
     n_rows = max(1, _BATCH // len(patches.mean))
 
     def squared_error(points: Tensor) -> Tensor:

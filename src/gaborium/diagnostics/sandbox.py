@@ -7,7 +7,7 @@ import copy
 import math
 import traceback
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,10 +17,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode, resolve_name
 from torch.utils._pytree import tree_flatten, tree_map
 
-from gaborium.support import one_of
-
 Loss = Callable[[Any, Any], Tensor]  # of the module's output and the targets
-LayerLoss = Callable[[Any], Tensor]  # of the layer
 
 HALF = (torch.float16, torch.bfloat16)
 _NARROW = (torch.float32, *HALF)
@@ -103,7 +100,7 @@ def _doubled(value: Any) -> Any:
     return torch.float64 if value in _NARROW else value
 
 
-def _call(module: nn.Module, inputs: Any) -> Any:
+def _call(module: Callable[..., Any], inputs: Any) -> Any:
     """Call a module on clones of its inputs, so that work in place does not change these."""
     return module(*tree_map(_cloned, inputs if isinstance(inputs, tuple) else (inputs,)))
 
@@ -180,10 +177,25 @@ class TrainingSetup:
     targets: Any
     optimizer: torch.optim.Optimizer | None = None
 
+    def __post_init__(self) -> None:
+        if not isinstance(self.module, nn.Module):
+            raise TypeError(f"module must be an nn.Module, got {type(self.module).__name__}.")
+
     def copy(self) -> TrainingSetup:
         """The same set-up with copies of the module and the optimizer."""
         module, optimizer = copied_together(self.module, self.optimizer)
-        return TrainingSetup(module, self.loss, self.inputs, self.targets, optimizer)
+        return replace(self, module=module, optimizer=optimizer)
+
+    def double(self) -> TrainingSetup:
+        """A copy in float64; whole numbers, such as classes, stay whole."""
+        own = self.copy()
+        own.module.double()
+        inputs, targets = tree_map(_doubled, (self.inputs, self.targets))
+        return replace(own, inputs=inputs, targets=targets)
+
+    def sandbox(self) -> Sandbox:
+        """Runs of the module on the inputs, with the loss."""
+        return Sandbox(self.module, self.inputs, lambda output: self.loss(output, self.targets))
 
     def with_remedy(self, remedy: str) -> TrainingSetup:
         """A copy on which the code of a remedy has been run.
@@ -228,8 +240,8 @@ class TrainingSetup:
                 else:
                     optimizer.step()
             else:
-                with seeded(0, self.module, self.inputs), torch.no_grad():
-                    losses.append(self.loss(self.output(), self.targets).item())
+                with torch.no_grad():
+                    losses.append(self.sandbox().run(self.module).loss.item())
         return losses
 
     def output(self) -> Any:
@@ -243,13 +255,26 @@ class TrainingSetup:
         It does not depend on the loss, nor on the scale of images and targets, so it compares
         set-ups before and after a remedy.
         """
-        with seeded(0, self.module, self.inputs):
-            output, targets = self.output(), self.targets
+        output, targets = Sandbox(self.module, self.inputs).run(self.module).output, self.targets
         if not is_response(output, targets):
             return math.nan
         error = (output.double() - targets.double()).square().mean()
         variance = targets.double().var(correction=0)
         return (1 - error / variance).item() if variance > 0 else math.nan
+
+    @torch.no_grad()
+    def power(self) -> int:
+        """2 if the loss is the mean squared error, 1 if it is its root, and 0 if it is another."""
+        output, targets = Sandbox(self.module, self.inputs).run().output, self.targets
+        if not is_response(output, targets):
+            return 0
+        outputs = (output, 0.5 * output + targets.std(correction=0))
+        given = torch.stack([self.loss(one, targets).double() for one in outputs])
+        squared = torch.stack([F.mse_loss(one, targets.to(one)).double() for one in outputs])
+        fits = [
+            torch.allclose(given, one, rtol=1e-5, atol=0.0) for one in (squared.sqrt(), squared)
+        ]
+        return 1 + fits.index(True) if any(fits) else 0
 
 
 def is_response(output: Any, targets: Any) -> bool:
@@ -296,6 +321,39 @@ class Sandbox:
                 modes.enter_context(trace)
             output = _call(module, self.inputs)
             return Run(output, self.loss(output))
+
+    def run_with(self, tensors: Mapping[str, Tensor]) -> Run:
+        """Run the module itself with some of its parameters replaced, by name.
+
+        Its buffers do not change.
+        """
+        replaced = {name: buffer.clone() for name, buffer in self.module.named_buffers()}
+        replaced |= tensors
+
+        def call(*inputs: Any) -> Any:
+            return torch.func.functional_call(self.module, replaced, inputs)
+
+        with seeded(self.seed, self.module, self.inputs):
+            output = _call(call, self.inputs)
+            return Run(output, self.loss(output))
+
+    def check(self) -> None:
+        """Raise ``ValueError`` if the loss is not finite, not the same twice, or too coarse."""
+        for name, value in self.module.named_parameters():
+            if value.dtype in HALF:
+                raise ValueError(
+                    f"{name} is {value.dtype}, too coarse for differences of a loss; use "
+                    "module.float() and inputs.float()."
+                )
+        check_inputs(self.module, self.inputs)
+        with torch.no_grad():
+            present = self.run_with({}).loss
+            check_loss(present, self.run_with({}).loss)
+        if not present.is_floating_point() or not present.isfinite():
+            raise ValueError(
+                f"The loss is {present.item()} for the present parameters, not a finite number; "
+                "check inputs, targets and the module's parameters for NaN."
+            )
 
     def double(self, *, widen: bool) -> Sandbox:
         """The same in float64."""
@@ -365,160 +423,3 @@ def _line() -> str:
             code = f": {frame.line}" if frame.line else ""
             return f"{Path(frame.filename).name}, line {frame.lineno}{code}"
     return ""
-
-
-# -- a loss as a function of the layer's parameters ---------------------------------------------
-
-
-@dataclass(frozen=True, eq=False)
-class OutputLoss:
-    """How far a layer's outputs are from their targets: a callable ``loss(layer) -> scalar``.
-
-    Args:
-        inputs: of the layer.
-        targets: for its outputs; for ``"mse"`` and ``"rmse"`` of the outputs' shape.
-        measure: ``"mse"``; ``"rmse"``, its root; or a function of output and target.
-
-    Raises:
-        ValueError: ``measure`` is another word.
-
-    Example:
-        >>> layer = nn.Linear(3, 2)
-        >>> inputs = torch.rand(5, 3)
-        >>> OutputLoss(inputs, layer(inputs).detach(), "rmse")(layer).item()
-        0.0
-    """
-
-    inputs: Tensor
-    targets: Tensor
-    measure: str | Callable[[Tensor, Tensor], Tensor] = "mse"
-
-    def __post_init__(self) -> None:
-        if isinstance(self.measure, str):
-            one_of("measure", self.measure, ("mse", "rmse"))
-
-    def __call__(self, layer: nn.Module) -> Tensor:
-        """The measure between ``layer(inputs)`` and the targets.
-
-        Raises:
-            ValueError: inputs and layer differ in device or dtype, or outputs and targets in shape.
-        """
-        check_inputs(layer, self.inputs)
-        output = layer(self.inputs)
-        if not isinstance(self.measure, str):
-            return self.measure(output, self.targets)
-        if output.shape != self.targets.shape:
-            raise ValueError(
-                f"targets must have the outputs' shape {tuple(output.shape)}, got "
-                f"{tuple(self.targets.shape)}; other shapes would broadcast."
-            )
-        squared = F.mse_loss(output, self.targets.to(output))
-        return squared if self.measure == "mse" else squared.sqrt()
-
-    @property
-    def is_squared(self) -> bool:
-        """Whether it is the squared error or its root, which have the same minima."""
-        return isinstance(self.measure, str)
-
-    def compares_responses(self, layer: nn.Module) -> bool:
-        """Whether outputs and targets are of one kind, so that a squared error makes sense."""
-        return is_response(Sandbox(layer, self.inputs).run().output, self.targets)
-
-    def double(self) -> OutputLoss:
-        """The same loss in double precision; whole numbers, such as classes, stay whole."""
-        inputs, targets = (
-            value.double() if value.is_floating_point() else value
-            for value in (self.inputs, self.targets)
-        )
-        return OutputLoss(inputs, targets, self.measure)
-
-
-class Probe:
-    """A loss as a function of a layer's tensors.
-
-    Every evaluation runs the same copy with the same buffers and random numbers, so the caller's
-    layer, its gradients and torch's generators do not change.
-
-    Example:
-        >>> layer = nn.Linear(1, 1, bias=False)
-        >>> probe = Probe(OutputLoss(torch.ones(1, 1), torch.ones(1, 1)), layer)
-        >>> probe({"weight": torch.tensor([[3.0]])}).item()
-        4.0
-    """
-
-    def __init__(self, loss: LayerLoss, layer: nn.Module) -> None:
-        if not callable(loss):
-            raise TypeError(f"loss must be a function of the layer, got {type(loss).__name__}.")
-        if not isinstance(layer, nn.Module):
-            raise TypeError(f"layer must be an nn.Module, got {type(layer).__name__}.")
-        self._wrapped = _Wrapped(loss, copied(layer))
-        self.layer: nn.Module = self._wrapped.layer
-        parameters = dict(self.layer.named_parameters())
-        self.is_double = all(p.dtype == torch.float64 for p in parameters.values())
-        for name, value in parameters.items():
-            if value.dtype in HALF:
-                raise ValueError(
-                    f"{name} is {value.dtype}, too coarse for differences of a loss; use "
-                    "copy.deepcopy(layer).float() with inputs.float()."
-                )
-        self.learned = {n: p.detach() for n, p in parameters.items() if p.requires_grad}
-        with torch.no_grad():
-            present = self()
-            check_loss(present, self())
-        if not present.is_floating_point() or not present.isfinite():
-            raise ValueError(
-                f"The loss is {present.item()} for the present parameters, not a finite number; "
-                "check inputs, targets and the layer's parameters for NaN."
-            )
-        self.present: float = present.item()
-
-    def __call__(self, tensors: Mapping[str, Tensor] | None = None) -> Tensor:
-        """The loss with some of the layer's parameters and buffers replaced, by name."""
-        buffers = {f"layer.{n}": b.clone() for n, b in self.layer.named_buffers()}
-        given = {f"layer.{n}": t for n, t in (tensors or {}).items()}
-        with seeded(0, self.layer):
-            return torch.func.functional_call(self._wrapped, buffers | given, ())
-
-    def at(self, point: Tensor) -> Tensor:
-        """The loss with all learned parameters taken from one flat vector."""
-        return self(self.named(point))
-
-    def flat(self) -> Tensor:
-        """The learned parameters as one flat vector."""
-        return torch.cat([value.flatten() for value in self.learned.values()])
-
-    def named(self, point: Tensor) -> dict[str, Tensor]:
-        """The learned parameters, by name, from a flat vector."""
-        parts = point.split([value.numel() for value in self.learned.values()])
-        return {
-            n: part.view_as(v) for part, (n, v) in zip(parts, self.learned.items(), strict=True)
-        }
-
-    def slope(self, point: Tensor) -> tuple[float, Tensor]:
-        """The loss and its gradient at a flat vector of learned parameters.
-
-        Raises:
-            ValueError: the loss has no gradient.
-        """
-        point = point.detach().requires_grad_()
-        with torch.enable_grad():
-            value = self.at(point)
-            if not value.requires_grad:
-                raise ValueError(
-                    "The loss has no gradient with respect to the layer's learned parameters. "
-                    "Compute it from the layer it is given, without .item(), .detach() or .data; "
-                    "check_gradients shows where the graph breaks."
-                )
-            (gradient,) = torch.autograd.grad(value, point)
-        return value.item(), gradient
-
-
-class _Wrapped(nn.Module):
-    """Lets ``functional_call`` replace the layer's tensors under a function of the layer."""
-
-    def __init__(self, loss: LayerLoss, layer: nn.Module) -> None:
-        super().__init__()
-        self.loss, self.layer = [loss], layer  # in a list, a loss that is a module is no child
-
-    def forward(self) -> Tensor:
-        return self.loss[0](self.layer)

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+import torch.nn.functional as F
+from torch import Tensor
 
 from gaborium.diagnostics.causes import SET_RATE, Finding, Severity, by_severity, finding
-from gaborium.diagnostics.sandbox import LayerLoss, OutputLoss, Probe, copied
+from gaborium.diagnostics.sandbox import Sandbox, TrainingSetup, is_response
 
 _DESCENT_STEPS = 200
 _CONE = 0.3  # slope ∝ distance^exponent: a cone below this exponent, a bowl above it
@@ -31,8 +32,7 @@ class StepLimit:
 
     Args:
         sharpness: largest eigenvalue of the loss' Hessian at the minimum; infinite at a cone.
-        squared_sharpness: the sharpness of the squared error, or of the square of a loss whose
-            outputs are not known; finite at a cone, too.
+        squared_sharpness: the sharpness of the squared error; finite at a cone, too.
         exponent: the slope grows as this power of the distance from the minimum: 1 for a squared
             error, 0 at a cone.
         distances: at which the slope was measured, along the steepest direction.
@@ -44,7 +44,6 @@ class StepLimit:
         momentum: of the optimiser, 0 without one.
         adaptive: whether the optimiser divides by the gradient's size, as Adam does.
         epsilon: what an adaptive optimiser adds to that size.
-        has_targets: whether the loss compares outputs with targets of their shape.
     """
 
     sharpness: float
@@ -58,7 +57,6 @@ class StepLimit:
     momentum: float = 0.0
     adaptive: bool = False
     epsilon: float = 0.0
-    has_targets: bool = False
 
     @property
     def is_cone(self) -> bool:
@@ -94,63 +92,58 @@ class StepLimit:
         return rate if self.adaptive else rate * slope / (1 - min(self.momentum, 1 - 1e-9))
 
 
-def step_limit(
-    loss: LayerLoss, layer: nn.Module, *, optimizer: torch.optim.Optimizer | None = None
-) -> StepLimit:
+def step_limit(setup: TrainingSetup) -> StepLimit:
     """Measure how large a step may be, and whether descent can settle at all.
 
-    A copy of the layer descends to the nearest minimum (by L-BFGS, and on the square of the loss
-    as well, which is smooth where the loss is a cone). There the Hessian's largest eigenvalue is
-    computed, and the slope at ever smaller distances along the steepest direction. Above 100
-    learned parameters the eigenvalue is estimated from that slope.
+    A copy of the module descends to the nearest minimum in double precision (by L-BFGS, and on the
+    square of the loss as well, which is smooth where the loss is a cone). There the Hessian's
+    largest eigenvalue is computed, and the slope at ever smaller distances along the steepest
+    direction. Above 100 learned parameters the eigenvalue is estimated from that slope.
 
     Args:
-        loss: ``loss(layer) -> scalar``, such as an ``OutputLoss``, which is evaluated in double
-            precision; any other is evaluated in the layer's own.
-        layer: any module with learned parameters.
-        optimizer: its step and momentum are judged, and only its parameters vary.
+        setup: any module with learned parameters, and targets of its outputs' shape. The step and
+            momentum of its optimizer are judged, and only the optimizer's parameters vary.
 
     Raises:
-        ValueError: the loss is not a finite scalar, not the same twice or has no gradient, or
-            no parameter is learned.
+        ValueError: the targets have another shape; the loss is not a finite scalar, not the same
+            twice or has no gradient; or no parameter is learned.
 
     Example:
-        >>> layer, inputs = nn.Linear(2, 1), torch.randn(50, 2)
+        >>> layer, inputs = torch.nn.Linear(2, 1), torch.randn(50, 2)
         >>> targets = inputs.sum(1, keepdim=True)
-        >>> found = [step_limit(OutputLoss(inputs, targets, m), layer) for m in ("mse", "rmse")]
-        >>> [(one.is_cone, one.step_limit > 0) for one in found]
-        [(False, True), (True, False)]
+        >>> for loss in (F.mse_loss, lambda a, b: F.mse_loss(a, b).sqrt()):
+        ...     found = step_limit(TrainingSetup(layer, loss, inputs, targets))
+        ...     print(found.is_cone, found.step_limit > 0)
+        False True
+        True False
     """
-    chosen, settings = _stepped(layer, optimizer)
-    Probe(loss, layer)  # reports faults in their own precision
-    if isinstance(loss, OutputLoss):
-        loss, layer = loss.double(), copied(layer).double()
-    probe = Probe(loss, layer)
-    probe.learned = {name: value for name, value in probe.learned.items() if name in chosen}
-    squared, is_smooth = None, False
-    if isinstance(loss, OutputLoss) and loss.compares_responses(layer):
-        squared = Probe(OutputLoss(loss.inputs, loss.targets), layer)
-        squared.learned = probe.learned
-        is_smooth = loss.is_squared
-    there = _descend(squared or probe, probe.flat())
-    if not is_smooth:  # other measures may have other minima
+    names, settings = _stepped(setup)
+    setup.sandbox().check()  # reports faults in their own precision
+    if not is_response(Sandbox(setup.module, setup.inputs).run().output, setup.targets):
+        raise ValueError(
+            "The step is judged where targets are responses, of the outputs' shape; the minimum "
+            "of a classifier's loss may be at infinity."
+        )
+    setup = setup.double()
+    loss, squared = (_Objective(one, names) for one in (setup, replace(setup, loss=F.mse_loss)))
+    there = _descend(squared, squared.start)
+    if not setup.power():  # other losses may have other minima
         there = min(
-            (_descend(probe, there), _descend(probe, there, square=True), there),
-            key=lambda point: probe.at(point).item(),
+            (_descend(loss, there), _descend(loss, there, square=True), there),
+            key=lambda point: loss(point).item(),
         )
 
-    direction = _steepest_direction(probe, there)
+    direction = _steepest_direction(loss, there)
     # Near enough to see a cone, and far enough that rounding does not hide it.
-    smallest = _NEAR / 10 if probe.is_double else _NEAR
-    distances = [smallest * 10 ** (k / 3) for k in range(6, -1, -1)]
-    slopes = [_mean_slope(probe, there, r * direction) for r in distances]
+    distances = [_NEAR / 10 * 10 ** (k / 3) for k in range(6, -1, -1)]
+    slopes = [_mean_slope(loss, there, r * direction) for r in distances]
     exponent = 1.0
     if all(0 < slope < math.inf for slope in slopes):
         exponent = math.log(slopes[-4] / slopes[-1]) / math.log(distances[-4] / distances[-1])
     is_cone = exponent < _CONE
-    basin, steepest = _basin(probe, there, direction, is_cone=is_cone)
-    sharpness = math.inf if is_cone else _sharpness(probe, there) or slopes[-1] / distances[-1]
-    squared_sharpness = _sharpness(squared, there) if squared is not None else None
+    basin, steepest = _basin(loss, there, direction, is_cone=is_cone)
+    sharpness = math.inf if is_cone else _sharpness(loss, there) or slopes[-1] / distances[-1]
+    squared_sharpness = _sharpness(squared, there)
     if squared_sharpness is None:
         squared_sharpness = 2 * slopes[-1] ** 2 if is_cone else sharpness
     return StepLimit(
@@ -161,39 +154,64 @@ def step_limit(
         slopes=tuple(slopes),
         basin=basin,
         steepest=steepest,
-        has_targets=squared is not None,
         **settings,
     )
+
+
+class _Objective:
+    """A loss as a function of the learned parameters in one flat vector."""
+
+    def __init__(self, setup: TrainingSetup, names: Iterable[str]) -> None:
+        self._sandbox = setup.sandbox()
+        self._learned = {name: setup.module.get_parameter(name).detach() for name in names}
+        self.start = torch.cat([value.flatten() for value in self._learned.values()])
+
+    def __call__(self, point: Tensor) -> Tensor:
+        parts = point.split([value.numel() for value in self._learned.values()])
+        pairs = zip(parts, self._learned.items(), strict=True)
+        value: Tensor = self._sandbox.run_with({n: p.view_as(v) for p, (n, v) in pairs}).loss
+        return value
+
+    def slope(self, point: Tensor) -> tuple[float, Tensor]:
+        """The loss and its gradient."""
+        point = point.detach().requires_grad_()
+        with torch.enable_grad():
+            value = self(point)
+            if not value.requires_grad:
+                raise ValueError(
+                    "The loss has no gradient with respect to the learned parameters; "
+                    "check_gradients shows where the graph breaks."
+                )
+            (gradient,) = torch.autograd.grad(value, point)
+        return value.item(), gradient
 
 
 # -- the optimiser ------------------------------------------------------------------------------
 
 
-def _stepped(
-    layer: nn.Module, optimizer: torch.optim.Optimizer | None
-) -> tuple[set[str], dict[str, Any]]:
+def _stepped(setup: TrainingSetup) -> tuple[list[str], dict[str, Any]]:
     """Names of the parameters that are learned, and the optimiser's settings for them.
 
     Of several groups the one with the largest step counts.
     """
-    if not isinstance(layer, nn.Module):
-        raise TypeError(f"layer must be an nn.Module, got {type(layer).__name__}.")
-    learned = {name: p for name, p in layer.named_parameters() if p.requires_grad}
+    learned = {id(p): name for name, p in setup.module.named_parameters() if p.requires_grad}
     if not learned:
-        raise ValueError("The layer learns no parameter: not one of them requires a gradient.")
-    if optimizer is None:
-        return set(learned), {}
-    mine = {id(p): name for name, p in learned.items()}
-    held = [(group, [mine.get(id(p)) for p in group["params"]]) for group in optimizer.param_groups]
-    groups = [group for group, names in held if any(names)]
-    if not groups:
+        raise ValueError("The module learns no parameter: not one of them requires a gradient.")
+    if setup.optimizer is None:
+        return list(learned.values()), {}
+    groups = [
+        (group, {id(p) for p in group["params"]} & learned.keys())
+        for group in setup.optimizer.param_groups
+    ]
+    held = set().union(*(ids for _, ids in groups))
+    if not held:
         raise ValueError(
-            "The optimizer has no learned parameter of the layer; make it from "
-            "layer.parameters() of this very layer."
+            "The optimizer has no learned parameter of the module; make it from "
+            "module.parameters() of this very module."
         )
-    group = max(groups, key=lambda group: float(group["lr"]))
+    group = max((group for group, ids in groups if ids), key=lambda group: float(group["lr"]))
     adaptive = "eps" in group or "etas" in group
-    return {name for _, names in held for name in names if name}, {
+    return [name for key, name in learned.items() if key in held], {
         "learning_rate": float(group["lr"]),
         "momentum": 0.0 if adaptive else float(group.get("momentum", 0.0)),
         "adaptive": adaptive,
@@ -204,17 +222,17 @@ def _stepped(
 # -- the minimum and its surroundings -----------------------------------------------------------
 
 
-def _sharpness(probe: Probe, point: Tensor) -> float | None:
+def _sharpness(loss: _Objective, point: Tensor) -> float | None:
     """Largest eigenvalue of the Hessian; ``None`` for too many parameters."""
     if len(point) > _MOST_EXACT:
         return None
-    hessian = torch.autograd.functional.hessian(probe.at, point)
+    hessian = torch.autograd.functional.hessian(loss, point)
     if not hessian.isfinite().all():
         return math.nan
     return torch.linalg.eigvalsh(hessian.double()).max().item()
 
 
-def _descend(probe: Probe, start: Tensor, *, square: bool = False) -> Tensor:
+def _descend(loss: _Objective, start: Tensor, *, square: bool = False) -> Tensor:
     """The lowest point that L-BFGS comes to, on the loss or on its square."""
     point = start.clone().requires_grad_()
     optimizer = torch.optim.LBFGS(
@@ -225,7 +243,7 @@ def _descend(probe: Probe, start: Tensor, *, square: bool = False) -> Tensor:
 
     def closure() -> float:
         nonlocal lowest, best
-        value, gradient = probe.slope(point)
+        value, gradient = loss.slope(point)
         if value < lowest:
             lowest, best = value, point.detach().clone()
         # At an exact hit the slope of a root is 0/0.
@@ -236,7 +254,7 @@ def _descend(probe: Probe, start: Tensor, *, square: bool = False) -> Tensor:
     return best
 
 
-def _steepest_direction(probe: Probe, minimum: Tensor) -> Tensor:
+def _steepest_direction(loss: _Objective, minimum: Tensor) -> Tensor:
     """The direction of the greatest slope around a minimum, be it smooth or a cone.
 
     The gradient at a small displacement u is Hu where the loss is smooth and Fu / |u| at a cone of
@@ -246,7 +264,7 @@ def _steepest_direction(probe: Probe, minimum: Tensor) -> Tensor:
     direction = torch.randn(minimum.shape, generator=generator, dtype=torch.float64).to(minimum)
     for _ in range(1 if minimum.numel() == 1 else 12):
         direction = direction / direction.norm()
-        _, gradient = probe.slope(minimum + _NEAR * direction)
+        _, gradient = loss.slope(minimum + _NEAR * direction)
         gradient = gradient.nan_to_num(0.0)
         if not gradient.norm() > 0:
             break
@@ -254,22 +272,22 @@ def _steepest_direction(probe: Probe, minimum: Tensor) -> Tensor:
     return direction / direction.norm()
 
 
-def _mean_slope(probe: Probe, minimum: Tensor, step: Tensor) -> float:
+def _mean_slope(loss: _Objective, minimum: Tensor, step: Tensor) -> float:
     """Length of the gradient at equal distances to both sides."""
-    both = [probe.slope(minimum + sign * step)[1].norm().item() for sign in (-1, 1)]
+    both = [loss.slope(minimum + sign * step)[1].norm().item() for sign in (-1, 1)]
     return sum(both) / 2
 
 
 def _basin(
-    probe: Probe, minimum: Tensor, direction: Tensor, *, is_cone: bool
+    loss: _Objective, minimum: Tensor, direction: Tensor, *, is_cone: bool
 ) -> tuple[float, float]:
     """Where the squared error's slope stops growing, and the loss' steepest slope up to there."""
-    floor = probe.at(minimum).item()
+    floor = loss(minimum).item()
     distance, steepest, before = _NEAR, 0.0, -math.inf
     while distance < _FAR:
         rises, tallest = [], 0.0
         for sign in (-1, 1):
-            value, gradient = probe.slope(minimum + sign * distance * direction)
+            value, gradient = loss.slope(minimum + sign * distance * direction)
             rise = sign * torch.dot(gradient, direction).item()
             tallest = max(tallest, abs(rise))
             rises.append(rise * (value - floor) if is_cone else rise)
@@ -350,9 +368,7 @@ def _findings(found: StepLimit) -> Iterator[Finding]:
 
 def _squared_error(found: StepLimit) -> str:
     """Code for the squared error in place of its root, with a step that settles."""
-    remedy = "distance = loss\nloss = lambda output, target: distance(output, target).square()\n"
-    if found.has_targets:
-        remedy = "import torch\nloss = torch.nn.functional.mse_loss\n"
+    remedy = "import torch\nloss = torch.nn.functional.mse_loss\n"
     if found.learning_rate is not None and not found.adaptive and found.squared_sharpness > 0:
         remedy += SET_RATE.format(rate=1 / found.squared_sharpness)
     return remedy

@@ -29,10 +29,7 @@ _GOOD: dict[str, tuple[Callable[[Any], bool], str]] = {
     "n_starts": (lambda value: value >= 1, "at least 1"),
     "max_iterations": (lambda value: value >= 1, "at least 1"),
     "tolerance": (lambda value: value > 0, "positive"),
-    "dtype": (
-        (torch.float32, torch.float64).__contains__,
-        "torch.float32 or torch.float64",
-    ),
+    "dtype": ((torch.float32, torch.float64).__contains__, "torch.float32 or torch.float64"),
 }
 
 
@@ -246,11 +243,9 @@ def recover(
         >>> round(result.params.wavelength.item(), 3)
         5.0
     """
-    _check(n_starts=n_starts, max_iterations=max_iterations, tolerance=tolerance)
-    if isinstance(images, Tensor):
-        images = [images]
-    if isinstance(responses, Tensor):
-        responses = [responses]
+    settings = {"n_starts": n_starts, "max_iterations": max_iterations, "tolerance": tolerance}
+    _check(**settings)
+    images, responses = ([x] if isinstance(x, Tensor) else x for x in (images, responses))
     statistics = None
     for image, response in zip_longest(images, responses):
         if image is None or response is None:
@@ -271,15 +266,11 @@ def recover(
         statistics.add(image, response)
     if statistics is None or statistics.count == 0:
         raise ValueError("recover needs at least one image, got none.")
-    return _solve_statistics(statistics, model, n_starts, max_iterations, tolerance)
+    return _solve_statistics(statistics, model, settings)
 
 
 def _solve_statistics(
-    statistics: PatchStatistics,
-    model: GaborModel,
-    n_starts: int,
-    max_iterations: int,
-    tolerance: float,
+    statistics: PatchStatistics, model: GaborModel, settings: dict[str, Any]
 ) -> FitResult:
     C, c = statistics.covariance, statistics.cross_covariance
     variance, count = statistics.response_variance, statistics.count
@@ -294,7 +285,7 @@ def _solve_statistics(
     y = (c / scale.unsqueeze(-1)) @ inverse.T  # (filters, m)
     y = torch.where(bad.unsqueeze(-1), torch.ones_like(y), y)
     target = Target(y.unsqueeze(1), root)
-    best = Search(StartGrid(model, y, C), n_starts, max_iterations, tolerance).best(target)
+    best = Search(StartGrid(model, y, C), **settings).best(target)
     cost = best.solution.cost
 
     # Of the responses' variance (here 1) a free kernel explains |y|² and leaves noise; the Gabor
@@ -329,27 +320,24 @@ def _model(
     bounds: Mapping[str, tuple[float, float]] | None,
 ) -> GaborModel:
     """The model to search, within ``bounds``."""
-    bounds, searched = bounds or {}, {"center": center, "aspect_ratio": not isotropic}
-    limits = []
-    for name, pair in bounds.items():
-        one_of("A name in bounds", name, ("wavelength", "sigma", "aspect_ratio", "center"))
-        limits.append(_limit(name, pair))
-        if not searched.get(name, True):
-            option = "center=True" if name == "center" else "isotropic=False"
-            raise ValueError(f"bounds of {name} need {option}: it is not searched.")
-    model = GaborModel(sizes, n_channels, center, isotropic, offset, tuple(limits))
+    bounds = bounds or {}
+    limits = tuple(_limit(name, pair) for name, pair in bounds.items())
+    model = GaborModel(sizes, n_channels, center, isotropic, offset, limits)
     low, high = model.bounds(torch.zeros(1, dtype=torch.float64))
-    if (low > high).any():
+    fixed = [i for i in range(model.columns["sigma"], len(low)) if i not in model.free]  # at 0
+    if (low > high).any() or (low[fixed] > 0).any() or (high[fixed] < 0).any():
         raise ValueError(
             f"bounds of {', '.join(bounds)} must leave part of the range for kernels of {sizes} px:"
             f" wavelength from 2 px, sigma from 0.2 to {4 * max(sizes)} px, aspect_ratio from 0.05 "
-            f"to 20, center within the kernel; got {dict(bounds)}."
+            "to 20 (1 if isotropic), center within the kernel (0 without center=True); got "
+            f"{dict(bounds)}."
         )
     return model
 
 
 def _limit(name: str, pair: tuple[float, float]) -> tuple[str, float, float]:
     """The range of a field as a range of the model's column."""
+    one_of("A name in bounds", name, ("wavelength", "sigma", "aspect_ratio", "center"))
     least = -math.inf if name == "center" else 0.0
     try:
         low, high = (float(value) for value in pair)

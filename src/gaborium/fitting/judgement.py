@@ -35,23 +35,14 @@ _MAX_ERROR = {
 
 @dataclass(frozen=True)
 class FitStatistics:
-    """Variances and counts from which outcomes and errors follow; all of shape ``(batch,)``.
+    """Variances and counts from which outcomes and errors follow; all of shape ``(batch,)``."""
 
-    Args:
-        explained: share of the target's power that the kernel explains, for the user.
-        explained_signal: the same less what noise adds to it: share of what can be explained.
-        noise: variance of the noise in the metric's coordinates.
-        n_left: numbers in a target that are not used up by parameters.
-        scale: what targets were divided by.
-        bad: whether the target is zero or not finite.
-    """
-
-    explained: Tensor
-    explained_signal: Tensor
-    noise: Tensor
-    n_left: Tensor
-    scale: Tensor
-    bad: Tensor
+    explained: Tensor  # share of the target's power that the kernel explains, for the user
+    explained_signal: Tensor  # the same less what noise adds: share of what can be explained
+    noise: Tensor  # its variance in the metric's coordinates
+    n_left: Tensor  # numbers in a target that are not used up by parameters
+    scale: Tensor  # what targets were divided by
+    bad: Tensor  # whether the target is zero or not finite
 
 
 def judge(

@@ -25,20 +25,11 @@ Sampled = tuple[Tensor, Callable[[Tensor], Tensor]]
 
 
 class Model:
-    """Base of all models: sizes, channels, free columns, and the number of parameters.
+    """Base of all models; a subclass has these attributes, ``free``, ``bounds`` and ``at``."""
 
-    A subclass has the attributes below, and the methods ``bounds`` and ``at``.
-
-    Args:
-        sizes: pixels along each axis.
-        n_channels: kernels that share a geometry.
-        offset: whether a constant, which is not returned, is added to every kernel.
-        free: columns of z that are searched.
-    """
-
-    sizes: tuple[int, ...]
-    n_channels: int
-    offset: bool
+    sizes: tuple[int, ...]  # pixels along each axis
+    n_channels: int  # kernels that share a geometry
+    offset: bool  # whether a constant, which is not returned, is added to every kernel
     n_basis = 2  # kernels that coefficients combine
 
     @property
@@ -75,18 +66,9 @@ class GaborModel(Model):
     """Gabor functions: the envelope times cosine and times minus sine, with two coefficients.
 
     A geometry is a row z of ``(angles..., frequency, log σ, log γ, center...)``. The frequency may
-    change its sign; at zero the wave becomes a blob.
-
-    Args:
-        sizes: pixels along each axis.
-        n_channels: kernels that share a geometry.
-        free_center: whether the envelope's centre is searched.
-        isotropic: whether the aspect ratio stays at 1.
-        offset: whether a constant, which is not returned, is added to every kernel.
-        limits: narrower ranges of columns, ``((name, lowest, highest), ...)`` in the units of z.
-        zero_frequency: the limit of frequency zero instead, where the basis is the envelope and
-            the envelope times the offset along the wave: a blob or an edge. The frequency column
-            is ignored.
+    change its sign; at zero the wave becomes a blob. ``limits`` are narrower ranges of columns.
+    With ``zero_frequency`` the frequency column is ignored, and the basis is the limit of frequency
+    zero: the envelope, and the envelope times the offset along the wave (a blob or an edge).
     """
 
     sizes: tuple[int, ...]
@@ -94,7 +76,7 @@ class GaborModel(Model):
     free_center: bool = False
     isotropic: bool = False
     offset: bool = False
-    limits: tuple[tuple[str, float, float], ...] = ()
+    limits: tuple[tuple[str, float, float], ...] = ()  # (name, lowest, highest), units of z
     zero_frequency: bool = False
 
     @property

@@ -47,11 +47,7 @@ class Saved:
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> Self:
-        """The inverse of ``to_tensors``.
-
-        Raises:
-            LookupError: a name is missing, or of another version.
-        """
+        """The inverse of ``to_tensors``; a ``LookupError`` names what is missing."""
         raise NotImplementedError
 
     def save(self, path: str | os.PathLike[str]) -> None:

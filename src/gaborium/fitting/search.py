@@ -63,41 +63,24 @@ MIN_START_BATCH = 256  # problems, at least, whose starts are compared in one pa
 
 @dataclass(frozen=True)
 class Best:
-    """The best end of each problem's searches.
-
-    Args:
-        solution: where it is.
-        rival: another kernel that fits nearly as well; otherwise its cost is infinite.
-        structured: ``(batch,)``, whether more than noise is left.
-        second: ``(batch,)``, power of the residual that one more Gabor function would explain.
-        other: ``(batch,)``, whether two Gabor functions, or a centre with its surround, explain
-            the target better.
-    """
+    """The best end of each problem's searches; tensors are ``(batch,)``."""
 
     solution: Solution
-    rival: Solution
-    structured: Tensor
-    second: Tensor
-    other: Tensor
+    rival: Solution  # another kernel that fits nearly as well; otherwise its cost is infinite
+    structured: Tensor  # whether more than noise is left
+    second: Tensor  # power of the residual that one more Gabor function would explain
+    other: Tensor  # whether two Gabor functions, or a centre with its surround, explain more
 
 
 @dataclass(frozen=True)
 class Search:
-    """Solve from several starts and keep, for each problem, the end of least misfit.
+    """Solve from several starts and keep, for each problem, the end of least misfit."""
 
-    Args:
-        grid: the source of starts; its model is searched.
-        n_starts: candidates that are followed at most.
-        max_iterations: steps at most, for each of them.
-        tolerance: relative step of the kernel at which a search has converged.
-        rounding: share of a target's power that is only the rounding of its numbers.
-    """
-
-    grid: StartGrid
-    n_starts: int
-    max_iterations: int
-    tolerance: float
-    rounding: float = 0.0
+    grid: StartGrid  # the source of starts; its model is searched
+    n_starts: int  # candidates that are followed at most
+    max_iterations: int  # steps at most, for each of them
+    tolerance: float  # relative step of the kernel at which a search has converged
+    rounding: float = 0.0  # share of a target's power that is only the rounding of its numbers
 
     @property
     def model(self) -> GaborModel:
@@ -139,12 +122,7 @@ class Search:
         return Best(best, rival, structured, second, other)
 
     def follow(
-        self,
-        target: Target,
-        z: Tensor,
-        owner: Tensor,
-        tolerance: float,
-        model: Model | None = None,
+        self, target: Target, z: Tensor, owner: Tensor, tolerance: float, model: Model | None = None
     ) -> Solution:
         """Solve from rows of z, each for the target number ``owner``, in rounds of batches."""
         model = model or self.model
@@ -304,9 +282,7 @@ class Search:
         resting = number[(turn > 0) & (turn < 2 * ZERO_TURN)]
         z = best.z[resting]
         z[:, self.model.columns["frequency"]] *= 0.5 * SLOW_TURN / ZERO_TURN
-        going = self.follow(target, z, resting, self.tolerance)
-        better = going.cost < best.cost[resting] * (1 - 1e-6)
-        return best.scatter(resting[better], going.select(better))
+        return self._improved(target, best, resting, z, 1 - 1e-6)
 
     def _try_bounds(self, target: Target, best: Solution, number: Tensor) -> Solution:
         """Where a search creeps, try the bounds it may creep to: an endless or a thin envelope."""
@@ -317,10 +293,16 @@ class Search:
             if len(number) and column in self.model.free:
                 z = best.z[number]
                 z[:, column] = bound[column]
-                ends = self.follow(target, z, number, self.tolerance)
-                better = ends.cost < best.cost[number]
-                best = best.scatter(number[better], ends.select(better))
+                best = self._improved(target, best, number, z)
         return best
+
+    def _improved(
+        self, target: Target, best: Solution, number: Tensor, z: Tensor, share: float = 1.0
+    ) -> Solution:
+        """The ends from z where they cost less than this share of the best so far."""
+        ends = self.follow(target, z, number, self.tolerance)
+        better = ends.cost < best.cost[number] * share
+        return best.scatter(number[better], ends.select(better))
 
     def _is_other(self, target: Target, best: Solution, number: Tensor, power: Tensor) -> Tensor:
         """Whether another model explains problems better than one Gabor function.

@@ -92,10 +92,16 @@ def fit_shards(
         "options": {name: repr(value) for name, value in options.items()},
         "hash": joblib.hash([array, arrays], coerce_mmap=True),
     }
-    with locked_folder(folder, _MANIFEST):
+    text = json.dumps(manifest, indent=2) + "\n"
+    with locked_folder(folder, _MANIFEST) as known:
+        if known and (folder / _MANIFEST).read_text(encoding="utf-8") != text:
+            raise ValueError(
+                f"{str(folder)!r} holds shards of another fit; choose another folder, or give the "
+                "same kernels, options and shard_size in the same version of gaborium."
+            )
+        write_text(folder / _MANIFEST, text)
         for part in folder.glob(".gaborium-*.part"):  # of a process that was killed
             part.unlink(missing_ok=True)
-        _claim(folder / _MANIFEST, json.dumps(manifest, indent=2) + "\n")
         todo = [path for path in shards if not _is_whole(path)]
         n_done = n - sum(len(shards[path]) for path in todo)
         report(n_done, n)
@@ -164,14 +170,3 @@ def _is_whole(path: Path) -> bool:
     except (FileNotFoundError, ValueError):  # missing or damaged
         return False
     return True
-
-
-def _claim(path: Path, manifest: str) -> None:
-    """Write the folder's manifest, or check that it is the same."""
-    if not path.exists():
-        write_text(path, manifest)
-    elif path.read_text(encoding="utf-8") != manifest:
-        raise ValueError(
-            f"{str(path)!r} is of another fit; choose another folder, or give the same kernels, "
-            "options and shard_size in the same version of gaborium."
-        )

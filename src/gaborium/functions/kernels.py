@@ -131,12 +131,6 @@ def orientation_basin(params: Gabor2d) -> Tensor:
 
     Within this distance the squared error is convex in θ, on white input and with all other
     parameters right. Shape ``(*batch,)``.
-
-    Example:
-        >>> from gaborium import Gabor2d
-        >>> long_stripes = Gabor2d.of(orientation=0.0, wavelength=6.0, sigma=3.0, aspect_ratio=0.5)
-        >>> print(f"{orientation_basin(long_stripes).item():.3f}")
-        0.225
     """
     along = params.sigma / params.aspect_ratio
     return (params.wavelength / (math.sqrt(2) * math.pi * along)).clamp_max(math.pi / 2)

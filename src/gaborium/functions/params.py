@@ -331,7 +331,7 @@ class Gabor:
         for name, error in mine.difference(theirs).items():
             # An angle near 2π is no less exact than one near 0: angles get no relative tolerance.
             angle = name in (*self.angle_names, "phase")
-            scale = torch.ones_like(error) if angle else theirs.as_dict()[name].abs()
+            scale = torch.ones_like(error) if angle else getattr(theirs, name).abs()
             same = error.abs() <= atol + rtol * torch.nan_to_num(scale, posinf=0.0)
             close.append(same.all(-1) if name == "center" else same)
         return torch.stack(torch.broadcast_tensors(*close)).all(0)

@@ -28,9 +28,6 @@ class KernelFamily:
     The kernels of a filter have shape ``(members, n)``: two members where the output is a
     quadrature pair or an energy, otherwise one, and n = channels · pixels.
 
-    Args:
-        layer: a Gabor layer that learns at least one field.
-
     Example:
         >>> from gaborium import GaborConv2d
         >>> family = KernelFamily(GaborConv2d(3, 16, 7))
@@ -140,12 +137,8 @@ def kernel_jacobian(layer: Any) -> tuple[tuple[str, ...], Tensor]:
         - the components of the centre are ``"center_x"``, ``"center_y"``, ``"center_z"``
         - options of the layer count: ``dc``, ``unit_norm``, ``output``
 
-    Args:
-        layer: a Gabor layer.
-
     Returns:
-        The parameters' names, and derivatives ``(filters, members, parameters, n)`` with
-        n = channels · pixels and two members where the output is a quadrature pair or an energy.
+        The parameters' names, and derivatives ``(filters, members, parameters, n)``.
 
     Example:
         >>> from gaborium import GaborConv2d

@@ -68,10 +68,6 @@ class Metric:
         """C times kernels ``(filters, ..., n)``."""
         return _times(self.covariance, kernels)
 
-    def length(self, kernels: Tensor) -> Tensor:
-        """Standard deviation of the responses to ``(filters, members, n)``: ``(filters,)``."""
-        return inner(kernels, self.times(kernels)).clamp_min(0).sqrt()
-
 
 def _times(matrices: Tensor, kernels: Tensor) -> Tensor:
     """Symmetric matrices ``(groups, n, n)`` times kernels ``(filters, ..., n)``."""
