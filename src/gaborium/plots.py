@@ -768,7 +768,7 @@ def folded(
     Steps and angles have an extra NaN where the shorter way to the next angle leads out by one
     end and in by the other, so that a line breaks there.
     """
-    turned = torch.remainder(torch.tensor(angles).double() - middle + period / 2, period)
+    turned = torch.remainder(torch.tensor(angles, dtype=torch.float64) - middle + period / 2, period)
     path = (middle - period / 2 + turned).rad2deg()
     breaks = (path.diff().abs() > math.degrees(period) / 2).nonzero().flatten().tolist()
     steps, shown = [float(step) for step in range(len(path))], path.tolist()
