@@ -291,7 +291,7 @@ def test_kernels_of_a_recovery_share_one_symmetric_scale(grey):
         "Planted": grey.target,
         "Start": grey.start,
         "Found": grey.found.params,
-        "Trained": grey.training.params,
+        "Trained": grey.trained,
     }
     limits = set()
     for name, params in expected.items():

@@ -74,21 +74,6 @@ class Descent:
 
 
 @dataclass(frozen=True)
-class Training:
-    """A Gabor layer trained by ``NaturalGradient`` on all its parameters.
-
-    Args:
-        params: where it ended, geometry ``(1, 1)``.
-        orientation: θ before every step and after the last, rad.
-        loss: variance of the error as a share of the responses' variance, at each of them.
-    """
-
-    params: Gabor2d
-    orientation: list[float]
-    loss: list[float]
-
-
-@dataclass(frozen=True)
 class Recovery:
     """The results of the experiment.
 
@@ -102,7 +87,9 @@ class Recovery:
         basin: convex half-width of the squared error in θ that theory gives, rad.
         descents: the runs of gradient descent on θ.
         found: the result of ``recover``.
-        training: the training with ``NaturalGradient``.
+        trained: where a Gabor layer ended that ``NaturalGradient`` trained on all its parameters.
+        training: before every step and after the last θ (``orientation``, rad) and the error's
+            variance as a share of the responses' (``loss``).
     """
 
     images: Tensor
@@ -114,7 +101,8 @@ class Recovery:
     basin: float
     descents: tuple[Descent, ...]
     found: FitResult
-    training: Training
+    trained: Gabor2d
+    training: dict[str, list[float]]
 
     def table(self) -> list[dict[str, Any]]:
         """Rows of parameter, unit, found, trained, truth, start, and errors of both."""
@@ -124,7 +112,7 @@ class Recovery:
             "start": self.start.expand().as_dict(),
             "error": self.found.params.difference(target),
             "standard_error": self.found.standard_error,
-            "trained_error": self.training.params.difference(target),
+            "trained_error": self.trained.difference(target),
         }
         rows = []
         for name in (name for name in target.field_names() if name != "center"):
@@ -142,17 +130,15 @@ class Recovery:
         """The parameters, paths and errors as JSON text; missing numbers are inf and nan."""
         values = {name: one for name, one in vars(self).items() if not isinstance(one, Tensor)}
         values |= {"kernel_errors": self.kernel_errors(), "table": self.table()}
-        records: dict[str, Any] = {"found": self.found, "target": self.target, "start": self.start}
-        values |= {name: json.loads(one.to_json()) for name, one in records.items()}
         values["descents"] = [vars(run) for run in self.descents]
-        training = {"params": json.loads(self.training.params.to_json())}
-        values["training"] = vars(self.training) | training
+        for name in ("target", "start", "found", "trained"):
+            values[name] = json.loads(values[name].to_json())
         return json.dumps(plain(values), allow_nan=False)
 
     def kernel_errors(self) -> dict[str, float]:
         """L2 distance of the found and the trained kernel from the planted one, as a share."""
         wanted = gabor(self.target, self.kernel_size)
-        ends = {"found": self.found.params, "trained": self.training.params}
+        ends = {"found": self.found.params, "trained": self.trained}
         return {
             name: ((gabor(params, self.kernel_size) - wanted).norm() / wanted.norm()).item()
             for name, params in ends.items()
@@ -236,7 +222,6 @@ def recover_planted(
         path.append(place)
         report("training all parameters", len(path) - 1, n_steps)
     (orientation, losses), variance = zip(*path, strict=True), responses.var(correction=0).item()
-    trained = layer.params.detach().canonical()
     return Recovery(
         images=batch,
         target=target,
@@ -247,7 +232,8 @@ def recover_planted(
         basin=orientation_basin(target).item(),
         descents=tuple(descents),
         found=found,
-        training=Training(trained, list(orientation), [loss / variance for loss in losses]),
+        trained=layer.params.detach().canonical(),
+        training={"orientation": list(orientation), "loss": [loss / variance for loss in losses]},
     )
 
 

@@ -358,7 +358,7 @@ def plot_recovery(recovery: Recovery, *, width: float = _WIDTH) -> Figure:
         ['Planted', 'Start', 'Found', 'Trained']
     """
     (n, channels, height, breadth), size = recovery.images.shape, recovery.kernel_size
-    params = (recovery.target, recovery.start, recovery.found.params, recovery.training.params)
+    params = (recovery.target, recovery.start, recovery.found.params, recovery.trained)
     kernels = torch.stack([gabor(one, size).reshape(channels, *size) for one in params], 1)
     image = recovery.images[0].double().cpu()
     pixels = image.movedim(0, -1) if channels == 3 else image.mean(0)
@@ -417,7 +417,7 @@ def plot_orientation(recovery: Recovery, *, width: float = _WIDTH) -> Figure:
         for index, (place, run) in enumerate(zip(places, runs, strict=True)):
             place.axhspan(middle - basin, middle + basin, color=SHADE, linewidth=0, label="basin")
             place.axhline(middle, label="truth", **_DASHED)
-            trained = folded(recovery.training.orientation, truth, math.pi)
+            trained = folded(recovery.training["orientation"], truth, math.pi)
             place.plot(*trained, color=GREEN, linewidth=1.4, label="trained layer")
             if run is not None:
                 steps, path = folded(run.orientation, truth, math.pi)
@@ -768,7 +768,9 @@ def folded(
     Steps and angles have an extra NaN where the shorter way to the next angle leads out by one
     end and in by the other, so that a line breaks there.
     """
-    turned = torch.remainder(torch.tensor(angles, dtype=torch.float64) - middle + period / 2, period)
+    turned = torch.remainder(
+        torch.tensor(angles, dtype=torch.float64) - middle + period / 2, period
+    )
     path = (middle - period / 2 + turned).rad2deg()
     breaks = (path.diff().abs() > math.degrees(period) / 2).nonzero().flatten().tolist()
     steps, shown = [float(step) for step in range(len(path))], path.tolist()

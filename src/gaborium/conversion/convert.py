@@ -189,7 +189,7 @@ def convert(
     result = whole
     if chosen.any():
         params = responses[chosen.nonzero().flatten().tolist()].params
-        new = _converted(layer, weight, params, chosen, learn, mean)
+        new = _converted(layer, params, chosen, learn, mean)
         result = replace_first_conv(whole, new, place)
     converted: Any = result.get_submodule(place)
     if batches:
@@ -349,36 +349,32 @@ def _chosen(found: FitResult, threshold: float, filters: Sequence[int] | Tensor 
 
 
 def _converted(
-    layer: Any,
-    weight: Tensor,
-    params: Gabor,
-    chosen: Tensor,
-    learn: Collection[str] | None,
-    mean: Tensor | None,
+    layer: Any, params: Gabor, chosen: Tensor, learn: Collection[str] | None, mean: Tensor | None
 ) -> nn.Module:
     """The layer with Gabor functions where they are chosen, on patches of this mean."""
+    weight: Tensor = layer.weight.detach()
     bias = None if layer.bias is None else layer.bias.detach()
     if mean is not None and bias is None:
-        bias = layer.weight.new_zeros(len(weight))
+        bias = weight.new_zeros(len(weight))
     with warnings.catch_warnings():  # an envelope that the kernel cuts was cut before
         warnings.simplefilter("ignore")
         gabor = LAYERS[weight.ndim - 2](
             *(layer.in_channels, int(chosen.sum()), layer.kernel_size),
             *(layer.stride, layer.padding, layer.dilation, 1, bias is not None),
             layer.padding_mode,
-            device=layer.weight.device,
-            dtype=layer.weight.dtype,
+            device=weight.device,
+            dtype=weight.dtype,
             learn=params.field_names() if learn is None else learn,
             start=params,
         )
     if bias is not None:
         if mean is not None:
-            change = torch.zeros_like(weight)
-            change[chosen] = weight[chosen] - gabor.weight.detach().cpu().double()
+            change = torch.zeros_like(weight, dtype=torch.float64, device="cpu")
+            change[chosen] = weight.cpu().double()[chosen] - gabor.weight.detach().cpu().double()
             bias = bias + (change.flatten(1) @ mean).to(bias)
         gabor.bias = nn.Parameter(bias[chosen].clone())
     if chosen.all():
         return gabor
     order = torch.cat([chosen.nonzero().flatten(), (~chosen).nonzero().flatten()]).argsort()
     free_bias = None if bias is None else bias[~chosen]
-    return MixedConv(gabor, layer.weight.detach()[~chosen], free_bias=free_bias, order=order)
+    return MixedConv(gabor, weight[~chosen], free_bias=free_bias, order=order)

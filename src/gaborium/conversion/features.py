@@ -159,11 +159,9 @@ def _smoothed(values: Tensor, sizes: tuple[int, ...]) -> Tensor:
     """Means over three pixels along each axis."""
     shaped = values.unflatten(-1, sizes)
     for axis in range(-len(sizes), 0):
-        if shaped.shape[axis] < 3:
-            continue
-        moved = shaped.movedim(axis, -1)
-        moved = torch.nn.functional.pad(moved, (1, 1))
-        shaped = (moved[..., :-2] + moved[..., 1:-1] + moved[..., 2:]).movedim(-1, axis) / 3
+        if shaped.shape[axis] >= 3:
+            moved = torch.nn.functional.pad(shaped.movedim(axis, -1), (1, 1))
+            shaped = (moved[..., :-2] + moved[..., 1:-1] + moved[..., 2:]).movedim(-1, axis) / 3
     return shaped.flatten(1)
 
 

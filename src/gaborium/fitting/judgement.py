@@ -48,10 +48,7 @@ class FitStatistics:
 def judge(
     model: GaborModel, target: Target, best: Best, statistics: FitStatistics, *, shared: bool
 ) -> FitResult:
-    """Turn ends into a result.
-
-    With ``shared`` geometry fields keep their channel axis.
-    """
+    """Turn ends into a result; with ``shared`` geometry fields keep their channel axis."""
     solution, bad = best.solution, statistics.bad
     params = model.record(solution.z, solution.coefficients)  # (B, 1) and (B, C)
     standard_error, correlation, names = _errors(model, params, target, statistics.noise)
@@ -88,25 +85,19 @@ def _outcomes(
     off = ~(statistics.explained_signal >= least) | best.other
     off |= best.structured & (best.second > SECOND_WAVE_SHARE * power_of_first)
     unknown = [error.isinf().flatten(1).any(1) for error in standard_error.values()]
-    code = torch.full_like(off, 0, dtype=torch.long)
-    outcomes = [Outcome.CONVERGED]
+    ends = [Outcome.CONVERGED] * len(off)
     for outcome, mask in (  # a later one overrides an earlier one
         (Outcome.NOT_IDENTIFIABLE, torch.stack(unknown).any(0)),
         (Outcome.OFF_MODEL, off),
         (Outcome.STALLED, ~best.solution.converged),
         (Outcome.BAD_INPUT, statistics.bad),
     ):
-        code = torch.where(mask, len(outcomes), code)
-        outcomes.append(outcome)
-    return tuple(outcomes[i] for i in code.tolist())
+        ends = [outcome if is_so else end for end, is_so in zip(ends, mask.tolist(), strict=True)]
+    return tuple(ends)
 
 
 def _mark_ambiguous(
-    model: GaborModel,
-    params: Gabor,
-    best: Best,
-    n_left: Tensor,
-    standard_error: dict[str, Tensor],
+    model: GaborModel, params: Gabor, best: Best, n_left: Tensor, errors: dict[str, Tensor]
 ) -> None:
     """Where another kernel fits equally well, parameters that differ are not determined.
 
@@ -120,7 +111,7 @@ def _mark_ambiguous(
         return
     other = rival.select(ambiguous)
     difference = params[ambiguous.tolist()].difference(model.record(other.z, other.coefficients))
-    for name, error in standard_error.items():
+    for name, error in errors.items():
         far = difference[name].abs() > _DISTINCT * error[ambiguous]
         if far.shape != error[ambiguous].shape:  # compared per channel, although all have the same
             far = far.any(1, keepdim=True)
@@ -170,9 +161,8 @@ def _errors(
     # A parameter that takes part in a direction without information is not determined.
     free = (vectors.square() * weak.unsqueeze(-2)).sum(-1) > _MAX_UNKNOWN_SHARE
     spread = covariance.diagonal(dim1=-2, dim2=-1).clamp_min(0.0).sqrt()
-    error = torch.where(
-        free | silent, torch.inf, spread / safe * noise.double().unsqueeze(-1).sqrt()
-    )
+    error = spread / safe * noise.double().unsqueeze(-1).sqrt()
+    error = torch.where(free | silent, torch.inf, error)
     unit = torch.where(spread > 0, spread, 1.0)
     correlation = covariance / (unit.unsqueeze(-1) * unit.unsqueeze(-2))
     correlation = correlation[:, : len(names), : len(names)]
