@@ -82,7 +82,7 @@ class Diagnosis:
         chosen = [finding] if finding is not None else list(self.combined_remedies) or first
         if not chosen or not chosen[0].remedy:
             raise ValueError("There is no finding with a remedy to carry out.")
-        return _with_remedies(self.setup, chosen)
+        return self.setup.with_remedy("\n".join(one.remedy for one in chosen))
 
     def to_json(self) -> str:
         """Findings, losses and skipped checks as JSON text; missing numbers are inf and nan."""
@@ -306,10 +306,12 @@ class _Examination:
             return
         if (one - other).double().norm() < 1e-2 * one.double().norm():
             size = self.layers[name].weight.detach().flatten(1).norm(dim=1).median().item()
-            kind = ": wrong size" if size > 10 or size < 0.1 else ""
-            yield finding(
-                f"amplitude absorbed{kind}", (name,), of=_of(name), name=name, kernel_norm=size
-            )
+            texts: Any = {"of": _of(name), "name": name, "length": "about the right length"}
+            options: Any = {"remedy": ""}
+            if size > 10 or size < 0.1:
+                wrong = "the wrong length for phases, which are stored with the amplitude"
+                texts["length"], options = wrong, {"severity": Severity.SEVERE}
+            yield finding("amplitude absorbed", (name,), kernel_norm=size, **texts, **options)
 
     @cached_property
     def output(self) -> Any:
@@ -352,13 +354,10 @@ class _Examination:
                         "wrong sign of phase", filters, largest_difference_rad=largest.item()
                     )
                     continue
-            yield finding(
-                "frozen: wrong value",
-                filters,
-                field=field,
-                largest_difference=largest.item(),
-                remedy=recover_code(layer),
-            )
+            reason = f"its {field} is off by up to {largest:.3g} from the responses' best fit"
+            worst: Any = {"severity": Severity.SEVERE, "confidence": 0.9}
+            worst |= {"remedy": recover_code(layer), "largest_difference": largest.item()}
+            yield finding("frozen", filters, reason=reason, **worst)
 
     # -- trials of remedies ---------------------------------------------------------------------
 
@@ -391,7 +390,7 @@ class _Examination:
         """How far learning gets with remedies; nothing if their code cannot be run."""
         self.report(f"remedy of {findings[-1].cause}")
         try:
-            setup = _with_remedies(self.setup, findings)
+            setup = self.setup.with_remedy("\n".join(one.remedy for one in findings))
             loss, explained = setup.train(self.n_steps, seed=self.seed)[-1], setup.explained()
         except Exception:  # a remedy may not fit somebody else's module, or another remedy
             return {}
@@ -423,13 +422,6 @@ class _Examination:
                 if trial.get("explained_with_remedy", 0.0) > _LEARNT:
                     return tuple(chosen)
         return ()
-
-
-def _with_remedies(setup: TrainingSetup, findings: Sequence[Finding]) -> TrainingSetup:
-    """A copy with remedies carried out one after the other."""
-    for found in findings:
-        setup = setup.with_remedy(found.remedy)
-    return setup
 
 
 def _of(name: str) -> str:
