@@ -81,7 +81,7 @@ def test_a_file_interrupted_in_the_middle_keeps_the_old_content(
         with pytest.raises(KeyboardInterrupt):
             write_text(tmp_path / "a", "new")
     else:
-        with pytest.raises(OSError, match="No space left on device: .*/a'") as caught:
+        with pytest.raises(OSError, match=r"No space left on device: .*/a'") as caught:
             write_text(tmp_path / "a", "new")
         assert caught.value.errno == errno.ENOSPC
     assert content(tmp_path) == {"a": "old"}
