@@ -17,6 +17,7 @@ from torch import nn
 
 from gaborium import Gabor2d, GaborConv2d
 from gaborium.diagnostics import Finding, Severity, TrainingSetup, diagnose
+from trainings import rmse
 
 PLANTED = Gabor2d.of(orientation=math.pi / 4, wavelength=6.0, sigma=2.5, aspect_ratio=0.6)
 
@@ -46,10 +47,6 @@ def student(off=-0.2, *, loss=F.mse_loss, rate=0.002, learn="orientation", **sta
 def diagnosis(setup, **options):
     data = (setup.inputs, setup.targets)
     return diagnose(setup.module, setup.loss, data, optimizer=setup.optimizer, **options)
-
-
-def rmse(output, target):
-    return F.mse_loss(output, target).sqrt()
 
 
 # -- set-ups ------------------------------------------------------------------------------------

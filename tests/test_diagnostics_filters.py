@@ -11,6 +11,7 @@ from torch import nn
 from gaborium import Gabor1d, Gabor2d, Gabor3d, GaborConv1d, GaborConv2d, GaborConv3d
 from gaborium.diagnostics import Severity, health, reinitialize_filters
 from gaborium.functions.kernels import dc_response
+from trainings import finding, mended
 
 LAYERS = {1: GaborConv1d, 2: GaborConv2d, 3: GaborConv3d}
 
@@ -30,18 +31,6 @@ def layer_of(n: int = 4, size: int = 15, **fields) -> GaborConv2d:
 
 def causes(found) -> list[str]:
     return [finding.cause for finding in found.findings]
-
-
-def finding(found, cause: str):
-    return next(one for one in found.findings if one.cause == cause)
-
-
-def mended(layer: nn.Module, remedy: str) -> nn.Module:
-    scope = {"module": layer, "optimizer": torch.optim.Adam(layer.parameters())}
-    exec(remedy, scope)
-    known = [id(p) for group in scope["optimizer"].param_groups for p in group["params"]]
-    assert known == [id(p) for p in scope["module"].parameters()]
-    return scope["module"]
 
 
 def test_well_filters_have_no_findings():
