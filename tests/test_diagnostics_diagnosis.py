@@ -125,7 +125,7 @@ def test_a_sound_setup_has_no_severe_finding():
 
 
 def test_the_cause_stands_before_its_consequences():
-    result = diagnosis(student(off=math.pi / 2, loss=rmse, rate=0.5))
+    result = diagnosis(student(off=math.pi / 2, loss=rmse, rate=0.5), n_steps=20)
     assert result.findings[0].severity is Severity.SEVERE
     ranks = [found.severity.rank for found in result.findings]
     assert ranks == sorted(ranks)
