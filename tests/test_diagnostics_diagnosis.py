@@ -17,6 +17,7 @@ from torch import nn
 
 from gaborium import Gabor2d, GaborConv2d
 from gaborium.diagnostics import Finding, Severity, TrainingSetup, diagnose
+from trainings import rmse
 
 PLANTED = Gabor2d.of(orientation=math.pi / 4, wavelength=6.0, sigma=2.5, aspect_ratio=0.6)
 
@@ -46,10 +47,6 @@ def student(off=-0.2, *, loss=F.mse_loss, rate=0.002, learn="orientation", **sta
 def diagnosis(setup, **options):
     data = (setup.inputs, setup.targets)
     return diagnose(setup.module, setup.loss, data, optimizer=setup.optimizer, **options)
-
-
-def rmse(output, target):
-    return F.mse_loss(output, target).sqrt()
 
 
 # -- set-ups ------------------------------------------------------------------------------------
@@ -128,7 +125,7 @@ def test_a_sound_setup_has_no_severe_finding():
 
 
 def test_the_cause_stands_before_its_consequences():
-    result = diagnosis(student(off=math.pi / 2, loss=rmse, rate=0.5))
+    result = diagnosis(student(off=math.pi / 2, loss=rmse, rate=0.5), n_steps=20)
     assert result.findings[0].severity is Severity.SEVERE
     ranks = [found.severity.rank for found in result.findings]
     assert ranks == sorted(ranks)
