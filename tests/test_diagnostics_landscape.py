@@ -45,7 +45,7 @@ def directly(setup: TrainingSetup, field: str, grid: Tensor, index: int = 0) -> 
         changed = getattr(before, field).clone()
         changed[index] = value
         layer.params = before.replace(**{field: changed})
-        values.append(setup.sandbox().run(layer).loss.detach())
+        values.append(setup.run(layer).loss.detach())
     layer.params = before
     return torch.stack(values)
 
@@ -356,7 +356,7 @@ def test_the_remedy_reaches_a_layer_within_a_network():
     found = landscape(setup, "orientation", filter=1, n_points=60)
     assert not found.exact
     exec(found.findings[0].remedy, {"module": module})
-    assert setup.sandbox().run().loss < 1e-3 * found.present_value
+    assert setup.run().loss < 1e-3 * found.present_value
 
 
 # -- the caller's things ------------------------------------------------------------------------
@@ -459,11 +459,11 @@ class Unsteady(nn.Module):
 
 def test_random_numbers_and_buffers_are_the_same_at_every_evaluation():
     module = Unsteady()
-    sandbox = TrainingSetup(module, F.mse_loss, torch.ones(50), torch.ones(50)).sandbox()
-    sandbox.check()
-    assert sandbox.run_with({}).loss == sandbox.run().loss
+    setup = TrainingSetup(module, F.mse_loss, torch.ones(50), torch.ones(50))
+    setup.check()
+    assert setup.run_with({}).loss == setup.run().loss
     assert module.calls == 0
-    doubled = sandbox.run_with({"weight": torch.tensor(2.0)}).output - sandbox.run().output
+    doubled = setup.run_with({"weight": torch.tensor(2.0)}).output - setup.run().output
     assert doubled.unique().tolist() == [0.0, 2.0]
 
 

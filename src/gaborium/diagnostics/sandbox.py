@@ -145,6 +145,13 @@ def check_loss(value: Any, again: Any) -> None:
 # -- a training set-up --------------------------------------------------------------------------
 
 
+class Run(NamedTuple):
+    """The results of one forward pass."""
+
+    output: Any
+    loss: Any
+
+
 @dataclass(frozen=True, eq=False)
 class TrainingSetup:
     """The parts of a training loop.
@@ -155,6 +162,8 @@ class TrainingSetup:
         inputs: a batch; several inputs are a tuple.
         targets: what ``loss`` compares the outputs with.
         optimizer: of the loop; by default plain gradient descent with a step of 0.01.
+        seed: of random numbers in module and loss, which are the same in every run.
+        widen: compute in double precision, whatever dtype the module's code names.
 
     Example:
         >>> layer = nn.Linear(2, 1)
@@ -171,6 +180,8 @@ class TrainingSetup:
     inputs: Any
     targets: Any
     optimizer: torch.optim.Optimizer | None = None
+    seed: int = 0
+    widen: bool = False
 
     def __post_init__(self) -> None:
         if not isinstance(self.module, nn.Module):
@@ -181,16 +192,12 @@ class TrainingSetup:
         module, optimizer = copied_together(self.module, self.optimizer)
         return replace(self, module=module, optimizer=optimizer)
 
-    def double(self) -> TrainingSetup:
+    def double(self, *, widen: bool = False) -> TrainingSetup:
         """A copy in float64; whole numbers, such as classes, stay whole."""
         own = self.copy()
         own.module.double()
         inputs, targets = tree_map(_doubled, (self.inputs, self.targets))
-        return replace(own, inputs=inputs, targets=targets)
-
-    def sandbox(self) -> Sandbox:
-        """Runs of the module on the inputs, with the loss."""
-        return Sandbox(self.module, self.inputs, lambda output: self.loss(output, self.targets))
+        return replace(own, inputs=inputs, targets=targets, widen=widen)
 
     def with_remedy(self, remedy: str) -> TrainingSetup:
         """A copy on which the code of a remedy has been run.
@@ -205,7 +212,7 @@ class TrainingSetup:
             exec(compile(remedy, "<remedy>", "exec"), names)
         return TrainingSetup(**{name: names[name] for name in vars(own)})
 
-    def train(self, n_steps: int, *, seed: int = 0) -> list[float]:
+    def train(self, n_steps: int) -> list[float]:
         """Take steps in place, and return the loss before each of them and after the last.
 
         Training stops if the loss is not finite.
@@ -221,7 +228,7 @@ class TrainingSetup:
                 value.backward()
             return value
 
-        with seeded(seed), torch.enable_grad():
+        with seeded(self.seed), torch.enable_grad():
             for _ in range(n_steps):
                 value = closure()
                 losses.append(value.item())
@@ -233,74 +240,8 @@ class TrainingSetup:
                     optimizer.step()
             else:
                 with torch.no_grad():
-                    losses.append(self.sandbox().run(self.module).loss.item())
+                    losses.append(self.run(self.module).loss.item())
         return losses
-
-    def output(self) -> Any:
-        """The module's output for the inputs."""
-        return _call(self.module, self.inputs)
-
-    @torch.no_grad()
-    def explained(self) -> float:
-        """Share of the targets' variance that the outputs explain; NaN if they differ in shape.
-
-        It does not depend on the loss, nor on the scale of images and targets, so it compares
-        set-ups before and after a remedy.
-        """
-        output, targets = Sandbox(self.module, self.inputs).run(self.module).output, self.targets
-        if not is_response(output, targets):
-            return math.nan
-        error = (output.double() - targets.double()).square().mean()
-        variance = targets.double().var(correction=0)
-        return (1 - error / variance).item() if variance > 0 else math.nan
-
-    @torch.no_grad()
-    def power(self) -> int:
-        """2 if the loss is the mean squared error, 1 if it is its root, and 0 if it is another."""
-        output, targets = Sandbox(self.module, self.inputs).run().output, self.targets
-        if not is_response(output, targets):
-            return 0
-        outputs = (output, 0.5 * output + targets.std(correction=0))
-        given = torch.stack([self.loss(one, targets).double() for one in outputs])
-        squared = torch.stack([F.mse_loss(one, targets.to(one)).double() for one in outputs])
-        fits = [
-            torch.allclose(given, one, rtol=1e-5, atol=0.0) for one in (squared.sqrt(), squared)
-        ]
-        return 1 + fits.index(True) if any(fits) else 0
-
-
-def is_response(output: Any, targets: Any) -> bool:
-    """Whether the targets are of the output's kind, so that a squared error makes sense."""
-    return (
-        isinstance(output, Tensor)
-        and isinstance(targets, Tensor)
-        and output.shape == targets.shape
-        and targets.is_floating_point()
-    )
-
-
-# -- one forward pass ---------------------------------------------------------------------------
-
-
-class Run(NamedTuple):
-    """The results of one forward pass."""
-
-    output: Any
-    loss: Any
-
-
-@dataclass(frozen=True)
-class Sandbox:
-    """Runs copies of one module on the same inputs, each time with the same random numbers.
-
-    With ``widen`` it computes in double precision, whatever dtype the module's code names.
-    """
-
-    module: nn.Module
-    inputs: Any
-    loss: Callable[[Any], Any] = lambda _: None
-    seed: int = 0
-    widen: bool = False
 
     def run(self, module: Callable[..., Any] | None = None, *, trace: Trace | None = None) -> Run:
         """Run a fresh copy, or a given module, whose state may change."""
@@ -312,7 +253,7 @@ class Sandbox:
             if trace is not None:
                 modes.enter_context(trace)
             output = _call(module, self.inputs)
-            return Run(output, self.loss(output))
+            return Run(output, self.loss(output, self.targets))
 
     def run_with(self, tensors: Mapping[str, Tensor]) -> Run:
         """Run the module itself with some parameters replaced, by name; its buffers stay."""
@@ -338,10 +279,50 @@ class Sandbox:
                 "check inputs, targets and the module's parameters for NaN."
             )
 
-    def double(self, *, widen: bool) -> Sandbox:
-        """The same in float64."""
-        module, inputs = copied(self.module).double(), tree_map(_doubled, self.inputs)
-        return Sandbox(module, inputs, self.loss, self.seed, widen)
+    def output(self) -> Any:
+        """The module's output for the inputs."""
+        return _call(self.module, self.inputs)
+
+    @torch.no_grad()
+    def explained(self) -> float:
+        """Share of the targets' variance that the outputs explain; NaN if they differ in shape.
+
+        It does not depend on the loss, nor on the scale of images and targets, so it compares
+        set-ups before and after a remedy.
+        """
+        output, targets = self.run(self.module).output, self.targets
+        if not is_response(output, targets):
+            return math.nan
+        error = (output.double() - targets.double()).square().mean()
+        variance = targets.double().var(correction=0)
+        return (1 - error / variance).item() if variance > 0 else math.nan
+
+    @torch.no_grad()
+    def power(self) -> int:
+        """2 if the loss is the mean squared error, 1 if it is its root, and 0 if it is another."""
+        output, targets = self.run().output, self.targets
+        if not is_response(output, targets):
+            return 0
+        outputs = (output, 0.5 * output + targets.std(correction=0))
+        given = torch.stack([self.loss(one, targets).double() for one in outputs])
+        squared = torch.stack([F.mse_loss(one, targets.to(one)).double() for one in outputs])
+        fits = [
+            torch.allclose(given, one, rtol=1e-5, atol=0.0) for one in (squared.sqrt(), squared)
+        ]
+        return 1 + fits.index(True) if any(fits) else 0
+
+
+def is_response(output: Any, targets: Any) -> bool:
+    """Whether the targets are of the output's kind, so that a squared error makes sense."""
+    return (
+        isinstance(output, Tensor)
+        and isinstance(targets, Tensor)
+        and output.shape == targets.shape
+        and targets.is_floating_point()
+    )
+
+
+# -- one forward pass ---------------------------------------------------------------------------
 
 
 class _Widened(TorchFunctionMode):
