@@ -154,7 +154,7 @@ def test_faults_that_hide_each_other_are_mended_together():
     mended = result.with_remedy()
     mended.train(100)
     assert mended.explained() > 0.99
-    assert result.to_json()["combined_remedies"] == [
+    assert json.loads(result.to_json())["combined_remedies"] == [
         found.cause for found in result.combined_remedies
     ]
 
@@ -256,7 +256,7 @@ def test_nothing_of_the_callers_changes():
 
 
 def test_it_can_be_read_and_written(antipodal):
-    document = json.loads(json.dumps(antipodal.to_json()))
+    document = json.loads(antipodal.to_json())
     assert document["findings"][0]["severity"] == "SEVERE"
     assert str(antipodal).startswith("1. SEVERE antipodal start: ")
     assert "recover(" in str(antipodal)

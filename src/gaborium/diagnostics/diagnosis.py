@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -28,6 +29,7 @@ from gaborium.diagnostics.sandbox import (
 from gaborium.diagnostics.step_size import step_limit
 from gaborium.diagnostics.unit_checks import is_gabor_like
 from gaborium.fitting import fit, recover
+from gaborium.functions.params import plain
 from gaborium.layers import GABOR_LAYERS
 
 _LEARNT = 0.99  # share of the targets' variance that is explained where learning works
@@ -82,9 +84,9 @@ class Diagnosis:
             raise ValueError("There is no finding with a remedy to carry out.")
         return self.setup.with_remedy("\n".join(one.remedy for one in chosen))
 
-    def to_json(self) -> dict[str, Any]:
-        """Findings, losses and skipped checks, as plain values."""
-        return {
+    def to_json(self) -> str:
+        """Findings, losses and skipped checks as JSON text; missing numbers are inf and nan."""
+        document = {
             "findings": [
                 vars(found) | {"severity": found.severity.name} for found in self.findings
             ],
@@ -93,6 +95,7 @@ class Diagnosis:
             "explained": list(self.explained),
             "combined_remedies": [found.cause for found in self.combined_remedies],
         }
+        return json.dumps(plain(document), allow_nan=False)
 
     def __str__(self) -> str:
         lines = [] if self.findings else ["No fault was found."]

@@ -174,8 +174,8 @@ class TrainResult:
             rows.append(row)
         return rows
 
-    def to_record(self) -> dict[str, Any]:
-        """Return the result as plain objects for JSON.
+    def to_json(self) -> str:
+        """Return the result as JSON text.
 
         Convention:
             - accuracies are shares, angles in rad, lengths in px
@@ -190,21 +190,18 @@ class TrainResult:
             | {"end": run.end and json.loads(run.end.to_json())}
             for run in self.runs
         ]
-        return plain(
-            {
-                "format": "gaborium.train",
-                "version": 1,
-                "recipe": vars(self.recipe),
-                "data": self.data,
-                "table": self.to_table(),
-                "displacement": {
-                    variant: {name: mean._asdict() for name, mean in means.items()}
-                    for variant, means in moved.items()
-                },
-                "difference": {other: self.difference(first, other)._asdict() for other in others},
-                "runs": runs,
-            }
-        )
+        document = {
+            "recipe": vars(self.recipe),
+            "data": self.data,
+            "table": self.to_table(),
+            "displacement": {
+                variant: {name: mean._asdict() for name, mean in means.items()}
+                for variant, means in moved.items()
+            },
+            "difference": {other: self.difference(first, other)._asdict() for other in others},
+            "runs": runs,
+        }
+        return json.dumps(plain(document), allow_nan=False)
 
 
 def _mean_difference(pairs: list[tuple[float | None, float | None]]) -> Mean:
