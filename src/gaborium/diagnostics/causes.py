@@ -182,6 +182,7 @@ _TABLE = {
         _SEVERE,
         "The inputs are large (root mean square {input_rms:.3g}), like images from 0 to 255. "
         "Curvature grows with their square, so a usual step is far too long.",
+        "scale = inputs.std()\ninputs = inputs / scale\ntargets = targets / scale\n",
     ),
     "loss scale": _Row(_SEVERE, "The loss is too small for the step: {reason}."),
     "vanishing step": _Row(_SEVERE, "The step is too short: {reason}.", _SCALE_RATE),
@@ -221,7 +222,10 @@ _TABLE = {
         _WARNING,
         "The mean of the inputs makes {mean_share:.0%} of the power of filter {filter}'s "
         "responses: brightness hides the pattern.",
-        confidence=0.6,
+        "axes = (0, *range(2, inputs.ndim))\n"
+        "inputs = inputs - inputs.mean(axes, keepdim=True)\n"
+        "targets = targets - targets.mean(axes, keepdim=True)\n",
+        0.6,
     ),
     "momentum too large": _Row(
         _SEVERE,
