@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, fields
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, fields, replace
 from functools import cached_property, partial
 from typing import Any
 
@@ -28,6 +28,7 @@ from gaborium.diagnostics.sandbox import (
     Run,
     Sandbox,
     Trace,
+    TrainingSetup,
     check_inputs,
     check_loss,
     copied,
@@ -87,30 +88,20 @@ class GradientCheck:
     findings: list[Finding]
 
 
-def check_gradients(
-    module: nn.Module,
-    inputs: Tensor | tuple[Any, ...],
-    loss: Callable[[Any], Tensor],
-    *,
-    optimizer: torch.optim.Optimizer | None = None,
-    seed: int = 0,
-) -> GradientCheck:
+def check_gradients(setup: TrainingSetup, *, seed: int = 0) -> GradientCheck:
     """Check that every parameter gets a right gradient, moves, and reaches the output.
 
     It works for any module, in its present mode; call it in ``train()`` mode to check training.
     Everything is done on copies: parameters, buffers, gradients, mode and the state of random
-    numbers do not change. The copies run about twenty times per parameter.
+    numbers do not change. The copies run about twenty times per parameter. A copy of the optimizer
+    takes one step.
 
     The gradient is compared with central differences of the loss in float64, in the direction of
     the gradient and in two others. Where the loss has a kink, as behind a ReLU of 0, any slope
     between the slopes of its two sides is right.
 
     Args:
-        module: any module; its parameters and the inputs are on one device.
-        inputs: a batch, or a tuple of the arguments of ``module``.
-        loss: from the module's output to a scalar, the same at every call.
-        optimizer: of the training loop, of which a copy takes one step; by default gradient
-            descent with a rate of 0.01.
+        setup: any module, loss and inputs, on one device; the loss is the same at every call.
         seed: of the random numbers of every run, such as dropout.
 
     Returns:
@@ -119,28 +110,26 @@ def check_gradients(
         ``"stale cache"``, ``"wrong unit"``, ``"frozen"`` and ``"unused parameter"``.
 
     Raises:
-        TypeError: the loss is not a tensor, or ``module`` is not a module.
+        TypeError: the loss is not a tensor.
         ValueError: the loss is not a scalar or differs from call to call; the inputs hold NaN or
             infinities, or are on another device or of another precision than the module.
 
     Example:
         >>> from gaborium import GaborConv2d
-        >>> layer = GaborConv2d(1, 2, 7, seed=0)
-        >>> image = torch.rand(1, 1, 16, 16)
-        >>> check = check_gradients(layer, image, lambda output: output.square().mean())
+        >>> layer, image = GaborConv2d(1, 2, 7, seed=0), torch.rand(1, 1, 16, 16)
+        >>> targets = torch.zeros_like(layer(image))
+        >>> check = check_gradients(TrainingSetup(layer, nn.functional.mse_loss, image, targets))
         >>> [parameter.name for parameter in check.parameters if parameter.state == "learns"]
         ['angular_wave_vector', 'log_sigma', 'log_aspect_ratio', 'even', 'odd', 'bias']
         >>> check.findings
         []
     """
-    if not isinstance(module, nn.Module):
-        raise TypeError(f"module must be an nn.Module, got {type(module).__name__}.")
     # Modules may convert their inputs, but rarely to half precision.
-    is_half = any(parameter.dtype in HALF for parameter in module.parameters())
-    check_inputs(module, inputs, any_dtype=not is_half)
-    if any(t.is_floating_point() and not t.isfinite().all() for t in tensors_of(inputs)):
+    is_half = any(parameter.dtype in HALF for parameter in setup.module.parameters())
+    check_inputs(setup.module, setup.inputs, any_dtype=not is_half)
+    if any(t.is_floating_point() and not t.isfinite().all() for t in tensors_of(setup.inputs)):
         raise ValueError("inputs must be finite, got NaN or infinity.")
-    return _Check(Sandbox(module, inputs, loss, seed), optimizer).result()
+    return _Check(replace(setup.sandbox(), seed=seed), setup.optimizer).result()
 
 
 @dataclass(kw_only=True, eq=False)
