@@ -1108,6 +1108,12 @@ def test_repr_shows_what_is_not_default():
     text = repr(GaborConv1d(2, 4, 5, 2, 1, bias=False, output="energy"))
     assert "padding=(1,), bias=False, output='energy'" in text
 
+    class Named(GaborConv2d):
+        def __init__(self, n_filters: int) -> None:
+            super().__init__(1, n_filters, 5, dc="remove")
+
+    assert repr(Named(3)).startswith("Named(1, 3, kernel_size=(5, 5), stride=(1, 1), dc='remove'")
+
 
 @pytest.mark.parametrize("output", ["quadrature", "energy"])
 def test_a_bank_that_makes_its_own_partners_holds_no_filter_twice(output):
