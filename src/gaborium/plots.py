@@ -855,8 +855,9 @@ def _field_axis(place: Axes, found: Landscape, axis: int, letter: str) -> None:
     which: Any = place.xaxis if letter == "x" else place.yaxis
     ends = _shown(found, axis, [grid[0].item(), grid[-1].item()])
     label = _labelled(found.fields[axis], found.units[axis])
-    if found.periodic[axis]:
-        ends = [-180.0, 180.0]
+    if period := found.periods[axis]:
+        half = _shown(found, axis, [period / 2])[0]
+        ends = [-half, half]
         _degree_ticks(which, 45)
     place.set(**{f"{letter}label": label, f"{letter}lim": ends})
     if grid[0] > 0 and grid.diff()[-1] > 1.01 * grid.diff()[0]:

@@ -244,9 +244,9 @@ _TABLE = {
     ),
     "antipodal start": _Row(
         _SEVERE,
-        "The orientation starts {distance} from the best minimum; the largest distance possible is "
-        "{farthest}. There the gradient vanishes on an isotropic input, and on a photograph its "
-        "sign is random.",
+        "At its start, {field} is {distance} from the best minimum; {farthest} is the largest "
+        "distance possible. There the gradient vanishes on an isotropic input, and on a photograph "
+        "its sign is random.",
     ),
     "flat plateau": _Row(_WARNING, "{field} hardly changes the loss: {reason}.", confidence=0.8),
     "outside the basin": _Row(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import warnings
@@ -34,6 +35,8 @@ from gaborium.layers import GABOR_LAYERS
 _LEARNT = 0.99  # share of the targets' variance that is explained where learning works
 _HELPS = 0.5  # share of the unexplained variance that a remedy must explain
 _MANY_FILTERS = 4  # filters whose landscapes are computed
+_MANY_NUMBERS = 8  # among the parameters of other layers, whose landscapes are computed
+_SCAN_POINTS = 180
 _OFF_CENTRE = 0.25  # px
 
 
@@ -47,8 +50,8 @@ class Diagnosis:
             orientation, filter 0"``; ``plots`` draws them.
         skipped: checks that could not be made, and why.
         losses: of a trial of the unchanged set-up, on a copy.
-        explained: share of the targets' variance that the outputs explain before and after that
-            trial; NaN where outputs and targets differ in shape.
+        explained: share of the targets' variance that the outputs explain before that trial, and
+            the least of it in the last quarter; NaN where outputs and targets differ in shape.
         setup: the set-up that was examined.
         combined_remedies: where no remedy is enough alone, findings whose remedies are enough one
             after the other.
@@ -61,6 +64,13 @@ class Diagnosis:
     explained: tuple[float, float]
     setup: TrainingSetup
     combined_remedies: tuple[Finding, ...] = ()
+
+    @property
+    def learns(self) -> bool:
+        """Whether the trial of the unchanged set-up learned, and held what it had learned."""
+        after, losses = self.explained[1], self.losses or [math.nan]
+        fell = losses[-1] < 0.5 * losses[0] and math.isfinite(losses[-1])
+        return after > _LEARNT or (math.isnan(after) and fell)
 
     @property
     def severe(self) -> list[Finding]:
@@ -110,7 +120,7 @@ def diagnose(
     data: tuple[Any, Any],
     *,
     optimizer: torch.optim.Optimizer | None = None,
-    n_steps: int = 100,
+    n_steps: int = 400,
     seed: int = 0,
     on_progress: Callable[[str], None] | None = None,
 ) -> Diagnosis:
@@ -215,10 +225,9 @@ class _Examination:
         self.report("trials")
         trial = self.setup.copy()
         before = trial.explained()
-        self.losses = trial.train(self.n_steps)
-        self.after = trial.explained()
-        fell = self.losses[-1] < 0.5 * self.losses[0] and math.isfinite(self.losses[-1])
-        self.learns = self.after > _LEARNT or (math.isnan(self.after) and fell)
+        self.losses, self.after = self._train(trial)
+        result = Diagnosis([], self.parts, skipped, self.losses, (before, self.after), self.setup)
+        self.learns = result.learns
         judged = [self._judged(found) for found in self._merged()]
 
         def place(pair: tuple[Finding, bool]) -> tuple[Any, ...]:
@@ -226,10 +235,10 @@ class _Examination:
             return found.severity.rank, not helps, CAUSES.index(found.cause), -found.confidence
 
         findings = [found for found, _ in sorted(judged, key=place)]
-        explained, combined = (before, self.after), self._combined(findings)
-        return Diagnosis(
-            findings, self.parts, skipped, self.losses, explained, self.setup, combined
-        )
+        combined = self._combined(findings) or self._with_step(findings)
+        known = [found for found in findings if all(found is not one for one in combined)]
+        findings = [*combined, *known]
+        return replace(result, findings=findings, combined_remedies=combined)
 
     # -- checks ---------------------------------------------------------------------------------
 
@@ -252,7 +261,26 @@ class _Examination:
                     if field in self.alone.learn:
                         scan = partial(landscape, self.setup, field, filter=index)
                         yield f"landscape of {field}, filter {index}", scan
+        for name in self._few_numbers():
+            yield (
+                f"landscape of {name}",
+                partial(landscape, self.setup, name, n_points=_SCAN_POINTS),
+            )
         yield "step limit", partial(step_limit, self.setup)
+
+    def _few_numbers(self) -> list[str]:
+        """The numbers that layers of other libraries learn, where they are few: ``"theta[0]"``."""
+        names = []
+        for name, value in self.module.named_parameters():
+            is_ours = isinstance(self.module.get_submodule(name.rpartition(".")[0]), GABOR_LAYERS)
+            if value.requires_grad and value.numel() <= _MANY_NUMBERS and not is_ours:
+                places = itertools.product(*map(range, value.shape))
+                names += [
+                    f"{name}[{', '.join(map(str, place))}]" if place else name for place in places
+                ]
+        named = [name for name in names if is_gabor_like(name.partition("[")[0])]
+        n_learned = sum(p.numel() for p in self.module.parameters() if p.requires_grad)
+        return named[:_MANY_NUMBERS] or (names if n_learned <= _MANY_NUMBERS else [])
 
     def _foreign(self) -> Iterator[Finding]:
         """Whether layers that make their own kernels sample them around the middle."""
@@ -342,6 +370,16 @@ class _Examination:
 
     # -- trials of remedies ---------------------------------------------------------------------
 
+    def _train(self, setup: TrainingSetup) -> tuple[list[float], float]:
+        """The losses of a training, and the least that is explained in its last quarter."""
+        part, explained = self.n_steps // 16, []
+        losses = setup.train(self.n_steps - 4 * part)
+        for _ in range(4):
+            if math.isfinite(losses[-1]):
+                losses[-1:] = setup.train(part)
+            explained.append(setup.explained())
+        return losses, math.nan if math.isnan(sum(explained)) else min(explained)
+
     def _merged(self) -> list[Finding]:
         """One finding for each cause and remedy, with all locations."""
         merged: dict[tuple[str, str], Finding] = {}
@@ -372,11 +410,11 @@ class _Examination:
         self.report(f"remedy of {findings[-1].cause}")
         try:
             setup = self.setup.with_remedy("\n".join(one.remedy for one in findings))
-            loss, explained = setup.train(self.n_steps)[-1], setup.explained()
+            losses, explained = self._train(setup)
         except Exception:  # a remedy may not fit somebody else's module, or another remedy
             return {}
         if math.isnan(explained):
-            return {"loss_without_remedy": self.losses[-1], "loss_with_remedy": loss}
+            return {"loss_without_remedy": self.losses[-1], "loss_with_remedy": losses[-1]}
         return {"explained_without_remedy": self.after, "explained_with_remedy": explained}
 
     def _helps(self, trial: Mapping[str, float]) -> bool:
@@ -390,9 +428,8 @@ class _Examination:
 
     def _combined(self, findings: list[Finding]) -> tuple[Finding, ...]:
         """Remedies that are enough one after the other, where no remedy is enough alone."""
-        tried = [f for f in findings if "explained_with_remedy" in f.numbers]
-        reached = [f.numbers["explained_with_remedy"] for f in tried]
-        if not self.after < _LEARNT or len(tried) < 2 or max(reached) > _LEARNT:
+        tried = self._tried(findings)
+        if len(tried) < 2 or max(map(_reached, tried)) > _LEARNT:
             return ()
         chosen: list[Finding] = []
         for found in tried:
@@ -403,6 +440,33 @@ class _Examination:
                 if trial.get("explained_with_remedy", 0.0) > _LEARNT:
                     return tuple(chosen)
         return ()
+
+    def _with_step(self, findings: list[Finding]) -> tuple[Finding, ...]:
+        """The best remedy and one of the step, which is judged where that remedy leads.
+
+        A start in the right valley is of no use if the next steps throw it out of the valley.
+        """
+        first = max(self._tried(findings), key=_reached, default=None)
+        if first is None or _reached(first) > _LEARNT:
+            return ()
+        try:
+            steps = step_limit(self.setup.with_remedy(first.remedy)).findings
+        except Exception:  # as in a trial
+            return ()
+        for step in steps:
+            trial = self._trial([first, step]) if step.remedy else {}
+            if trial.get("explained_with_remedy", 0.0) > _LEARNT:
+                return first, replace(step, severity=Severity.SEVERE, numbers=step.numbers | trial)
+        return ()
+
+    def _tried(self, findings: list[Finding]) -> list[Finding]:
+        """Findings with remedies that were tried on a set-up whose targets are not explained."""
+        tried = [found for found in findings if "explained_with_remedy" in found.numbers]
+        return tried if self.after < _LEARNT else []
+
+
+def _reached(found: Finding) -> float:
+    return found.numbers["explained_with_remedy"]
 
 
 def _of(name: str) -> str:

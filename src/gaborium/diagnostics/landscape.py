@@ -10,12 +10,12 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from gaborium.diagnostics.causes import Finding, Severity, by_severity, finding
 from gaborium.diagnostics.identifiability import filter_statistics, find_gabor_layer
 from gaborium.diagnostics.remedies import recover_code
-from gaborium.diagnostics.sandbox import TrainingSetup
+from gaborium.diagnostics.sandbox import TrainingSetup, tensors_of
 from gaborium.functions.kernels import orientation_basin
 from gaborium.functions.params import POSITIVE_FIELDS, UNITS, Gabor2d
 
@@ -54,7 +54,7 @@ class Landscape:
         units: of the fields.
         filter: the filter of the layer that they belong to.
         grids: values of each field, ``(n,)``.
-        periodic: for each field, whether its grid is a circle.
+        periods: of the fields whose grid is a circle, in their unit; 0 for the others.
         values: the loss, ``(n,)`` or ``(n, m)``, float64.
         basins: for each point the index of the minimum that steepest descent from it reaches.
         minima: the best first.
@@ -77,7 +77,7 @@ class Landscape:
     units: tuple[str, ...]
     filter: int
     grids: tuple[Tensor, ...]
-    periodic: tuple[bool, ...]
+    periods: tuple[float, ...]
     values: Tensor
     basins: Tensor
     minima: tuple[Minimum, ...]
@@ -129,6 +129,9 @@ def landscape(
         - by default a positive field runs from a quarter of its present value to four times it (a
           wavelength not below 2 px), an amplitude to twice its size on either side of 0, a centre
           over half of the kernel
+        - a module's own parameter goes around the circle if the output comes back after π, 2π, 180
+          or 360; otherwise a positive one runs over a decade each way, and any other over 2.5 or
+          its size on either side
         - if a filter has several values of a field, one per input channel, all of them move
           together; the position is the first one's
         - a start descends on the grid, from each point to its steepest neighbour
@@ -139,13 +142,13 @@ def landscape(
         fields: one or two fields of the record (for ``center``: ``center_x``, ``center_y``), or
             numbers among the module's own parameters: ``"theta"``, ``"conv.theta[2, 0]"``.
         filter: the filter to vary.
-        span: ends of the range, by field: ``{"theta": (-3.0, 3.0)}``. A module's own parameters
-            need one; an angle with a span is not periodic.
+        span: ends of the range, by field: ``{"theta": (-3.0, 3.0)}``. An angle with a span is not
+            periodic.
         n_points: for each field; by default 360 for one field, 100 for each of two.
 
     Raises:
-        ValueError: a field is unknown, a span is missing or empty, or the loss is not a finite
-            scalar that is the same twice.
+        ValueError: a field is unknown, a span is empty, or the loss is not a finite scalar that is
+            the same twice.
 
     Example:
         >>> from gaborium import Gabor2d, GaborConv2d
@@ -166,7 +169,7 @@ def landscape(
         raise ValueError(f"n_points must be at least 8, got {n}.")
     setup = setup.copy()
     setup.check()
-    varied = _varied(setup.module, filter, names)
+    varied = _varied(setup, filter, names)
     grid = _grid(varied.fields, span or {}, n)
     power = setup.power()
     exact = varied.squared_error(setup) if power else None
@@ -192,8 +195,8 @@ def landscape(
     height = (finite.max() - finite.min()).item() if len(finite) else 0.0
     is_double = all(p.dtype == torch.float64 for p in setup.module.parameters())
     rounding = height * (1e-9 if exact is not None or is_double else 1e-5)
-    periodic = tuple(grid.periodic.tolist())
-    bottoms, basins = _watershed(score.view([n] * len(names)), periodic, rounding)
+    periods = tuple(grid.period.tolist())
+    bottoms, basins = _watershed(score.view([n] * len(names)), tuple(map(bool, periods)), rounding)
     places = points[bottoms]
     places[:_MOST_REFINED] = _refine(evaluate, places[:_MOST_REFINED], grid)
     lows = evaluate(places)
@@ -212,7 +215,7 @@ def landscape(
         units=tuple(field.unit for field in varied.fields),
         filter=filter,
         grids=tuple(grid.value(grid.coordinates).T),
-        periodic=periodic,
+        periods=periods,
         values=loss_of(score).view(basins.shape),
         basins=basins,
         minima=minima,
@@ -240,8 +243,10 @@ class _Field(NamedTuple):
 
     name: str
     present: float
-    unit: str = ""
-    span: Span | None = None
+    unit: str
+    span: Span = (0.0, 0.0)
+    period: float = 0.0  # of an angle, which has no span
+    is_positive: bool = False
 
 
 class _Grid(NamedTuple):
@@ -250,7 +255,7 @@ class _Grid(NamedTuple):
     coordinates: Tensor  # (n, fields)
     here: Tensor  # the present values' coordinates, (fields,)
     logarithmic: Tensor
-    periodic: Tensor
+    period: Tensor  # 0 where there is none
 
     @property
     def step(self) -> Tensor:
@@ -258,52 +263,49 @@ class _Grid(NamedTuple):
 
     def value(self, coordinates: Tensor) -> Tensor:
         values = torch.where(self.logarithmic, coordinates.exp(), coordinates)
-        return torch.where(self.periodic, _turned(coordinates), values)
+        return torch.where(self.period > 0, _turned(coordinates, self.period), values)
 
     def away(self, coordinates: Tensor) -> Tensor:
         """Distances from the present values, in lengths of the grid."""
         gap = coordinates - self.here
-        gap = torch.where(self.periodic, _turned(gap), gap)
+        gap = torch.where(self.period > 0, _turned(gap, self.period), gap)
         return gap.abs() / (self.coordinates[-1] - self.coordinates[0])
 
 
-def _turned(angle: Tensor) -> Tensor:
-    return torch.remainder(angle + math.pi, 2 * math.pi) - math.pi
+def _turned(angle: Tensor, period: Tensor) -> Tensor:
+    return torch.remainder(angle + period / 2, period) - period / 2
 
 
 def _grid(fields: Sequence[_Field], spans: Mapping[str, Span], n: int) -> _Grid:
     columns = []
-    for name, present, unit, default in fields:
-        span, is_positive = spans.get(name, default), name in POSITIVE_FIELDS
-        if span is None and not unit:
-            raise ValueError(f"{name} has an unknown range; give span={{{name!r}: (low, high)}}.")
-        if span is None:
-            # The present value is a point of the grid, which begins near -π.
-            step = 2 * math.pi / n
-            first = present - math.floor((present + math.pi) / step) * step
+    for name, present, _, default, period, is_positive in fields:
+        if period and name not in spans:
+            # The present value is a point of the grid, which begins near minus half a period.
+            step = period / n
+            first = present - math.floor((present + period / 2) / step) * step
             circle = first + step * torch.arange(n, dtype=torch.float64)
-            columns.append((circle, present, False, True))
+            columns.append((circle, present, False, period))
             continue
+        span = spans.get(name, default)
         if not (0 if is_positive else -math.inf) < span[0] < span[1] < math.inf:
             kind = "positive numbers" if is_positive else "numbers"
             raise ValueError(f"The span of {name} must be two rising {kind}, got {span}.")
         places = torch.tensor([*span, present], dtype=torch.float64)
         low, high, own = (places.log() if is_positive else places).tolist()
         line = torch.linspace(low, high, n, dtype=torch.float64)
-        columns.append((line, own, is_positive, False))
-    lines, here, logarithmic, periodic = zip(*columns, strict=True)
-    start = torch.tensor(here, dtype=torch.float64)
-    masks = torch.tensor(logarithmic), torch.tensor(periodic)
-    return _Grid(torch.stack(lines, 1), start, *masks)
+        columns.append((line, own, is_positive, 0.0))
+    lines, here, logarithmic, periods = zip(*columns, strict=True)
+    start, around = (torch.tensor(one, dtype=torch.float64) for one in (here, periods))
+    return _Grid(torch.stack(lines, 1), start, torch.tensor(logarithmic), around)
 
 
-def _varied(module: nn.Module, index: int, names: tuple[str, ...]) -> _Parameters | _GaborFields:
-    layer_name, layer = find_gabor_layer(module)
+def _varied(setup: TrainingSetup, index: int, names: tuple[str, ...]) -> _Parameters | _GaborFields:
+    layer_name, layer = find_gabor_layer(setup.module)
     if layer is not None:
         known = {*layer.params.field_names(), *_CENTER[: layer.n_dims]} - {"center"}
         if known >= set(names):
             return _GaborFields(layer_name, layer, index, names)
-    return _Parameters(module, names)
+    return _Parameters(setup, names)
 
 
 class _Parameters:
@@ -311,8 +313,8 @@ class _Parameters:
 
     predicted_half_width: float | None = None
 
-    def __init__(self, module: nn.Module, names: tuple[str, ...]) -> None:
-        self.parameters = dict(module.named_parameters())
+    def __init__(self, setup: TrainingSetup, names: tuple[str, ...]) -> None:
+        self.setup, self.parameters = setup, dict(setup.module.named_parameters())
         self.places: list[tuple[str, tuple[int, ...]]] = []
         self.fields: list[_Field] = []
         for field in names:
@@ -327,12 +329,35 @@ class _Parameters:
                     f"parameters, such as 'theta[0]'; their shapes are {shapes}."
                 ) from None
             self.places.append((name, index))
-            self.fields.append(_Field(field, present))
+            self.fields.append(self._field(field, present))
+
+    def _field(self, name: str, present: float) -> _Field:
+        """The range of a number, from the period with which the output comes back."""
+        place = self.places[-1:]
+        still = self._output(place, present)
+        for period, unit in ((math.pi, "rad"), (2 * math.pi, "rad"), (180.0, "°"), (360.0, "°")):
+            turned, other = (self._output(place, present + turn * period) for turn in (1, 0.37))
+            if _is_close(turned, still) and not _is_close(other, still):
+                return _Field(name, present, unit, period=period)
+        if present > 0:
+            return _Field(name, present, "", (present / 10, 10 * present), is_positive=True)
+        reach = max(2.5, abs(present))
+        return _Field(name, present, "", (present - reach, present + reach))
+
+    def _output(self, place: list[tuple[str, tuple[int, ...]]], value: float) -> list[Tensor]:
+        changed = self._changed(place, torch.tensor([value], dtype=torch.float64))
+        with torch.no_grad():
+            return tensors_of(self.setup.run_with(changed).output)
 
     def tensors(self, point: Tensor) -> dict[str, Tensor]:
         """The changed parameters, by name, at values of the fields."""
+        return self._changed(self.places, point)
+
+    def _changed(
+        self, places: list[tuple[str, tuple[int, ...]]], point: Tensor
+    ) -> dict[str, Tensor]:
         changed: dict[str, Tensor] = {}
-        for value, (name, index) in zip(point, self.places, strict=True):
+        for value, (name, index) in zip(point, places, strict=True):
             changed.setdefault(name, self.parameters[name].detach().clone())[index] = value
         return changed
 
@@ -365,9 +390,13 @@ class _GaborFields:
         self.fields: list[_Field] = []
         for name in names:
             present = self.base[name][0].item()
-            span = _default_span(name, present, layer.kernel_size)
             unit = UNITS["center" if name in _CENTER else name]
-            self.fields.append(_Field(name, present, unit, span))
+            if name in ("orientation", "phase"):
+                self.fields.append(_Field(name, present, unit, period=2 * math.pi))
+                continue
+            span = _default_span(name, present, layer.kernel_size)
+            is_positive = name in POSITIVE_FIELDS
+            self.fields.append(_Field(name, present, unit, span, is_positive=is_positive))
         self.predicted_half_width: float | None = None
         if "orientation" in names and self.record is Gabor2d:
             self.predicted_half_width = orientation_basin(params[index])[0].item()
@@ -430,9 +459,7 @@ class _GaborFields:
         return code + "layer.params = params\n"
 
 
-def _default_span(field: str, present: float, kernel_size: tuple[int, ...]) -> Span | None:
-    if field in ("orientation", "phase"):
-        return None  # the whole circle
+def _default_span(field: str, present: float, kernel_size: tuple[int, ...]) -> Span:
     if field == "elevation":
         return -math.pi / 2, math.pi / 2
     if field in _CENTER:
@@ -445,6 +472,15 @@ def _default_span(field: str, present: float, kernel_size: tuple[int, ...]) -> S
         return 2.0, 4.0 * max(kernel_size)
     low = present / 4 if field != "wavelength" else max(min(2.0, present), present / 4)
     return low, 4 * present
+
+
+def _is_close(one: list[Tensor], other: list[Tensor]) -> bool:
+    """Whether outputs are equal up to rounding."""
+    return all(
+        torch.allclose(a, b, rtol=1e-4, atol=1e-4 * b.abs().max().item())
+        for a, b in zip(one, other, strict=True)
+        if a.is_floating_point()
+    )
 
 
 # -- minima and basins --------------------------------------------------------------------------
@@ -492,8 +528,8 @@ def _refine(evaluate: _Function, places: Tensor, grid: _Grid) -> Tensor:
     """Minima between the grid's points: ever smaller stencils around the lowest point so far."""
     n_fields, steps = len(grid.here), grid.step
     stencil = torch.tensor(list(itertools.product((-1.0, 0.0, 1.0), repeat=n_fields))).double()
-    low = torch.where(grid.periodic, -math.inf, grid.coordinates[0])
-    high = torch.where(grid.periodic, math.inf, grid.coordinates[-1])
+    low = torch.where(grid.period > 0, -math.inf, grid.coordinates[0])
+    high = torch.where(grid.period > 0, math.inf, grid.coordinates[-1])
     for _ in range(_ZOOMS):
         steps = steps / 2
         points = (places.unsqueeze(1) + stencil * steps).clamp(low, high)
@@ -513,7 +549,7 @@ def _slope(evaluate: _Function, grid: _Grid) -> tuple[float, ...]:
 def _half_width(score: Tensor, bottom: int, grid: _Grid) -> float:
     """Distance from a minimum to the first inflections of a spline through the score."""
     n = len(score)
-    if grid.periodic:
+    if grid.period:
         score, bottom = score.roll(n // 2 - bottom), n // 2
     # Second derivatives of a cubic spline solve a system with the band (1, 4, 1).
     band = 3 * torch.eye(n - 2) + torch.ones(n - 2, n - 2).tril(1).triu(-1)
@@ -550,21 +586,26 @@ def _findings(found: Landscape) -> Iterator[Finding]:
         share_to_best=found.share_to_best,
         present_loss=found.present_value,
     )
-    if "orientation" in found.fields and left > 0.1 * height:
-        axis = found.fields.index("orientation")
+    circles = [i for i, period in enumerate(found.periods) if period]
+    for axis in circles if left > 0.1 * height else ():
+        name, period = found.fields[axis], found.periods[axis]
+        if name == "phase":  # its gradient does not vanish far away
+            continue
         best_angles = [one.position[axis] for one in found.minima[: found.n_best]]
-        gaps = [math.remainder(found.present[axis] - angle, 2 * math.pi) for angle in best_angles]
-        away, farthest = min(map(abs, gaps)), math.pi / min(len(gaps), 2)
+        gaps = [math.remainder(found.present[axis] - angle, period) for angle in best_angles]
+        away, farthest = min(map(abs, gaps)), period / 2 / min(len(gaps), 2)
         # The share of the descent that the present slope would cover on the way to the minimum.
         pull = abs(found.present_slope[axis]) * away / left
-        narrow = min(found.predicted_half_width or math.pi, farthest)
+        narrow = min(found.predicted_half_width or 0.0, farthest)
         if away > 0.8 * farthest and (pull < 0.1 or lost) and away > narrow:
+            in_degrees = 180 / math.pi if found.units[axis] == "rad" else 1.0
             yield build(
                 "antipodal start",
-                distance=f"{math.degrees(away):.0f}°",
-                farthest=f"{math.degrees(farthest):.0f}°",
-                distance_rad=away,
-                farthest_rad=farthest,
+                field=name,
+                distance=f"{in_degrees * away:.0f}°",
+                farthest=f"{in_degrees * farthest:.0f}°",
+                distance_rad=math.radians(in_degrees * away),
+                farthest_rad=math.radians(in_degrees * farthest),
                 pull=pull,
             )
     if lost and left > 0:
