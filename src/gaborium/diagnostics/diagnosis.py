@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -73,6 +74,26 @@ class Diagnosis:
         return after > _LEARNT or (math.isnan(after) and fell)
 
     @property
+    def headline(self) -> str:
+        """The answer in one or two sentences; first whether the trial learned at all."""
+        cause = ""
+        if self.findings and self.findings[0].severity is not Severity.NOTE:
+            # Up to the first full stop that ends a sentence: numbers have others.
+            cause = re.split(r"(?<=\w\.)\s+(?=[A-Z])", self.findings[0].sentence, maxsplit=1)[0]
+        if not self.losses:
+            return cause or "No fault was found in the filters. The training was not examined."
+        if self.learns:
+            return cause or "No fault was found that prevents learning."
+        explained, n_steps = self.explained[1], len(self.losses) - 1
+        how = f"the loss went from {self.losses[0]:.3g} to {self.losses[-1]:.3g}"
+        if explained < 0:
+            how = "the output is worse than a constant"
+        elif explained >= 0:
+            how = f"the output explains {explained:.1%} of the targets' variance"
+        cause = cause or "The cause is unknown: no check found a fault."
+        return f"It does not learn here: after {n_steps} steps {how}. {cause}"
+
+    @property
     def severe(self) -> list[Finding]:
         """The findings that make learning fail."""
         return [found for found in self.findings if found.severity is Severity.SEVERE]
@@ -107,7 +128,7 @@ class Diagnosis:
         return json.dumps(plain(document), allow_nan=False)
 
     def __str__(self) -> str:
-        lines = [] if self.findings else ["No fault was found."]
+        lines = [self.headline]
         for number, found in enumerate(self.findings, 1):
             lines.append(f"{number}. {found.severity.name} {found.cause}: {found.sentence}")
             lines += [f"       {line}" for line in found.remedy.rstrip().splitlines()]

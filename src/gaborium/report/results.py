@@ -253,16 +253,6 @@ def _explain(result: Any) -> list[str]:
 def diagnosis_report(result: Any, _: Any) -> Report:
     """The faults of a training loop, and the remedies."""
     findings = result.findings
-    headline = "No fault was found that prevents learning."
-    if not result.losses:
-        headline = "No fault was found in the filters. Whether they learn was not examined."
-    cause = ""
-    if findings and findings[0].severity.name != "NOTE":
-        # Up to the first full stop that ends a sentence: numbers have others.
-        cause = re.split(r"(?<=\w\.)\s+(?=[A-ZΑ-Ω])", findings[0].sentence, maxsplit=1)[0]
-        headline = cause
-    if result.losses and not result.learns:
-        headline = f"It does not learn here: {_failure(result)}. {cause or 'The cause is unknown.'}"
     sentences = []
     if result.losses:
         first, last = number(result.losses[0]), number(result.losses[-1])
@@ -292,18 +282,7 @@ def diagnosis_report(result: Any, _: Any) -> Report:
         names = [name for name, other in result.skipped.items() if other == why]
         text.append(f"Not examined: {', '.join(names)}. {why}")
     sections.append(Section("The examination", [*text, _REMEDIES], _figures(result, left)))
-    return Report("diagnosis", "Why does it not learn?", headline, sentences, sections)
-
-
-def _failure(result: Any) -> str:
-    """How the trial of a set-up ended, as half a sentence."""
-    explained, first, last = result.explained[1], result.losses[0], result.losses[-1]
-    after = f"after {counted(len(result.losses) - 1, 'step')}"
-    if explained < 0:
-        return f"{after} the output is worse than a constant"
-    if explained >= 0:
-        return f"{after} the output explains {percent(explained)} of the targets' variance"
-    return f"the loss began at {number(first)}, and {after} it is {number(last)}"
+    return Report("diagnosis", "Why does it not learn?", result.headline, sentences, sections)
 
 
 def _causes(part: Any) -> set[str]:
