@@ -355,7 +355,7 @@ def diagnose(
     loss: Literal["rmse", "mse"] = "rmse",
     learning_rate: float = 1.0,
     momentum: float = 0.0,
-    steps: int = 100,
+    steps: int = 400,
     kernels: Kernels = _KERNELS,
     output: Output = _OUTPUT,
 ) -> None:
@@ -381,7 +381,7 @@ def diagnose(
     is_script = file is not None and file.suffix == ".py"
     if (file is None or is_script) and kernels != _KERNELS:
         raise ValueError("--key and --n-dims are options of a file of kernels.")
-    if file is not None and not is_script and steps != 100:
+    if file is not None and not is_script and steps != 400:
         raise ValueError(f"--steps is the length of trials, and {str(file)!r} has none.")
 
     with _run("diagnose", output) as run:
