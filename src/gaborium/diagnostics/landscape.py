@@ -461,31 +461,30 @@ def _watershed(
     places = list(itertools.product(*map(range, shape)))
     index = {place: i for i, place in enumerate(places)}
     steps = [step for step in itertools.product((0, 1, -1), repeat=len(shape)) if any(step)]
-    label: dict[int, int] = {}  # of a point: the minimum below it
-    owner: dict[int, int] = {}  # of a minimum: the one that it was merged with
+    below: dict[int, int] = {}  # of a point: one that it descends to; a minimum: itself
 
-    def root(bottom: int) -> int:
-        while owner[bottom] != bottom:
-            bottom = owner[bottom]
-        return bottom
+    def bottom(i: int) -> int:
+        while below[i] != i:
+            i = below[i]
+        return i
 
-    # Points from the lowest up, so that all that a point can descend to is labelled already.
+    # Points from the lowest up, so that all that a point can descend to is known already.
     for i in sorted(range(len(flat)), key=flat.__getitem__):
         lower = []
         for step in steps:
             moved = zip(places[i], step, shape, periodic, strict=True)
             j = index.get(tuple((x + s) % n if around else x + s for x, s, n, around in moved))
-            if j in label:
+            if j in below:
                 lower.append(((flat[i] - flat[j]) / math.hypot(*step), j))
-        label[i] = label[max(lower)[1]] if lower else i
-        owner.setdefault(label[i], i)
+        below[i] = bottom(max(lower)[1]) if lower else i
         for _, j in lower:  # where two basins meet
-            low, high = sorted((root(label[i]), root(label[j])), key=flat.__getitem__)
+            low, high = sorted((bottom(i), bottom(j)), key=flat.__getitem__)
             if low != high and not flat[i] - flat[high] > rounding:
-                owner[high] = low
-    bottoms = sorted((b for b in owner if owner[b] == b), key=flat.__getitem__)
-    basins = [bottoms.index(root(label[i])) for i in range(len(flat))]
-    return torch.tensor(bottoms), torch.tensor(basins).view(shape)
+                below[high] = low
+    ends = [bottom(i) for i in range(len(flat))]
+    bottoms = sorted(set(ends), key=lambda end: (flat[end], end))
+    number = {end: i for i, end in enumerate(bottoms)}
+    return torch.tensor(bottoms), torch.tensor([number[end] for end in ends]).view(shape)
 
 
 def _refine(evaluate: _Function, places: Tensor, grid: _Grid) -> Tensor:
