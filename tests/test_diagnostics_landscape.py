@@ -420,7 +420,7 @@ def test_foreign_parameters_go_by_their_names():
         with pytest.raises(ValueError, match=message):
             landscape(setup, field)
     found = landscape(setup, "theta[1]", span=span, n_points=90)
-    exec(found.remedy, {"module": module})
+    exec(found.findings[0].remedy, {"module": module})
     assert module.theta[1].item() == pytest.approx(-0.4, abs=1e-3)
 
 
