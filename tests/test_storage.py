@@ -533,7 +533,7 @@ def test_a_row_makes_the_layers_kernel_in_the_other_library(convention):
     library = pytest.importorskip({"skimage": "skimage.filters", "opencv": "cv2"}[convention])
     layer = GaborConv2d(2, 3, 25, dtype=F64, start="random", seed=1)
     for row in rows_of(to_csv(layer.params, convention)):
-        given = {name.partition(" ")[0]: float(value) for name, value in row.items()}
+        given = {name: float(value) for name, value in row.items()}
         i, j, scale = int(given.pop("filter")), int(given.pop("channel")), given.pop("scale")
         if convention == "skimage":
             kernel = library.gabor_kernel(n_stds=5, **given).real

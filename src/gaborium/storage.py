@@ -274,15 +274,11 @@ def _first_line(error: BaseException) -> str:
 
 
 class _Table(NamedTuple):
-    """The columns of a table with their units, and how they are written and read."""
+    """A table's columns, how one Gabor function becomes a row, and columns become a record."""
 
-    units: dict[str, str]
-    write: Callable[[Any], list[float]]  # from one Gabor function to a row
-    read: Callable[[list[Tensor]], Gabor]  # from columns to a record
-
-    @property
-    def columns(self) -> list[str]:
-        return [n if unit == "1" else f"{n} ({unit})" for n, unit in self.units.items()]
+    columns: list[str]
+    write: Callable[[Any], list[float]]
+    read: Callable[[list[Tensor]], Gabor]
 
 
 def _own(kind: type[Gabor]) -> _Table:
@@ -290,6 +286,7 @@ def _own(kind: type[Gabor]) -> _Table:
     *fields, _ = kind.field_names()  # center comes last
     units = {name: UNITS[name] for name in fields}
     units |= {f"center[{axis}]": UNITS["center"] for axis in range(kind.n_dims)}
+    columns = [name if unit == "1" else f"{name} ({unit})" for name, unit in units.items()]
 
     def write(one: Gabor) -> list[float]:
         return torch.cat([value.reshape(-1) for value in one.as_dict().values()]).tolist()
@@ -298,10 +295,10 @@ def _own(kind: type[Gabor]) -> _Table:
         center = torch.stack(columns[len(fields) :], -1)
         return kind(**dict(zip(fields, columns, strict=False)), center=center)
 
-    return _Table(units, write, read)
+    return _Table(columns, write, read)
 
 
-def _foreign(units: dict[str, str], to: Callable[..., Any], back: Callable[..., Any]) -> _Table:
+def _foreign(names: list[str], to: Callable[..., Any], back: Callable[..., Any]) -> _Table:
     """The table of another library's arguments, and the scale of its kernels."""
 
     def write(one: Gabor) -> list[float]:
@@ -310,17 +307,17 @@ def _foreign(units: dict[str, str], to: Callable[..., Any], back: Callable[..., 
 
     def read(columns: list[Tensor]) -> Gabor:
         *arguments, scale = columns
-        record = back(**dict(zip(units, arguments, strict=True)))
+        record = back(**dict(zip(names, arguments, strict=True)))
         return record.replace(amplitude=record.amplitude * scale)
 
-    return _Table(units | {"scale": UNITS["amplitude"]}, write, read)
+    return _Table([*names, "scale"], write, read)
 
 
-_OPENCV = {"sigma": "px", "theta": "rad", "lambd": "px", "gamma": "1", "psi": "rad"}
-_SKIMAGE = {"frequency": "cycles/px", "theta": "rad", "sigma_x": "px", "sigma_y": "px"}
+_OPENCV = ["sigma", "theta", "lambd", "gamma", "psi"]
+_SKIMAGE = ["frequency", "theta", "sigma_x", "sigma_y", "offset"]
 _TABLES = {kind.__name__: _own(kind) for kind in RECORDS.values()} | {
     "opencv": _foreign(_OPENCV, to_opencv, from_opencv),
-    "skimage": _foreign(_SKIMAGE | {"offset": "rad"}, to_skimage, from_skimage),
+    "skimage": _foreign(_SKIMAGE, to_skimage, from_skimage),
 }
 
 
