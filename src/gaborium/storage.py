@@ -143,6 +143,7 @@ def to_plain(model: nn.Module) -> nn.Module:
         - every ``GaborConvNd`` and ``MixedConv`` becomes one ``nn.ConvNd``; with an energy output
           it becomes a ``PairEnergy``: a convolution, the norm of each pair of channels, the bias
         - a layer that occurs in several places of the network stays one layer
+        - layers of derived classes stay as they are, since they may compute something else
         - all kernels of the copy are parameters and learn freely; hooks of replaced layers are lost
 
     Args:
@@ -153,7 +154,6 @@ def to_plain(model: nn.Module) -> nn.Module:
 
     Raises:
         TypeError: ``model`` is no module.
-        ValueError: a subclass of one of the layers overrides ``forward``.
 
     Example:
         >>> import torch
@@ -167,22 +167,12 @@ def to_plain(model: nn.Module) -> nn.Module:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module, got {type(model).__name__}.")
     root = nn.ModuleList([copy.deepcopy(model)])  # in which a layer alone has a place, too
-    plain = cache(_plain)  # a layer in several places stays one layer
+    plain: Any = cache(lambda layer: layer.to_conv())  # a layer in several places stays one layer
     for parent in list(root.modules()):
         for name, layer in parent._modules.items():
-            if isinstance(layer, (*GABOR_LAYERS, MixedConv)) and not isinstance(parent, MixedConv):
+            if type(layer) in _LAYERS.values():
                 parent._modules[name] = plain(layer)
     return root[0]
-
-
-def _plain(layer: Any) -> nn.Module:
-    kind = next(kind for kind in _LAYERS.values() if isinstance(layer, kind))
-    if type(layer).forward is not kind.forward:
-        raise ValueError(
-            f"{type(layer).__name__} overrides the forward of {kind.__name__}; move the change "
-            "into a separate module."
-        )
-    return layer.to_conv()
 
 
 # -- ONNX -------------------------------------------------------------------------------------
@@ -227,7 +217,9 @@ def to_onnx(
     require("onnx", extra="onnx", purpose="ONNX files")
     op = require("onnxscript", extra="onnx", purpose="ONNX files").opset18
     plain = to_plain(model).eval()
-    args = pytree.tree_map(_two_or_more, example if isinstance(example, tuple) else (example,))
+    args = example if isinstance(example, tuple) else (example,)
+    # Twice the batch, because torch.export takes a size of 1 for a fixed one.
+    args = pytree.tree_map(lambda one: torch.cat([one, one]) if _has_batch(one) else one, args)
     batch = torch.export.Dim("batch")
     axes = pytree.tree_map(lambda one: {0: batch} if _has_batch(one) else None, args)
 
@@ -258,11 +250,6 @@ def to_onnx(
 
 def _has_batch(value: Any) -> bool:
     return isinstance(value, Tensor) and value.ndim > 0
-
-
-def _two_or_more(value: Any) -> Any:
-    """A batch of 1 as a batch of 2, because torch.export takes a size of 1 for a fixed one."""
-    return torch.cat([value, value]) if _has_batch(value) and len(value) == 1 else value
 
 
 def _first_line(error: BaseException) -> str:
