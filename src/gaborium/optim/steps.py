@@ -89,7 +89,9 @@ def descend(
     return z, here, damping
 
 
-def global_step(family: KernelFamily, loss: Quadratic, z: Tensor) -> tuple[Tensor, Evaluation]:
+def global_step(
+    family: KernelFamily, loss: Quadratic, z: Tensor, n_iterations: int = 10
+) -> tuple[Tensor, Evaluation]:
     """The best Gabor functions anywhere, as far as a grid of geometries finds them.
 
     For every geometry of the grid the best amplitudes and phases are known in closed form. The
@@ -112,7 +114,9 @@ def global_step(family: KernelFamily, loss: Quadratic, z: Tensor) -> tuple[Tenso
         some = loss.select(filters[index])
         radius, damping = torch.full_like(some.scale, torch.inf), torch.full_like(some.scale, 1e-2)
         part_family, rows = family.select(filters[index]), start[index]
-        rows, reached, _ = descend(part_family, some, rows, radius, damping, n_iterations=10)
+        rows, reached, _ = descend(
+            part_family, some, rows, radius, damping, n_iterations=n_iterations
+        )
         start[index] = rows
         value = torch.full_like(there.value, torch.inf)
         value[index] = torch.where(reached.value.isnan(), torch.inf, reached.value)
