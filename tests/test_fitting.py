@@ -33,7 +33,7 @@ from gaborium.fitting.solver import Target, linearize, misfit, solve
 from gaborium.fitting.start import StartGrid
 from gaborium.functions.params import RECORDS, Gabor
 from gaborium.patches import PatchStatistics
-from gaborium.readers import sample_image
+from gaborium.readers import center_crop, sample_image
 
 RANDOM = settings(max_examples=15, deadline=None, derandomize=True)
 CONVOLVE = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
@@ -495,6 +495,11 @@ def test_a_short_wave_along_an_axis_comes_back():
     assert kernel_errors(fit(kernel), kernel, 2).item() < 1e-6
 
 
+KERNELS = torch.ones(2, 9, 9)
+POSITIVE = "weights must be finite and not negative, and some of them positive."
+FITTING = "weights must have a shape that broadcasts to the kernels' shape (2, 9, 9), got "
+
+
 @pytest.mark.parametrize(
     ("kernels", "options", "message"),
     [
@@ -508,6 +513,16 @@ def test_a_short_wave_along_an_axis_comes_back():
         (torch.ones(9, 9), {"n_starts": 0}, "n_starts must be at least 1, got 0."),
         (torch.ones(3, 3), {"metric": torch.eye(3)}, "metric must be finite and of shape (9, 9)"),
         (torch.ones(1, 2), {"metric": torch.eye(2) / 0}, "metric must be finite and of shape (2"),
+        (KERNELS, {"weights": 1 - 2 * torch.eye(9)}, POSITIVE),
+        (KERNELS, {"weights": torch.ones(9, 9) * math.nan}, POSITIVE),
+        (KERNELS, {"weights": torch.ones(9, 9) * math.inf}, POSITIVE),
+        (KERNELS, {"weights": torch.zeros(9, 9)}, POSITIVE),
+        (KERNELS, {"weights": torch.ones(8, 9)}, FITTING + "(8, 9)."),
+        (KERNELS, {"weights": torch.ones(1, 2, 9, 9)}, FITTING + "(1, 2, 9, 9)."),
+        (KERNELS, {"weights": KERNELS, "metric": torch.eye(81)}, "metric goes with neither"),
+        (KERNELS, {"loss": "huber", "metric": torch.eye(81)}, "metric goes with neither weights"),
+        (KERNELS, {"loss": "l1"}, "loss must be one of 'squared', 'huber', 'cauchy', got 'l1'."),
+        (KERNELS, {"dtype": torch.float16}, "dtype must be torch.float32 or torch.float64, got"),
     ],
     ids=str,
 )
@@ -593,7 +608,7 @@ def test_the_table_has_a_row_for_every_number(mixed):
 
 @pytest.fixture(scope="module")
 def photograph() -> Tensor:
-    return sample_image()[None, :, 224:288, 224:288]
+    return center_crop(sample_image(), 64)[None]
 
 
 def shared_geometry(n_dims: int, n: int, channels: int = 1, **kwargs: Any) -> Gabor:
