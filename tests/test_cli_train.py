@@ -49,7 +49,9 @@ def test_it_writes_recipe_metrics_checkpoints_result_and_report(folder, capsys):
     assert f"With the first layer gabor, test accuracy is {means[0]}: " in text
     assert record["headline"] in text
     assert "gabor, median distance from the start: orientation " in text
-    assert "Accuracy Means over 1 seed with standard errors. Reset is the trained network " in text
+    assert (
+        "Accuracy Means over the seeds with standard errors. Reset is the trained network " in text
+    )
     assert "Report: runs/train/report.html All runs: runs/index.html Took" in text
 
 

@@ -1,6 +1,7 @@
 """Questions about check_gradients: every planted fault found, sound modules left in peace."""
 
 import copy
+import functools
 import math
 import random
 
@@ -10,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gaborium import GaborConv1d, GaborConv2d, GaborConv3d
-from gaborium.diagnostics import Severity, check_gradients, replace_by_gabor
+from gaborium.diagnostics import Severity, TrainingSetup, check_gradients, replace_by_gabor
+from trainings import finding, mended
 
 LAYERS = {1: GaborConv1d, 2: GaborConv2d, 3: GaborConv3d}
 
@@ -23,16 +25,14 @@ def image(*shape: int) -> Tensor:
     return torch.rand(*(shape or (2, 1, 12, 12)), generator=torch.Generator().manual_seed(3))
 
 
-def check(module: nn.Module, inputs=None, loss=energy, **kwargs):
-    return check_gradients(module, image() if inputs is None else inputs, loss, **kwargs)
+def check(module: nn.Module, inputs=None, loss=energy, optimizer=None):
+    """The check of a module, with a loss of the output alone."""
+    inputs = image() if inputs is None else inputs
+    return check_gradients(TrainingSetup(module, lambda out, _: loss(out), inputs, None, optimizer))
 
 
 def causes(checked, severity: Severity | None = None) -> list[str]:
     return [f.cause for f in checked.findings if severity in (None, f.severity)]
-
-
-def finding(checked, cause: str):
-    return next(found for found in checked.findings if found.cause == cause)
 
 
 def states(checked) -> dict[str, str]:
@@ -222,9 +222,16 @@ NO_GRADIENT = {
 }
 
 
+@functools.cache
+def lost(faulty):
+    """A module that loses a gradient, and its check."""
+    module = nn.Sequential(faulty(), nn.ReLU())
+    return module, check(module)
+
+
 @pytest.mark.parametrize("faulty", NO_GRADIENT, ids=lambda kind: kind.__name__)
 def test_a_lost_gradient_is_found_and_its_cause_named(faulty):
-    checked = check(nn.Sequential(faulty(), nn.ReLU()))
+    _, checked = lost(faulty)
     worst = checked.findings[0]
     assert (worst.cause, worst.severity) == ("no gradient", Severity.SEVERE)
     assert "0.theta" in worst.location
@@ -234,7 +241,7 @@ def test_a_lost_gradient_is_found_and_its_cause_named(faulty):
 
 
 def test_the_line_where_the_gradient_is_lost_is_shown():
-    sentence = finding(check(CopiedIntoData()), "no gradient").sentence
+    sentence = finding(lost(CopiedIntoData)[1], "no gradient").sentence
     assert "self.conv.weight.data.copy_(self.kernel())" in sentence
     assert "test_diagnostics_gradients.py, line" in sentence
     assert "conv.weight gets the gradient instead" in sentence
@@ -272,23 +279,13 @@ def test_a_loss_that_is_cut_off_is_not_blamed_on_the_module():
     assert ".detach()" in check(Sound(), loss=lambda out: energy(out.detach())).findings[0].sentence
 
 
-def mended(faulty: nn.Module, inputs: Tensor, remedy: str) -> nn.Module:
-    """The module after the remedy, which an optimiser then trains."""
-    optimizer = torch.optim.SGD(faulty.parameters(), lr=1e-3)
-    scope = {"module": faulty, "inputs": inputs, "optimizer": optimizer}
-    exec(remedy, scope)
-    known = [id(p) for group in scope["optimizer"].param_groups for p in group["params"]]
-    assert known == [id(p) for p in scope["module"].parameters()]
-    return scope["module"]
-
-
 @pytest.mark.parametrize(
     "faulty", [k for k in NO_GRADIENT if k is not ThroughNumbers], ids=lambda kind: kind.__name__
 )
 def test_the_remedy_gives_a_layer_that_does_the_same_and_learns(faulty):
-    module, inputs = nn.Sequential(faulty(), nn.ReLU()), image()
+    (module, checked), inputs = lost(faulty), image()
     before = module(inputs)
-    new = mended(module, inputs, check(module, inputs).findings[0].remedy)
+    new = mended(module, checked.findings[0].remedy, inputs)
     assert isinstance(new[0], GaborConv2d)
     # A fit of noiseless kernels is exact to the rounding of float32.
     torch.testing.assert_close(new(inputs), before, atol=1e-3, rtol=1e-3)
@@ -421,7 +418,7 @@ def test_the_optimizer_of_another_copy_is_found():
     optimizer = torch.optim.SGD(copy.deepcopy(layer).parameters(), lr=0.1)
     checked = check(layer, optimizer=optimizer)
     assert causes(checked, Severity.SEVERE) == ["frozen"]
-    mended(layer, image(), checked.findings[0].remedy)
+    mended(layer, checked.findings[0].remedy)
     one = torch.optim.SGD([layer.theta], lr=0.1)
     left_out = finding(check(layer, optimizer=one), "frozen")
     assert (left_out.location, left_out.severity) == (("wavelength",), Severity.WARNING)
@@ -439,7 +436,7 @@ def test_frozen_parameters_are_noted_and_severe_when_nothing_learns():
     layer.wavelength.requires_grad_(False)
     checked = check(layer)
     assert causes(checked, Severity.SEVERE) == ["frozen"]
-    new = mended(layer, image(), checked.findings[0].remedy)
+    new = mended(layer, checked.findings[0].remedy)
     assert causes(check(new)) == []
 
 
@@ -449,7 +446,7 @@ def test_fields_left_out_of_learn_are_noted_and_can_be_thawed():
     found = finding(check(nn.Sequential(layer)), "frozen")
     assert found.location == ("orientation", "wavelength", "sigma", "aspect_ratio")
     assert found.severity is Severity.NOTE
-    module = mended(nn.Sequential(layer), image(), found.remedy)
+    module = mended(nn.Sequential(layer), found.remedy)
     torch.testing.assert_close(module(image()), layer(image()))
     assert check(module).findings == []
 
@@ -597,7 +594,7 @@ def test_nothing_of_the_callers_is_changed(training):
 def test_a_record_per_parameter():
     layer = Sound()
     theta, wavelength = check(layer).parameters
-    assert (theta.name, theta.shape, wavelength.name) == ("theta", (3,), "wavelength")
+    assert (theta.name, wavelength.name) == ("theta", "wavelength")
     (slope,) = torch.autograd.grad(energy(layer(image())), layer.theta)
     assert theta.gradient_norm == pytest.approx(slope.norm().item(), rel=1e-5)
 

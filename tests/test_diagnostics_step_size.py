@@ -211,8 +211,8 @@ def test_bad_input_gets_one_clear_line():
     setup = near()
     stranger = torch.optim.SGD(layer_of_orientation().parameters(), lr=0.1)
     for message, changes in {
-        "learns no parameter": {"module": layer_of_orientation().requires_grad_(False)},
-        "has no learned parameter of the module": {"optimizer": stranger},
+        "No parameter is learned": {"module": layer_of_orientation().requires_grad_(False)},
+        "this very module": {"optimizer": stranger},
         "has no gradient": {"loss": lambda a, b: F.mse_loss(a, b).detach()},
         "must return a scalar": {"loss": lambda a, _: a},
         "The loss is nan": {"loss": lambda a, b: F.mse_loss(a, b) * math.nan},

@@ -149,7 +149,7 @@ def test_training_arrives_from_the_worst_start(aspect_ratio):
         learning_rates=(),
     )
     assert result.kernel_errors()["trained"] < 1e-4
-    assert len(result.training.orientation) == len(result.training.loss) == 61
+    assert [len(values) for values in result.training.values()] == [61, 61]
 
 
 def test_training_does_not_depend_on_brightness():
@@ -166,7 +166,7 @@ def test_training_does_not_depend_on_brightness():
         crop=48,
     )
     assert result.kernel_errors()["trained"] < 1e-4
-    assert result.training.loss[-1] < 1e-8
+    assert result.training["loss"][-1] < 1e-8
 
 
 @pytest.mark.parametrize(

@@ -819,7 +819,7 @@ def assert_finite(layer) -> None:
 @pytest.mark.parametrize("n_dims", DIMENSIONS)
 def test_extreme_values_are_finite(n_dims, coordinates, dtype):
     axes = {
-        "sigma": torch.logspace(-6, 6, 25),
+        "sigma": torch.logspace(-6, 6, 13),
         "wavelength": torch.tensor([1e-3, 0.1, 1.0, 2.0, 7.0, 1e3, 1e9, math.inf]),
         "amplitude": torch.tensor([0.0, 1.0]),
         "aspect_ratio": torch.tensor([1e-3, 1.0, 1e3]),
@@ -855,7 +855,7 @@ def test_absurd_raw_values_are_finite(n_dims, coordinates, dtype):
         layer = layer_of(
             n_dims,
             2,
-            200,
+            60,
             4,
             coordinates=coordinates,
             dtype=dtype,
@@ -958,7 +958,8 @@ def test_copies_are_equal_and_independent(coordinates, n_dims):
 @pytest.mark.parametrize(("n_dims", "shortest"), [(1, 2.0), (2, None), (2, 2.0), (3, None)])
 def test_checkpoints_in_other_coordinates_load(n_dims, shortest):
     ways = list(itertools.product(COORDINATES, (None, ("wavelength",), ("phase", "center"))))
-    for one, other in itertools.product(ways, ways):
+    swapped = zip(ways, ways[3:] + ways[:3], strict=True)
+    for one, other in itertools.chain(swapped, itertools.pairwise(ways)):
         source, target = (
             nn.Sequential(
                 nn.Identity(),

@@ -7,6 +7,7 @@ import pickle
 import socket
 import warnings
 from collections.abc import Callable
+from datetime import timedelta
 
 import pytest
 import torch
@@ -423,8 +424,13 @@ def test_compiled_models_take_the_same_steps():
 
 
 def _train_distributed(rank: int, port: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    dist.init_process_group(
+        "gloo",
+        init_method=f"tcp://127.0.0.1:{port}",
+        rank=rank,
+        world_size=2,
+        timeout=timedelta(minutes=2),
+    )
     try:
         half = slice(4 * rank, 4 * rank + 4)
         data = [(images[half].double(), labels[half]) for images, labels in batches(12)]
@@ -447,7 +453,13 @@ def test_two_processes_are_one(tmp_path):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    mp.spawn(_train_distributed, args=(port, str(tmp_path)), nprocs=2)
+    other = mp.get_context("spawn").Process(
+        target=_train_distributed, args=(1, port, str(tmp_path))
+    )
+    other.start()
+    _train_distributed(0, port, str(tmp_path))
+    other.join()
+    assert other.exitcode == 0
     model = small_net().double()
     train(model, NaturalGradient(model), [(x.double(), y) for x, y in batches(12)])
     alone = gabor_state(model)
@@ -498,7 +510,7 @@ def name_of(arguments: dict) -> str:
 def test_what_learns_moves_and_what_does_not_stays(arguments):
     kwargs = dict(arguments)
     n_dims = kwargs.pop("n_dims", 2)
-    layer = layer_of(n_dims, channels=2, **kwargs)
+    layer = layer_of(n_dims, channels=2, k=3 if n_dims == 3 else 5, **kwargs)
     optimizer = NaturalGradient(layer, global_step_interval=3)
     moving = {n: v.detach().clone() for n, v in layer.named_parameters() if n != "bias"}
     still = {name: value.clone() for name, value in layer.named_buffers()}
@@ -636,11 +648,11 @@ def test_planted_filters_come_back_from_one_random_start(loss, enough, share, ph
     # In single precision the order of sums decides how near a filter comes.
     image, target, layer = (
         part.double()
-        for part in (photograph[..., 100:180, 150:230], planted(12, 100), planted(12, 0))
+        for part in (photograph[..., 100:164, 150:214], planted(12, 100), planted(12, 0))
     )
     wanted = target(image).detach()
     optimizer = NaturalGradient(layer)
-    for _ in range(50 if loss == "mse" else 80):
+    for _ in range(40 if loss == "mse" else 60):
         optimizer.zero_grad()
         error = (layer(image) - wanted).square().mean((0, 2, 3))
         (error if loss == "mse" else error.sqrt()).sum().backward()
@@ -668,7 +680,7 @@ def test_noise_of_mini_batches_averages_out(photograph):
 
 
 def test_a_quarter_turn_is_found_and_kept_under_rmse(photograph):
-    image = photograph[..., 60:160, 200:300]
+    image = photograph[..., 60:130, 200:270]
     fields = {"wavelength": 6.0, "sigma": 3.0, "aspect_ratio": 0.5}
     target = GaborConv2d(
         1, 1, 15, bias=False, start=Gabor2d.of(orientation=[[math.pi / 4]], **fields)

@@ -81,7 +81,9 @@ def test_a_file_interrupted_in_the_middle_keeps_the_old_content(
         with pytest.raises(KeyboardInterrupt):
             write_text(tmp_path / "a", "new")
     else:
-        refused(OSError, lambda: write_text(tmp_path / "a", "new"), "/a'", "No space left")
+        with pytest.raises(OSError, match=r"No space left on device: .*/a'") as caught:
+            write_text(tmp_path / "a", "new")
+        assert caught.value.errno == errno.ENOSPC
     assert content(tmp_path) == {"a": "old"}
 
 
@@ -155,16 +157,6 @@ def test_a_file_does_not_make_folders_or_replace_one(tmp_path: Path) -> None:
 def test_a_file_system_that_takes_no_files_is_one_line(write: Callable[[Path], None]) -> None:
     with pytest.raises(OSError, match=r"^\[Errno \d+\] .*'/proc/"):
         write(Path("/proc/gaborium-test"))
-
-
-def test_the_error_number_survives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(descriptor: int) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OSError, match="No space left") as caught:
-        write_text(tmp_path / "a", "")
-    assert caught.value.errno == errno.ENOSPC
 
 
 def test_a_folder_appears_only_when_the_block_ends(tmp_path: Path) -> None:

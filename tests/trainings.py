@@ -5,10 +5,10 @@ import functools
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from gaborium import Gabor2d, GaborConv2d
-from gaborium.diagnostics import Severity, TrainingSetup
+from gaborium.diagnostics import Finding, Severity, TrainingSetup
 
 PLANTED = Gabor2d.of(orientation=0.8, wavelength=6.0, sigma=2.5)
 
@@ -41,3 +41,16 @@ def planted(layer, inputs: Tensor, loss=F.mse_loss, optimizer=None) -> TrainingS
 
 def causes(found) -> dict[str, Severity]:
     return {finding.cause: finding.severity for finding in found.findings}
+
+
+def finding(found, cause: str) -> Finding:
+    return next(one for one in found.findings if one.cause == cause)
+
+
+def mended(module: nn.Module, remedy: str, inputs=None) -> nn.Module:
+    """A copy of the module after a remedy, whose parameters the optimiser then holds."""
+    optimizer = torch.optim.SGD(module.parameters(), lr=1e-3)
+    setup = TrainingSetup(module, F.mse_loss, inputs, None, optimizer).with_remedy(remedy)
+    known = [id(p) for group in setup.optimizer.param_groups for p in group["params"]]
+    assert known == [id(p) for p in setup.module.parameters()]
+    return setup.module

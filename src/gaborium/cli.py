@@ -466,7 +466,7 @@ def _run(command: str, output: Output, *, resume: bool = False) -> Iterator[Any]
     with console.status("Loading PyTorch"):
         import torch
 
-        from gaborium.report import write_index, write_report
+        from gaborium.report import describe, write_index, write_report
         from gaborium.support import new_folder
     # Small tensors: a second thread costs more than it gains, especially on a busy machine.
     torch.set_num_threads(1)
@@ -489,7 +489,7 @@ def _run(command: str, output: Output, *, resume: bool = False) -> Iterator[Any]
             ) from None
         raise
     if is_first:
-        _print_result(console, run.result)
+        _print_report(console, describe(run.result))
         console.print(f"Report: {place / 'report.html'}", soft_wrap=True)
         if (index := write_index(output.out)) is not None:
             console.print(f"All runs: {index}", soft_wrap=True)
@@ -503,18 +503,16 @@ def _console(**options: Any) -> Any:
     return Console(markup=False, emoji=False, highlight=False, **options)
 
 
-def _print_result(console: Any, result: Any) -> None:
+def _print_report(console: Any, report: Any) -> None:
     """Print the sections of the report that are text: the same words and tables as on the page."""
     from rich.box import SIMPLE_HEAD
     from rich.padding import Padding
     from rich.table import Table
 
-    from gaborium.report import headline, sections, sentences
-
-    console.print(headline(result), style="bold")
-    for sentence in sentences(result):
+    console.print(report.headline, style="bold")
+    for sentence in report.sentences:
         console.print(sentence)
-    for section in sections(result):
+    for section in report.sections:
         table: Any = section.table
         if table and not all(isinstance(cell, str) for row in table.rows for cell in row):
             table = None  # of pictures

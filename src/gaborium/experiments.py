@@ -8,6 +8,7 @@ try; by ``recover``, which needs no start; and by training a Gabor layer with ``
 from __future__ import annotations
 
 import itertools
+import json
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from gaborium.fitting import FitResult, recover
 from gaborium.functions.kernels import gabor, orientation_basin
-from gaborium.functions.params import UNITS, Gabor2d
+from gaborium.functions.params import UNITS, Gabor2d, plain
 from gaborium.layers import GaborConv2d
 from gaborium.optim import NaturalGradient
 
@@ -73,21 +74,6 @@ class Descent:
 
 
 @dataclass(frozen=True)
-class Training:
-    """A Gabor layer trained by ``NaturalGradient`` on all its parameters.
-
-    Args:
-        params: where it ended, geometry ``(1, 1)``.
-        orientation: θ before every step and after the last, rad.
-        loss: variance of the error as a share of the responses' variance, at each of them.
-    """
-
-    params: Gabor2d
-    orientation: list[float]
-    loss: list[float]
-
-
-@dataclass(frozen=True)
 class Recovery:
     """The results of the experiment.
 
@@ -101,7 +87,9 @@ class Recovery:
         basin: convex half-width of the squared error in θ that theory gives, rad.
         descents: the runs of gradient descent on θ.
         found: the result of ``recover``.
-        training: the training with ``NaturalGradient``.
+        trained: where a Gabor layer ended that ``NaturalGradient`` trained on all its parameters.
+        training: before every step and after the last θ (``orientation``, rad) and the error's
+            variance as a share of the responses' (``loss``).
     """
 
     images: Tensor
@@ -113,7 +101,8 @@ class Recovery:
     basin: float
     descents: tuple[Descent, ...]
     found: FitResult
-    training: Training
+    trained: Gabor2d
+    training: dict[str, list[float]]
 
     def table(self) -> list[dict[str, Any]]:
         """Rows of parameter, unit, found, trained, truth, start, and errors of both."""
@@ -123,7 +112,7 @@ class Recovery:
             "start": self.start.expand().as_dict(),
             "error": self.found.params.difference(target),
             "standard_error": self.found.standard_error,
-            "trained_error": self.training.params.difference(target),
+            "trained_error": self.trained.difference(target),
         }
         rows = []
         for name in (name for name in target.field_names() if name != "center"):
@@ -137,10 +126,19 @@ class Recovery:
                 rows.append({"parameter": parameter, "unit": UNITS[name], **found, **row})
         return rows
 
+    def to_json(self) -> str:
+        """The parameters, paths and errors as JSON text; missing numbers are inf and nan."""
+        values = {name: one for name, one in vars(self).items() if not isinstance(one, Tensor)}
+        values |= {"kernel_errors": self.kernel_errors(), "table": self.table()}
+        values["descents"] = [vars(run) for run in self.descents]
+        for name in ("target", "start", "found", "trained"):
+            values[name] = json.loads(values[name].to_json())
+        return json.dumps(plain(values), allow_nan=False)
+
     def kernel_errors(self) -> dict[str, float]:
         """L2 distance of the found and the trained kernel from the planted one, as a share."""
         wanted = gabor(self.target, self.kernel_size)
-        ends = {"found": self.found.params, "trained": self.training.params}
+        ends = {"found": self.found.params, "trained": self.trained}
         return {
             name: ((gabor(params, self.kernel_size) - wanted).norm() / wanted.norm()).item()
             for name, params in ends.items()
@@ -224,7 +222,6 @@ def recover_planted(
         path.append(place)
         report("training all parameters", len(path) - 1, n_steps)
     (orientation, losses), variance = zip(*path, strict=True), responses.var(correction=0).item()
-    trained = layer.params.detach().canonical()
     return Recovery(
         images=batch,
         target=target,
@@ -235,7 +232,8 @@ def recover_planted(
         basin=orientation_basin(target).item(),
         descents=tuple(descents),
         found=found,
-        training=Training(trained, list(orientation), [loss / variance for loss in losses]),
+        trained=layer.params.detach().canonical(),
+        training={"orientation": list(orientation), "loss": [loss / variance for loss in losses]},
     )
 
 

@@ -10,8 +10,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gaborium.support import one_of
-
 _CHUNK = 2**22  # numbers in a piece of the patch matrix: 32 MB in float64
 _WORK = 2e8  # products of pixels per sample: patches drawn, times n²
 _FEWEST, _MOST = 256, 32_768  # patches in a sample
@@ -44,8 +42,8 @@ class PatchStatistics:
         stride: tuple[int, ...] | None = None,
         padding: tuple[int, ...] | str = "valid",
     ) -> None:
-        if isinstance(padding, str):
-            one_of("padding", padding, ("valid", "same"))
+        if isinstance(padding, str) and padding not in ("valid", "same"):
+            raise ValueError(f"padding must be one of 'valid', 'same', got {padding!r}.")
         self.kernel_size, self.n_channels, self.n_outputs = kernel_size, n_channels, n_outputs
         self.stride, self.padding = stride or (1,) * len(kernel_size), padding
         self._n = n_channels * math.prod(kernel_size)

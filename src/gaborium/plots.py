@@ -38,6 +38,11 @@ INK, MUTED, SHADE, PAPER = "#222222", "#666666", "#d9d9d9", "#ffffff"
 BLUE, SKY, ORANGE, VERMILION, GREEN = "#0072B2", "#56B4E9", "#E69F00", "#D55E00", "#009E73"
 DIVERGING, SEQUENTIAL = "RdBu_r", "viridis"
 
+_MARKS = {  # of points: marker, face and edge
+    "start": ("o", PAPER, INK),
+    "best minimum": ("o", GREEN, PAPER),
+    "worse minimum": ("X", VERMILION, PAPER),
+}
 _WIDTH = 7.2  # inches: both columns of a paper
 _DASHED: dict[str, Any] = {"color": INK, "linewidth": 0.8, "linestyle": (0, (4, 3))}
 STYLE = {
@@ -106,12 +111,11 @@ def plot_kernels(
     n, channels, *size = images.shape
     if titles and len(titles) != n:
         raise ValueError(f"titles must be one for each of {n} kernels, got {len(titles)}.")
-    columns = min(n, _columns(width, 0.9))
+    columns = max(1, min(n, int(width / 0.9)))
+    cell = max(min(1.6, width / columns), 2.0 / columns)
     scales = [largest(images if shared_scale else image) for image in images]
-    cell = min(1.6, width / columns)
-    height = math.ceil(n / columns) * (cell * size[0] / size[1] + 0.22 * bool(titles))
-    with _figure(max(columns * cell, 2.0), max(height, 1.0) + 0.1) as figure:
-        axes = _grid(figure, n, columns)
+    options = {"aspect": size[0] / size[1], "height": 0.25 * bool(titles)}
+    with _panels(n, columns * cell, cell, **options) as (figure, axes):
         for place, image, scale, title in zip(
             axes, images, scales, titles or [""] * n, strict=True
         ):
@@ -149,11 +153,8 @@ def plot_fit(result: FitResult, kernels: Tensor, *, width: float = _WIDTH) -> Fi
     """
     chosen = evenly(best_first(result), 24)
     pictures = strips(result, kernels, chosen)
-    columns = _columns(width, 1.75)
-    flat = max((len(picture) / picture.shape[1] for picture in pictures), default=0.1)
-    rows = max(1, math.ceil(len(chosen) / columns))
-    with _figure(width, rows * (width / columns * flat + 0.22) + 0.1) as figure:
-        axes = _grid(figure, len(chosen), columns)
+    aspect = max((len(picture) / picture.shape[1] for picture in pictures), default=0.1)
+    with _panels(len(chosen), width, 1.75, 0.22, aspect=aspect) as (figure, axes):
         for place, number, picture in zip(axes, chosen, pictures, strict=True):
             explained = 100 * result.explained_variance[number].item()
             _picture(place, picture, f"filter {number}: {explained:.3g} %")
@@ -357,13 +358,13 @@ def plot_recovery(recovery: Recovery, *, width: float = _WIDTH) -> Figure:
         ['Planted', 'Start', 'Found', 'Trained']
     """
     (n, channels, height, breadth), size = recovery.images.shape, recovery.kernel_size
-    params = (recovery.target, recovery.start, recovery.found.params, recovery.training.params)
+    params = (recovery.target, recovery.start, recovery.found.params, recovery.trained)
     kernels = torch.stack([gabor(one, size).reshape(channels, *size) for one in params], 1)
     image = recovery.images[0].double().cpu()
     pixels = image.movedim(0, -1) if channels == 3 else image.mean(0)
     mean = "" if channels in (1, 3) else f", mean of {channels} channels"
-    with _figure(width, (1 + channels) * (width / 4 + 0.25)) as figure:
-        photograph, responses, rest, blank, *places = _grid(figure, 4 + 4 * channels, 4)
+    with _panels(4 + 4 * channels, width, width / 4, 0.25, aspect=1.0) as (figure, axes):
+        photograph, responses, rest, blank, *places = axes
         blank.set_axis_off()
         _frame(photograph)
         photograph.imshow(pixels.numpy(), cmap="gray")
@@ -410,13 +411,13 @@ def plot_orientation(recovery: Recovery, *, width: float = _WIDTH) -> Figure:
     truth = recovery.target.orientation[0, 0].item() % math.pi
     middle, basin = math.degrees(truth), math.degrees(recovery.basin)
     runs = recovery.descents or (None,)
-    columns = min(len(runs), _columns(width, 1.75))
-    with _figure(width, 1.8 * math.ceil(len(runs) / columns) + 0.5) as figure:
-        places = _grid(figure, len(runs), columns, sharex=True, sharey=True)
+    columns = min(len(runs), int(width / 1.75))
+    panels = _panels(len(runs), width, width / columns, 1.95, sharex=True, sharey=True)
+    with panels as (figure, places):
         for index, (place, run) in enumerate(zip(places, runs, strict=True)):
             place.axhspan(middle - basin, middle + basin, color=SHADE, linewidth=0, label="basin")
             place.axhline(middle, label="truth", **_DASHED)
-            trained = folded(recovery.training.orientation, truth, math.pi)
+            trained = folded(recovery.training["orientation"], truth, math.pi)
             place.plot(*trained, color=GREEN, linewidth=1.4, label="trained layer")
             if run is not None:
                 steps, path = folded(run.orientation, truth, math.pi)
@@ -472,9 +473,9 @@ def _plot_losses(recovery: Recovery, width: float) -> Figure:
     around = [math.degrees(theta) for theta in recovery.landscape["orientation"]]
     start = math.degrees(math.remainder(recovery.start.orientation[0, 0].item(), 2 * math.pi))
     nearest = min(range(len(around)), key=lambda index: abs(around[index] - start))
-    columns, basin = _columns(width, 3.0), math.degrees(recovery.basin)
-    with _figure(width, 2.4 * math.ceil(2 / columns)) as figure:
-        for place, name in zip(_grid(figure, 2, columns), ("rmse", "mse"), strict=True):
+    basin = math.degrees(recovery.basin)
+    with _panels(2, width, 3.0, 2.3) as (figure, places):
+        for place, name in zip(places, ("rmse", "mse"), strict=True):
             for index, truth in enumerate(map(math.degrees, truths(recovery))):
                 for turn in (-360, 0, 360):
                     ends = truth + turn - basin, truth + turn + basin
@@ -642,9 +643,7 @@ def plot_training(result: TrainResult, *, width: float = _WIDTH) -> Figure:
     fields = list(moving[0].displacement) if moving else []
     palette = (GREEN, INK, BLUE, SKY, ORANGE, VERMILION)
     colors = dict(zip(result.variants, palette, strict=False))
-    columns = _columns(width, 1.75)
-    with _figure(width, 1.7 * math.ceil((2 + len(fields)) / columns) + 0.3) as figure:
-        places = _grid(figure, 2 + len(fields), columns)
+    with _panels(2 + len(fields), width, 1.75, 1.8) as (figure, places):
         for place, name in zip(places, ["test_accuracy", "loss", *fields], strict=True):
             factor = 180 / math.pi if UNITS.get(name) == "rad" else 1.0
             for run in moving if name in fields else result.runs:
@@ -769,18 +768,16 @@ def folded(
     Steps and angles have an extra NaN where the shorter way to the next angle leads out by one
     end and in by the other, so that a line breaks there.
     """
-    steps: list[float] = []
-    path: list[float] = []
-    for step, angle in enumerate(angles):
-        here = math.nan
-        if math.isfinite(angle):
-            here = math.degrees(middle + math.remainder(angle - middle, period))
-        if step and abs(here - path[-1]) > math.degrees(period) / 2:
-            steps.append(math.nan)
-            path.append(math.nan)
-        steps.append(step)
-        path.append(here)
-    return steps, path
+    turned = torch.remainder(
+        torch.tensor(angles, dtype=torch.float64) - middle + period / 2, period
+    )
+    path = (middle - period / 2 + turned).rad2deg()
+    breaks = (path.diff().abs() > math.degrees(period) / 2).nonzero().flatten().tolist()
+    steps, shown = [float(step) for step in range(len(path))], path.tolist()
+    for place in reversed(breaks):
+        steps.insert(place + 1, math.nan)
+        shown.insert(place + 1, math.nan)
+    return steps, shown
 
 
 def truths(recovery: Recovery) -> list[float]:
@@ -806,18 +803,21 @@ def _figure(width: float, height: float) -> Iterator[Any]:
         yield figure
 
 
-def _columns(width: float, least: float) -> int:
-    """How many panels of a least width fit side by side."""
-    return max(1, int(width / least))
+@contextmanager
+def _panels(
+    n: int, width: float, least: float, height: float, *, aspect: float = 0.0, **options: Any
+) -> Iterator[tuple[Any, list[Any]]]:
+    """A figure with ``n`` panels of a least width in rows; the last row may be shorter.
 
-
-def _grid(figure: Any, n: int, n_columns: int, **options: Any) -> list[Any]:
-    """Axes for ``n`` panels in rows; the rest of the last row stays empty."""
-    rows = max(1, math.ceil(n / n_columns))
-    axes = list(figure.subplots(rows, n_columns, squeeze=False, **options).flat)
-    for place in axes[n:]:
-        place.remove()
-    return axes[:n]
+    A panel's height is ``height`` inches, and ``aspect`` times its width.
+    """
+    columns = max(1, int(width / least + 1e-6))
+    rows = max(1, math.ceil(n / columns))
+    with _figure(width, rows * (height + aspect * width / columns) + 0.1) as figure:
+        places = list(figure.subplots(rows, columns, squeeze=False, **options).flat)
+        for place in places[n:]:
+            place.remove()
+        yield figure, places[:n]
 
 
 def _of(n: int, kernels: Tensor, n_dims: int) -> Tensor:
@@ -889,25 +889,14 @@ def _degree_ticks(axis: Any, step: int) -> None:
 
 def _mark(place: Axes, label: str, x: Sequence[float], y: Sequence[float]) -> None:
     """Mark points of a kind, if there are any."""
-    marker, face, edge = {
-        "start": ("o", PAPER, INK),
-        "best minimum": ("o", GREEN, PAPER),
-        "worse minimum": ("X", VERMILION, PAPER),
-    }[label]
-    look: dict[str, Any] = {
-        "mfc": face,
-        "mec": edge,
-        "mew": 0.7,
-        "ms": 4.5,
-        "zorder": 5,
-        "clip_on": False,
-    }
+    marker, face, edge = _MARKS[label]
+    look: dict[str, Any] = {"mfc": face, "mec": edge, "mew": 0.7, "ms": 4.5, "zorder": 5}
     if x:
-        place.plot(x, y, marker, label=label, **look)
+        place.plot(x, y, marker, label=label, clip_on=False, **look)
 
 
 def _legend(figure: Any, place: Axes, width: float) -> None:
     """A legend above the panels, in rows that fit the width."""
     handles, labels = place.get_legend_handles_labels()
-    columns = min(len(labels), _columns(width, 1.4))
+    columns = min(len(labels), int(width / 1.4))
     figure.legend(handles, labels, loc="outside upper center", ncols=columns)

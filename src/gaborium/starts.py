@@ -19,7 +19,6 @@ from torch import Tensor
 
 from gaborium.functions.kernels import quadrature_pair, sigma_from_bandwidth
 from gaborium.functions.params import RECORDS, Gabor, Gabor1d
-from gaborium.support import one_of
 
 STARTS = ("bank", "random", "v1")
 
@@ -64,7 +63,8 @@ def draw_start(
         >>> [round(angle, 2) for angle in bank.orientation[::2, 0].tolist()]
         [0.0, 0.79, 1.57, 2.36]
     """
-    one_of("start", name, STARTS)
+    if name not in STARTS:
+        raise ValueError(f"start must be one of {', '.join(map(repr, STARTS))}, got {name!r}.")
     n_dims, record = len(kernel_size), RECORDS[len(kernel_size)]
     size = float(min([size for size in kernel_size if size > 1] or [1]))
     # The default device may be one without numbers ("meta"), or with other random numbers.

@@ -60,7 +60,7 @@ def by_severity(findings: Iterable[Finding]) -> list[Finding]:
 
 
 def finding(
-    kind: str,
+    cause: str,
     location: Iterable[object] = (),
     *,
     severity: Severity | None = None,
@@ -68,14 +68,14 @@ def finding(
     remedy: str | None = None,
     **values: Any,
 ) -> Finding:
-    """Build a finding from its row of the table, a cause or ``"cause: variant"``.
+    """Build a finding from the row of its cause.
 
     The sentence and the remedy take their fields from ``values``; numbers among these are also
     ``Finding.numbers``. The other arguments replace the row's.
     """
-    row, names = _TABLE[kind], tuple(map(str, location))
+    row, names = _TABLE[cause], tuple(map(str, location))
     return Finding(
-        kind.partition(":")[0],
+        cause,
         severity or row.severity,
         row.sentence.format(names=listed(names), **values),
         {name: float(value) for name, value in values.items() if not isinstance(value, str)},
@@ -138,66 +138,18 @@ class _Row(NamedTuple):
 
 
 _SEVERE, _WARNING, _NOTE = Severity
-_FROZEN = "{names} does not learn: "
-_ABSORBED = (
-    "The output does not depend on the amplitude{of}: a normalisation after the layer divides it "
-    "away. With kernels of norm {kernel_norm:.3g} a step has "
-)
 _SLOWER, _FASTER = _SCALE_RATE.format(factor=0.1), _SCALE_RATE.format(factor=10)
 
 # A cause comes before its consequences: a lost gradient before a bad start, images that are too
 # bright before the step that is then too long.
 _TABLE = {
     "no gradient": _Row(_SEVERE, "{names} gets no gradient: {reason}."),
-    "no gradient: recorded": _Row(
-        _SEVERE,
-        "{names} gets no gradient: the loss is cut off from the layer, or gradients are cleared "
-        "before record(loss).",
-        confidence=0.8,
-    ),
     "nan gradient": _Row(_SEVERE, "The gradient of {names} is NaN or infinite: {reason}."),
     "stale cache": _Row(_SEVERE, "The output does not follow {names}{reason}: a kernel is kept."),
-    "stale cache: in eval": _Row(
-        _WARNING,
-        "The output does not follow {names} in eval() mode after the first call, so loaded "
-        "parameters have no effect: a kernel is kept.",
-        confidence=0.8,
-    ),
     "wrong gradient": _Row(
         _SEVERE, "The gradient of {names} is not the derivative of the loss: {reason}."
     ),
-    "frozen": _Row(_NOTE, _FROZEN + "{reason}.", confidence=0.5),
-    "frozen: all": _Row(
-        _SEVERE, _FROZEN + "{reason}, and all others are frozen too.", confidence=0.9
-    ),
-    "frozen: another copy": _Row(
-        _SEVERE,
-        _FROZEN + "the optimizer does not hold it, and may have been made for another copy.",
-        RENEW_OPTIMIZER,
-    ),
-    "frozen: not in the optimizer": _Row(
-        _WARNING,
-        _FROZEN + "the optimizer does not hold it.",
-        "new = [module.get_parameter(name) for name in {unknown}]\n"
-        "optimizer.add_param_group(dict(params=new, lr=optimizer.param_groups[0]['lr']))\n",
-        0.6,
-    ),
-    "frozen: recorded": _Row(
-        _WARNING,
-        _FROZEN + "its gradient was missing or exactly zero at every record.",
-        confidence=0.8,
-    ),
-    "frozen: wrong value": _Row(
-        _SEVERE,
-        _FROZEN
-        + "its {field} is off by up to {largest_difference:.3g} from the responses' best fit.",
-        confidence=0.9,
-    ),
-    "does not move: written back": _Row(
-        _SEVERE,
-        "{names} gets a gradient, but does not move: the next forward pass writes the old value "
-        "back.",
-    ),
+    "frozen": _Row(_NOTE, "{names} does not learn: {reason}.", RENEW_OPTIMIZER, 0.5),
     "does not move": _Row(
         _SEVERE,
         "{names} gets a gradient, but does not move: {reason}.",
@@ -230,6 +182,7 @@ _TABLE = {
         _SEVERE,
         "The inputs are large (root mean square {input_rms:.3g}), like images from 0 to 255. "
         "Curvature grows with their square, so a usual step is far too long.",
+        "scale = inputs.std()\ninputs = inputs / scale\ntargets = targets / scale\n",
     ),
     "loss scale": _Row(_SEVERE, "The loss is too small for the step: {reason}."),
     "vanishing step": _Row(_SEVERE, "The step is too short: {reason}.", _SCALE_RATE),
@@ -243,20 +196,13 @@ _TABLE = {
         "Wavelengths below 2 px: {n} of {total} filters. Such a wave looks like a longer one.",
         REBUILD.replace("{arguments}", "min_wavelength=2.0"),
     ),
-    "duplicate filters: more": _Row(
-        _WARNING,
-        "Filters with the same kernel as another, up to scale: {first_pairs} pairs at first, "
-        "{last_pairs} now.",
-        _REINITIALIZE,
-        0.6,
-    ),
     "duplicate filters": _Row(
         _NOTE, "Filters with the same kernel as another, up to scale: {reason}.", _REINITIALIZE, 0.7
     ),
-    "amplitude absorbed": _Row(_NOTE, _ABSORBED + "about the right length.", confidence=0.8),
-    "amplitude absorbed: wrong size": _Row(
-        _SEVERE,
-        _ABSORBED + "the wrong length for phases, which are stored with the amplitude.",
+    "amplitude absorbed": _Row(
+        _NOTE,
+        "The output does not depend on the amplitude{of}: a normalisation after the layer divides "
+        "it away. With kernels of norm {kernel_norm:.3g} a step has {length}.",
         "import torch\n"
         "layer = module.get_submodule({name!r})\n"
         "size = layer.weight.detach().flatten(1).norm(dim=1, keepdim=True)\n"
@@ -276,7 +222,10 @@ _TABLE = {
         _WARNING,
         "The mean of the inputs makes {mean_share:.0%} of the power of filter {filter}'s "
         "responses: brightness hides the pattern.",
-        confidence=0.6,
+        "axes = (0, *range(2, inputs.ndim))\n"
+        "inputs = inputs - inputs.mean(axes, keepdim=True)\n"
+        "targets = targets - targets.mean(axes, keepdim=True)\n",
+        0.6,
     ),
     "momentum too large": _Row(
         _SEVERE,
@@ -311,13 +260,6 @@ _TABLE = {
         "No Gabor functions any more: {n} of {total} filters ({kinds}).",
         _REINITIALIZE,
         0.8,
-    ),
-    "degenerate filters: blobs": _Row(
-        _NOTE,
-        "No Gabor functions any more: {n} of {total} filters (blobs with less than a third of a "
-        "cycle, whose wave has no clear direction).",
-        _REINITIALIZE,
-        0.5,
     ),
     "truncated envelope": _Row(
         _WARNING,
@@ -372,8 +314,7 @@ _TABLE = {
         _WARNING, "No filter has moved by more than 0.1 % {since}.", _FASTER, 0.8
     ),
 }
-# In the order in which a diagnosis lists them.
-CAUSES = tuple(dict.fromkeys(kind.partition(":")[0] for kind in _TABLE))
+CAUSES = tuple(_TABLE)  # in the order in which a diagnosis lists them
 # Faults of the code, which are severe even if the rest of the parameters learns.
 BUGS = ("no gradient", "nan gradient", "stale cache", "wrong gradient", "off-centre grid")
 # These concern other starts and other inputs rather than the present ones.

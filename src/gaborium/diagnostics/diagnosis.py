@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import partial
 from typing import Any
 
 import torch
@@ -28,6 +29,7 @@ from gaborium.diagnostics.sandbox import (
 from gaborium.diagnostics.step_size import step_limit
 from gaborium.diagnostics.unit_checks import is_gabor_like
 from gaborium.fitting import fit, recover
+from gaborium.functions.params import plain
 from gaborium.layers import GABOR_LAYERS
 
 _LEARNT = 0.99  # share of the targets' variance that is explained where learning works
@@ -80,11 +82,11 @@ class Diagnosis:
         chosen = [finding] if finding is not None else list(self.combined_remedies) or first
         if not chosen or not chosen[0].remedy:
             raise ValueError("There is no finding with a remedy to carry out.")
-        return _with_remedies(self.setup, chosen)
+        return self.setup.with_remedy("\n".join(one.remedy for one in chosen))
 
-    def to_json(self) -> dict[str, Any]:
-        """Findings, losses and skipped checks, as plain values."""
-        return {
+    def to_json(self) -> str:
+        """Findings, losses and skipped checks as JSON text; missing numbers are inf and nan."""
+        document = {
             "findings": [
                 vars(found) | {"severity": found.severity.name} for found in self.findings
             ],
@@ -93,6 +95,7 @@ class Diagnosis:
             "explained": list(self.explained),
             "combined_remedies": [found.cause for found in self.combined_remedies],
         }
+        return json.dumps(plain(document), allow_nan=False)
 
     def __str__(self) -> str:
         lines = [] if self.findings else ["No fault was found."]
@@ -149,8 +152,6 @@ def diagnose(
         >>> found.cause
         'antipodal start'
     """
-    if not isinstance(module, nn.Module):
-        raise TypeError(f"module must be an nn.Module, got {type(module).__name__}.")
     if not (isinstance(data, tuple) and len(data) == 2):
         raise TypeError("data must be a tuple of inputs and targets.")
     if n_steps < 1:
@@ -238,8 +239,7 @@ class _Examination:
     def _checks(self) -> Iterator[tuple[str, Callable[[], Any]]]:
         """The checks by name; each returns a record with findings, or findings."""
         module, inputs, targets = self.module, self.setup.inputs, self.setup.targets
-        options: Any = {"optimizer": self.setup.optimizer, "seed": self.seed}
-        yield "gradients", partial(check_gradients, module, inputs, self._loss, **options)
+        yield "gradients", partial(check_gradients, self.setup, seed=self.seed)
         is_broken = any(f.cause in BUGS and f.severity is Severity.SEVERE for f in self.found)
         yield "kernels of foreign layers", self._foreign
         for name, layer in self.layers.items():
@@ -247,7 +247,7 @@ class _Examination:
             yield f"amplitude{_of(name)}", partial(self._absorbed, name)
         if is_broken:
             return
-        if self.alone is not None and self.is_regression:
+        if self.alone is not None and is_response(self._output_of(module), targets):
             yield "identifiability", partial(identifiability, module, inputs, targets=targets)
             yield "reachable minimum", self._reachable
             for index in range(min(self.alone.n_filters, _MANY_FILTERS)):
@@ -256,9 +256,6 @@ class _Examination:
                         scan = partial(landscape, self.setup, field, filter=index)
                         yield f"landscape of {field}, filter {index}", scan
         yield "step limit", partial(step_limit, self.setup)
-
-    def _loss(self, output: Any) -> Tensor:
-        return self.setup.loss(output, self.setup.targets)
 
     def _foreign(self) -> Iterator[Finding]:
         """Whether layers that make their own kernels sample them around the middle."""
@@ -298,30 +295,22 @@ class _Examination:
             layer.params = layer.params.replace(amplitude=layer.params.amplitude * 3.0)
             if layer.bias is not None:
                 layer.bias.mul_(3.0)
-        one, other = self.output, self._output_of(louder)
+        one, other = self._output_of(self.module), self._output_of(louder)
         if not isinstance(one, Tensor) or not isinstance(other, Tensor):
             return
         if (one - other).double().norm() < 1e-2 * one.double().norm():
             size = self.layers[name].weight.detach().flatten(1).norm(dim=1).median().item()
-            kind = ": wrong size" if size > 10 or size < 0.1 else ""
-            yield finding(
-                f"amplitude absorbed{kind}", (name,), of=_of(name), name=name, kernel_norm=size
-            )
-
-    @cached_property
-    def output(self) -> Any:
-        """The module's output for the inputs."""
-        return self._output_of(copied(self.module))
+            texts: Any = {"of": _of(name), "name": name, "length": "about the right length"}
+            options: Any = {"remedy": ""}
+            if size > 10 or size < 0.1:
+                wrong = "the wrong length for phases, which are stored with the amplitude"
+                texts["length"], options = wrong, {"severity": Severity.SEVERE}
+            yield finding("amplitude absorbed", (name,), kernel_norm=size, **texts, **options)
 
     @torch.no_grad()
     def _output_of(self, module: nn.Module) -> Any:
-        """The output of a copy, under the same random numbers each time."""
-        return Sandbox(module, self.setup.inputs, seed=self.seed).run(module).output
-
-    @cached_property
-    def is_regression(self) -> bool:
-        """Whether the targets are responses."""
-        return is_response(self.output, self.setup.targets)
+        """The output for the inputs, under the same random numbers each time."""
+        return Sandbox(module, self.setup.inputs, seed=self.seed).run().output
 
     def _reachable(self) -> Iterator[Finding]:
         """Whether fields that do not learn have the values that fit the responses."""
@@ -349,13 +338,10 @@ class _Examination:
                         "wrong sign of phase", filters, largest_difference_rad=largest.item()
                     )
                     continue
-            yield finding(
-                "frozen: wrong value",
-                filters,
-                field=field,
-                largest_difference=largest.item(),
-                remedy=recover_code(layer),
-            )
+            reason = f"its {field} is off by up to {largest:.3g} from the responses' best fit"
+            worst: Any = {"severity": Severity.SEVERE, "confidence": 0.9}
+            worst |= {"remedy": recover_code(layer), "largest_difference": largest.item()}
+            yield finding("frozen", filters, reason=reason, **worst)
 
     # -- trials of remedies ---------------------------------------------------------------------
 
@@ -388,7 +374,7 @@ class _Examination:
         """How far learning gets with remedies; nothing if their code cannot be run."""
         self.report(f"remedy of {findings[-1].cause}")
         try:
-            setup = _with_remedies(self.setup, findings)
+            setup = self.setup.with_remedy("\n".join(one.remedy for one in findings))
             loss, explained = setup.train(self.n_steps, seed=self.seed)[-1], setup.explained()
         except Exception:  # a remedy may not fit somebody else's module, or another remedy
             return {}
@@ -420,13 +406,6 @@ class _Examination:
                 if trial.get("explained_with_remedy", 0.0) > _LEARNT:
                     return tuple(chosen)
         return ()
-
-
-def _with_remedies(setup: TrainingSetup, findings: Sequence[Finding]) -> TrainingSetup:
-    """A copy with remedies carried out one after the other."""
-    for found in findings:
-        setup = setup.with_remedy(found.remedy)
-    return setup
 
 
 def _of(name: str) -> str:

@@ -242,6 +242,7 @@ def _findings(found: Health, layer: nn.Module, name: str) -> Iterator[Finding]:
     sick = [i for i, kind in enumerate(found.degenerate) if kind]
     blobs = [i for i in sick if found.degenerate[i] == "blob"]
     others = [i for i in sick if i not in blobs]
+    few = "blobs with less than a third of a cycle, whose wave has no clear direction"
     involved = sorted({i for pair in pairs for i in pair[:2]})
     negatives, redundant = sum(pair.negative for pair in pairs), found.redundant
     rows: list[tuple[str, list[int], dict[str, Any]]] = [
@@ -256,7 +257,9 @@ def _findings(found: Health, layer: nn.Module, name: str) -> Iterator[Finding]:
             "filters": str(sick),
             "kinds": ", ".join(sorted({found.degenerate[i] for i in others})),
         }),
-        ("degenerate filters: blobs", blobs, {"filters": str(sick)}),
+        ("degenerate filters", blobs, {
+            "filters": str(sick), "kinds": few, "severity": Severity.NOTE, "confidence": 0.5,
+        }),
         ("DC leak", _indices(found.dc_leak > _LEAK), {
             "largest_share": found.dc_leak.max().item(),
         }),

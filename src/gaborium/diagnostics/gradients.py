@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, fields
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, fields, replace
 from functools import cached_property, partial
 from typing import Any
 
@@ -28,6 +28,7 @@ from gaborium.diagnostics.sandbox import (
     Run,
     Sandbox,
     Trace,
+    TrainingSetup,
     check_inputs,
     check_loss,
     copied,
@@ -46,13 +47,12 @@ _FLAT = 1e-3  # gradient times size, as a share of the loss: less cannot lower i
 _RATE = 1e-2  # of the gradient descent that is tried without an optimizer
 
 
-@dataclass(frozen=True)
+@dataclass
 class ParameterCheck:
     """The results for one parameter.
 
     Args:
         name: as in ``module.named_parameters()``.
-        shape: of the tensor.
         has_gradient: it got a gradient that is not zero everywhere.
         gradient_norm: L2 norm, in the loss's unit per unit of the parameter; NaN without one.
         disagreement: largest difference between the gradient and central differences of the loss
@@ -65,13 +65,12 @@ class ParameterCheck:
     """
 
     name: str
-    shape: tuple[int, ...]
-    has_gradient: bool
-    gradient_norm: float
-    disagreement: float
-    moved: bool
-    output_follows: bool
-    state: str
+    has_gradient: bool = False
+    gradient_norm: float = math.nan
+    disagreement: float = math.nan
+    moved: bool = False
+    output_follows: bool = False
+    state: str = ""
 
 
 @dataclass(frozen=True)
@@ -89,30 +88,20 @@ class GradientCheck:
     findings: list[Finding]
 
 
-def check_gradients(
-    module: nn.Module,
-    inputs: Tensor | tuple[Any, ...],
-    loss: Callable[[Any], Tensor],
-    *,
-    optimizer: torch.optim.Optimizer | None = None,
-    seed: int = 0,
-) -> GradientCheck:
+def check_gradients(setup: TrainingSetup, *, seed: int = 0) -> GradientCheck:
     """Check that every parameter gets a right gradient, moves, and reaches the output.
 
     It works for any module, in its present mode; call it in ``train()`` mode to check training.
     Everything is done on copies: parameters, buffers, gradients, mode and the state of random
-    numbers do not change. The copies run about twenty times per parameter.
+    numbers do not change. The copies run about twenty times per parameter. A copy of the optimizer
+    takes one step.
 
     The gradient is compared with central differences of the loss in float64, in the direction of
     the gradient and in two others. Where the loss has a kink, as behind a ReLU of 0, any slope
     between the slopes of its two sides is right.
 
     Args:
-        module: any module; its parameters and the inputs are on one device.
-        inputs: a batch, or a tuple of the arguments of ``module``.
-        loss: from the module's output to a scalar, the same at every call.
-        optimizer: of the training loop, of which a copy takes one step; by default gradient
-            descent with a rate of 0.01.
+        setup: any module, loss and inputs, on one device; the loss is the same at every call.
         seed: of the random numbers of every run, such as dropout.
 
     Returns:
@@ -121,51 +110,40 @@ def check_gradients(
         ``"stale cache"``, ``"wrong unit"``, ``"frozen"`` and ``"unused parameter"``.
 
     Raises:
-        TypeError: the loss is not a tensor, or ``module`` is not a module.
+        TypeError: the loss is not a tensor.
         ValueError: the loss is not a scalar or differs from call to call; the inputs hold NaN or
             infinities, or are on another device or of another precision than the module.
 
     Example:
         >>> from gaborium import GaborConv2d
-        >>> layer = GaborConv2d(1, 2, 7, seed=0)
-        >>> image = torch.rand(1, 1, 16, 16)
-        >>> check = check_gradients(layer, image, lambda output: output.square().mean())
+        >>> layer, image = GaborConv2d(1, 2, 7, seed=0), torch.rand(1, 1, 16, 16)
+        >>> targets = torch.zeros_like(layer(image))
+        >>> check = check_gradients(TrainingSetup(layer, nn.functional.mse_loss, image, targets))
         >>> [parameter.name for parameter in check.parameters if parameter.state == "learns"]
         ['angular_wave_vector', 'log_sigma', 'log_aspect_ratio', 'even', 'odd', 'bias']
         >>> check.findings
         []
     """
-    if not isinstance(module, nn.Module):
-        raise TypeError(f"module must be an nn.Module, got {type(module).__name__}.")
     # Modules may convert their inputs, but rarely to half precision.
-    is_half = any(parameter.dtype in HALF for parameter in module.parameters())
-    check_inputs(module, inputs, any_dtype=not is_half)
-    if any(t.is_floating_point() and not t.isfinite().all() for t in tensors_of(inputs)):
+    is_half = any(parameter.dtype in HALF for parameter in setup.module.parameters())
+    check_inputs(setup.module, setup.inputs, any_dtype=not is_half)
+    if any(t.is_floating_point() and not t.isfinite().all() for t in tensors_of(setup.inputs)):
         raise ValueError("inputs must be finite, got NaN or infinity.")
-    return _Check(Sandbox(module, inputs, loss, seed), optimizer).result()
+    return _Check(replace(setup.sandbox(), seed=seed), setup.optimizer).result()
 
 
-@dataclass
-class _Parameter:
-    """The measurements of one parameter; those of ``ParameterCheck`` have the same names."""
+@dataclass(kw_only=True, eq=False)
+class _Parameter(ParameterCheck):
+    """All measurements of one parameter."""
 
-    name: str
     value: Tensor
-    gradient: Tensor | None  # in float64
     rate: float | None  # of the optimizer, if that holds it
-    is_rewrapped: bool  # a forward pass makes a new nn.Parameter
+    gradient: Tensor | None = None  # in float64
+    is_rewrapped: bool = False  # a forward pass makes a new nn.Parameter
     is_overwritten: bool = False  # a forward pass undoes a change
-    output_follows: bool = False
-    disagreement: float = math.nan
     slope: float = 0.0  # the steepest finite difference
     exact_norm: float = math.nan  # of the gradient in float64
-    moved: bool = False
     weight: float = 0.0  # gradient times size: the share of the loss that depends on it
-    cause: str = ""  # of its first finding
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return tuple(self.value.shape)
 
     @property
     def owner(self) -> str:
@@ -173,25 +151,9 @@ class _Parameter:
         return self.name.rpartition(".")[0]
 
     @property
-    def has_gradient(self) -> bool:
-        return self.gradient is not None and bool((self.gradient != 0).any())
-
-    @property
-    def gradient_norm(self) -> float:
-        return math.nan if self.gradient is None else self.gradient.norm().item()
-
-    @property
     def is_rounding(self) -> bool:
         """Whether the gradient is zero except for rounding, as of a bias before a batch norm."""
         return self.exact_norm < 1e-3 * self.gradient_norm
-
-    @property
-    def state(self) -> str:
-        if self.cause or self.is_overwritten or self.is_rewrapped:
-            return self.cause or "no gradient"
-        if not self.value.requires_grad:
-            return "frozen"
-        return "learns" if self.has_gradient and not self.is_rounding else "flat"
 
 
 class _Check:
@@ -214,16 +176,16 @@ class _Check:
         if self.run.loss.requires_grad:
             self.run.loss.backward()
         after = dict(module.named_parameters())
-        self.parameters = [
-            _Parameter(
-                name,
-                value,
-                None if (grad := before[name].grad) is None else grad.to(torch.float64, copy=True),
-                rates.get(id(value)),
-                value.requires_grad and after.get(name) is not before[name],
-            )
-            for name, value in values.items()
-        ]
+        self.parameters: list[_Parameter] = []
+        for name, value in values.items():
+            one = _Parameter(name=name, value=value, rate=rates.get(id(value)))
+            gradient = before[name].grad
+            one.is_rewrapped = value.requires_grad and after.get(name) is not before[name]
+            if gradient is not None:
+                one.gradient = gradient.to(torch.float64, copy=True)
+                one.has_gradient = bool((gradient != 0).any())
+                one.gradient_norm = one.gradient.norm().item()
+            self.parameters.append(one)
         self.trained = [one for one in self.parameters if one.value.requires_grad]
         for one in self.trained:
             self._change(one)
@@ -250,8 +212,13 @@ class _Check:
                 self.found.append(found)
                 for one in self.parameters:
                     if one.name in found.location:
-                        one.cause = one.cause or found.cause
-        names = [field.name for field in fields(ParameterCheck)]
+                        one.state = one.state or found.cause
+        for one in self.parameters:
+            learns = "learns" if one.has_gradient and not one.is_rounding else "flat"
+            is_lost = one.is_overwritten or one.is_rewrapped
+            otherwise = learns if one.value.requires_grad else "frozen"
+            one.state = one.state or ("no gradient" if is_lost else otherwise)
+        names = [public.name for public in fields(ParameterCheck)]
         rows = [{name: getattr(one, name) for name in names} for one in self.parameters]
         parameters = tuple(ParameterCheck(**row) for row in rows)
         return GradientCheck(parameters, self.loss, by_severity(self.found))
@@ -447,40 +414,39 @@ class _Check:
         """Why the loss or a gradient is not finite, and the remedy."""
         trace = Trace()
         outputs = tensors_of(self.sandbox.run(trace=trace).output)
-        is_half, root = any(t.dtype in HALF for t in outputs), trace.zero_roots[:1]
-        is_finite = math.isfinite(self.loss)
-        if is_half and math.isfinite(self.twin_loss) and not (is_finite and root):
+        is_finite, root = math.isfinite(self.loss), "".join(trace.zero_roots[:1])
+        lost = _names(one for one in self.parameters if not bool(one.value.isfinite().all()))
+        because = f", because {listed(lost)} holds NaN or infinities" if lost else ""
+        is_half = any(t.dtype in HALF for t in outputs) and math.isfinite(self.twin_loss)
+        if is_half and not (is_finite and root):
             return (
                 f"half precision overflows (the loss is {self.loss:g}, and {self.twin_loss:g} in "
                 "double precision)"
             ), "inputs, targets = inputs.float(), targets.float()\n" + SINGLE_PRECISION
         if not is_finite:
-            lost = _names([one for one in self.parameters if not bool(one.value.isfinite().all())])
-            because = f", because {listed(lost)} holds NaN or infinities" if lost else ""
             return f"the loss itself is {self.loss:g}{because}", ""
         if root and self.loss == 0:
             return (
-                f"the fit is exact, and the root of the squared error has no slope at 0 ({root[0]})"
+                f"the fit is exact, and the root of the squared error has no slope at 0 ({root})"
             ), "import torch\nloss = torch.nn.functional.mse_loss\n"
+        advice = "Add a small constant under the root, or use torch.linalg.vector_norm"
         if root:
-            return (
-                f"a root of 0 has an infinite slope ({root[0]}). Add a small constant under the "
-                "root, or use torch.linalg.vector_norm"
-            ), ""
+            return f"a root of 0 has an infinite slope ({root}). {advice}", ""
         return "the loss is finite", ""
 
     # -- steps ----------------------------------------------------------------------------------
 
     def _written_back(self) -> Iterator[Finding]:
         """Parameters that every forward pass gives their old values."""
-        lost = [one for one in self.overwritten if not one.cause and one.has_gradient]
+        lost = [one for one in self.overwritten if not one.state and one.has_gradient]
         if lost and not any(found.cause == "no gradient" for found in self.found):
-            yield finding("does not move: written back", _names(lost))
+            reason = "the next forward pass writes the old value back"
+            yield finding("does not move", _names(lost), reason=reason, remedy="")
 
     def _is_still(self, one: _Parameter) -> bool:
         """Whether a step did not change a parameter, and no finding says why."""
         known = one.rate is not None and one.has_gradient
-        return known and not (one.moved or one.cause or one.is_rounding)
+        return known and not (one.moved or one.state or one.is_rounding)
 
     def _too_short(self) -> Iterator[Finding]:
         """Steps so short that the loss needs millions of them, though it has a slope."""
@@ -530,8 +496,10 @@ class _Check:
             if not (one.is_overwritten or one.is_rewrapped) and self._keeps_in_eval(one.name)
         ]
         if stale:
-            remedy = self._remedy("stale cache", stale[0])
-            yield finding("stale cache: in eval", _names(stale), remedy=remedy)
+            reason = " in eval() mode after the first call, so loaded parameters have no effect"
+            options: Any = {"severity": Severity.WARNING, "confidence": 0.8}
+            options["remedy"] = self._remedy("stale cache", stale[0])
+            yield finding("stale cache", _names(stale), reason=reason, **options)
 
     def _keeps_in_eval(self, name: str) -> bool:
         """Whether eval() mode keeps a kernel: changes after its first call have no effect."""
@@ -569,22 +537,36 @@ class _Check:
         for name, part in self.module.named_modules():
             if isinstance(part, GABOR_LAYERS):
                 # The centre is fixed unless learn= names it.
-                fields = type(part.params).field_names()
-                left = [f for f in fields if f not in part.learn and f != "center"]
+                left = [
+                    f
+                    for f in type(part.params).field_names()
+                    if f not in part.learn and f != "center"
+                ]
                 learn = tuple(sorted({*part.learn, *left}))
                 code = REBUILD.format(name=name, arguments=f"learn={learn}")
                 left_out.append((left, f"left out of learn={' of ' if name else ''}{name}", code))
+        more = "" if self.trained else ", and all others are frozen too"
+        worst: Any = {"severity": Severity.SEVERE, "confidence": 0.9}
         for names, reason, code in left_out:
             if names:
-                kind = "frozen" if self.trained else "frozen: all"
-                yield finding(kind, names, reason=reason, remedy=code)
+                options = {} if self.trained else worst
+                yield finding("frozen", names, reason=reason + more, remedy=code, **options)
 
     def _unknown(self) -> Iterator[Finding]:
         """Parameters that the optimizer does not hold."""
         unknown = _names(one for one in self.trained if one.rate is None)
-        if unknown:
-            kind = "another copy" if len(unknown) == len(self.trained) else "not in the optimizer"
-            yield finding(f"frozen: {kind}", unknown, unknown=str(unknown))
+        reason = "the optimizer does not hold it"
+        if unknown and len(unknown) == len(self.trained):
+            reason += ", and may have been made for another copy"
+            options: Any = {"severity": Severity.SEVERE, "confidence": 1.0}
+            yield finding("frozen", unknown, reason=reason, **options)
+        elif unknown:
+            code = (
+                f"new = [module.get_parameter(name) for name in {unknown}]\n"
+                "optimizer.add_param_group(dict(params=new, lr=optimizer.param_groups[0]['lr']))\n"
+            )
+            options = {"severity": Severity.WARNING, "confidence": 0.6, "remedy": code}
+            yield finding("frozen", unknown, reason=reason, **options)
 
 
 def _names(ones: Iterable[_Parameter]) -> list[str]:

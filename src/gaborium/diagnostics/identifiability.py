@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -49,7 +51,7 @@ class Identifiability:
             all orientations that the filter may take, ``(F,)``.
         mean_share: share of the responses' power that comes from the image's mean, ``(F,)``.
         input_rms: root mean square of the inputs.
-        remedies: code, by cause, or by parameter if that is not identifiable.
+        remedies: code, by cause or by parameter that is not identifiable.
     """
 
     names: tuple[str, ...]
@@ -118,22 +120,18 @@ def identifiability(
     layer_name, inner = find_gabor_layer(layer)
     if inner is None:
         raise ValueError(f"There is no Gabor layer in this {type(layer).__name__}.")
-    _check(inner, inputs, noise, targets)
+    _check(inner, inputs)
     names, jacobian = kernel_jacobian(inner)
     slopes = jacobian[:, 0].cpu()  # of the one kernel of each filter
     units = _units(inner, names)
     kernels = inner.weight.detach().double().flatten(1).cpu()
-    deviation = torch.full((inner.n_filters,), noise or 1.0, dtype=torch.float64)
-    if noise is None and targets is not None:
-        with torch.no_grad():
-            error = (inner(inputs) - targets).double().square()
-        deviation = error.transpose(0, 1).flatten(1).mean(1).sqrt().cpu()
+    deviation = _deviation(inner, inputs, noise, targets)
     rows = []
     for index, kernel in enumerate(kernels):
-        padded = filter_statistics(inner, index, inputs)
-        inside = padded
-        if inner.padding_mode == "zeros":
-            inside = filter_statistics(inner, index, inputs, padded=False)
+        if index % (inner.n_filters // inner.groups) == 0:  # a new group of channels
+            inside = padded = filter_statistics(inner, index, inputs)
+            if inner.padding_mode == "zeros":
+                inside = filter_statistics(inner, index, inputs, padded=False)
         row = _judge(inner, kernel, slopes[index], units[index], padded)
         row["border_power"] = _border_power(inner, index, padded, inside)
         rows.append(row)
@@ -151,11 +149,11 @@ def identifiability(
         border_power=found["border_power"],
         mean_share=found["mean_share"],
         input_rms=inputs.detach().double().square().mean().sqrt().item(),
-        remedies=_remedies(layer_name, inner, names, inputs, has_targets=targets is not None),
+        remedies=_remedies(layer_name, inner, names),
     )
 
 
-def _check(layer: GaborLayer, inputs: Tensor, noise: float | None, targets: Tensor | None) -> None:
+def _check(layer: GaborLayer, inputs: Tensor) -> None:
     if layer.output != "real":
         raise ValueError(
             "This needs a layer with output='real', whose responses are linear in one kernel; "
@@ -169,17 +167,26 @@ def _check(layer: GaborLayer, inputs: Tensor, noise: float | None, targets: Tens
         )
     if any(step != 1 for step in layer.dilation):
         raise ValueError(f"The kernels must not be dilated, got dilation={layer.dilation}.")
-    if noise is not None and not 0 < noise < math.inf:
-        raise ValueError(f"noise must be a positive standard deviation, got {noise}.")
     if not inputs.isfinite().all():
         raise ValueError("inputs must be finite, got NaN or infinity.")
-    if targets is not None:
-        with torch.no_grad():
-            shape = layer(inputs).shape
-        if targets.shape != shape:
-            raise ValueError(
-                f"targets must have the outputs' shape {tuple(shape)}, got {tuple(targets.shape)}."
-            )
+
+
+def _deviation(
+    layer: GaborLayer, inputs: Tensor, noise: float | None, targets: Tensor | None
+) -> Tensor:
+    """Standard deviation of the noise on each filter's responses."""
+    if noise is not None and not 0 < noise < math.inf:
+        raise ValueError(f"noise must be a positive standard deviation, got {noise}.")
+    if noise is not None or targets is None:
+        return torch.full((layer.n_filters,), noise or 1.0, dtype=torch.float64)
+    outputs = layer(inputs).detach()
+    if targets.shape != outputs.shape:
+        raise ValueError(
+            f"targets must have the outputs' shape {tuple(outputs.shape)}, got "
+            f"{tuple(targets.shape)}."
+        )
+    error = (outputs - targets).double().square()
+    return error.transpose(0, 1).flatten(1).mean(1).sqrt().cpu()
 
 
 # -- a Gabor layer as the diagnoses see it ------------------------------------------------------
@@ -298,30 +305,18 @@ def _border_power(
 # -- findings -----------------------------------------------------------------------------------
 
 
-def _remedies(
-    layer_name: str,
-    layer: GaborLayer,
-    names: tuple[str, ...],
-    inputs: Tensor,
-    *,
-    has_targets: bool,
-) -> dict[str, str]:
-    axes = (0, *range(2, inputs.ndim))
-    scale, mean = "scale = inputs.std()\n", f".mean({axes}, keepdim=True)\n"
-    remedies = {"image scale": scale, "image mean": ""}
-    for name in ("inputs", "targets") if has_targets else ("inputs",):
-        remedies["image scale"] += f"{name} = {name} / scale\n"
-        remedies["image mean"] += f"{name} = {name} - {name}{mean}"
+def _remedies(layer_name: str, layer: GaborLayer, names: tuple[str, ...]) -> dict[str, str]:
     border = layer.border()[::-1]  # after and before, first axis first
     cuts = []
     for axis, stride in enumerate(layer.stride):
         last, first = (-(-n // stride) for n in border[2 * axis : 2 * axis + 2])
         cuts.append(f"{first}:{-last or None}")
     inner = f"[..., {', '.join(cuts)}]"
-    remedies["zero padding"] = (
-        f"whole = loss\nloss = lambda output, target: whole(output{inner}, target{inner})\n"
-    )
-    remedies["ill-conditioned input"] = ("" if layer_name else recover_code(layer)) or ""
+    remedies = {
+        "zero padding": "whole = loss\n"
+        f"loss = lambda output, target: whole(output{inner}, target{inner})\n",
+        "ill-conditioned input": ("" if layer_name else recover_code(layer)) or "",
+    }
     prefix = layer_name and layer_name + "."
     for parameter in names:
         field = "center" if parameter.startswith("center") else parameter.partition("[")[0]
@@ -335,40 +330,26 @@ def _remedies(
 
 def _findings(found: Identifiability) -> Iterator[Finding]:
     if found.input_rms > _BRIGHT:
-        remedy = found.remedies["image scale"]
-        yield finding("image scale", remedy=remedy, input_rms=found.input_rms)
+        yield finding("image scale", input_rms=found.input_rms)
     for index in range(len(found.bounds)):
-        location = (str(index),)
+        about: Any = partial(finding, location=(index,), filter=str(index))
         lost = found.not_identifiable(index)
         if lost:
-            remedy = "".join(dict.fromkeys(found.remedies[name] for name in lost))
+            code = "".join(dict.fromkeys(found.remedies[name] for name in lost))
             yield finding(
-                "not identifiable", lost, remedy=remedy, n_lost=float(len(lost)),
-                filter=float(index),
-            )  # fmt: skip
+                "not identifiable", lost, remedy=code, n_lost=len(lost), filter=float(index)
+            )
         condition, white = found.condition[index].item(), found.white_condition[index].item()
         if _ILL * white < condition < math.inf:
-            yield finding(
-                "ill-conditioned input",
-                location,
-                remedy=found.remedies["ill-conditioned input"],
-                filter=str(index),
-                condition=condition,
-                white_condition=white,
-            )
-        border = found.border_power[index].item()
-        if border > found.border_area + _BORDER:
-            yield finding(
-                "zero padding",
-                location,
-                remedy=found.remedies["zero padding"],
-                filter=str(index),
-                border_power=border,
-                border_area=found.border_area,
-            )
+            code = found.remedies["ill-conditioned input"]
+            numbers = {"condition": condition, "white_condition": white}
+            yield about("ill-conditioned input", remedy=code, **numbers)
+        power, area = found.border_power[index].item(), found.border_area
+        if power > area + _BORDER:
+            code = found.remedies["zero padding"]
+            yield about("zero padding", remedy=code, border_power=power, border_area=area)
         mean = found.mean_share[index].item()
         if mean > 0.5:
-            remedy = found.remedies["image mean"]
-            yield finding("image mean", location, remedy=remedy, filter=str(index), mean_share=mean)
+            yield about("image mean", mean_share=mean)
         for one, other, r in found.trade_offs[index]:
             yield finding("trade-off", (one, other), filter=str(index), correlation=r)

@@ -22,7 +22,7 @@ from gaborium.functions.params import POSITIVE_FIELDS, UNITS, Gabor2d
 Span = tuple[float, float]
 _Function = Callable[[Tensor], Tensor]
 
-_CENTER = {"center_x": 0, "center_y": 1, "center_z": 2}
+_CENTER = ("center_x", "center_y", "center_z")
 _BATCH = 2**20  # numbers in the kernels that are evaluated together
 _EQUAL = 1e-4  # share of the landscape's height: minima that differ by less are equally good
 _ZOOMS = 14  # each halves the distance to a minimum
@@ -168,14 +168,14 @@ def landscape(
     sandbox = setup.sandbox()
     sandbox.check()
     varied = _varied(setup.module, filter, names)
-    axes = [_axis(field, (span or {}).get(field.name, field.span), n) for field in varied.fields]
+    grid = _grid(varied.fields, span or {}, n)
     power = setup.power()
-    exact = _from_patches(setup, varied) if power else None
+    exact = varied.squared_error(setup) if power else None
 
     @torch.no_grad()
     def evaluate(points: Tensor) -> Tensor:
         """The loss at coordinates ``(batch, fields)``; of a root the square, which is smooth."""
-        values = torch.stack([axis.value(points[:, i]) for i, axis in enumerate(axes)], 1)
+        values = grid.value(points)
         if exact is not None:
             score = exact(values)
         else:
@@ -187,39 +187,32 @@ def landscape(
     def loss_of(score: Tensor) -> Tensor:
         return score.sqrt() if power == 1 else score
 
-    points = torch.cartesian_prod(*(axis.coordinates for axis in axes)).view(-1, len(axes))
+    points = torch.cartesian_prod(*grid.coordinates.T).view(-1, len(names))
     score = evaluate(points)
     finite = score[score.isfinite()]
     height = (finite.max() - finite.min()).item() if len(finite) else 0.0
     is_double = all(p.dtype == torch.float64 for p in setup.module.parameters())
     rounding = height * (1e-9 if exact is not None or is_double else 1e-5)
-    periodic = tuple(axis.periodic for axis in axes)
-    bottoms, basins = _watershed(score.view([n] * len(axes)), periodic, rounding)
+    periodic = tuple(grid.periodic.tolist())
+    bottoms, basins = _watershed(score.view([n] * len(names)), periodic, rounding)
     places = points[bottoms]
-    places[:_MOST_REFINED] = _refine(evaluate, places[:_MOST_REFINED], axes)
+    places[:_MOST_REFINED] = _refine(evaluate, places[:_MOST_REFINED], grid)
     lows = evaluate(places)
     order = lows.argsort(stable=True)
     places, lows, basins = places[order], lows[order], order.argsort()[basins]
-    positions = [axis.value(places[:, i]).tolist() for i, axis in enumerate(axes)]
+    positions = map(tuple, grid.value(places).tolist())
     shares = basins.flatten().bincount(minlength=len(lows)).double() / basins.numel()
-    rows = zip(zip(*positions, strict=True), loss_of(lows).tolist(), shares.tolist(), strict=True)
-    minima = tuple(Minimum(*row) for row in rows)
+    minima = tuple(map(Minimum, positions, loss_of(lows).tolist(), shares.tolist()))
     n_best = int((lows <= lows[0] + _EQUAL * height).sum()) if height else len(minima)
 
-    here = torch.stack([axis.here for axis in axes])
-
-    def away(points: Tensor) -> Tensor:
-        """Distance from the present position along each axis, in lengths of the grid."""
-        return torch.stack([axis.away(points[:, i]) for i, axis in enumerate(axes)], 1)
-
-    best = int(away(places[:n_best]).amax(1).argmin())
-    reach = (away(places[[best]]) / 5).clamp_min(2 / n)
-    near = loss_of(score[(away(points) <= reach).all(1) & score.isfinite()])
+    best = int(grid.away(places[:n_best]).amax(1).argmin())
+    away, reach = grid.away(points), (grid.away(places[[best]]) / 5).clamp_min(2 / n)
+    near = loss_of(score[(away <= reach).all(1) & score.isfinite()])
     return Landscape(
         fields=names,
         units=tuple(field.unit for field in varied.fields),
         filter=filter,
-        grids=tuple(axis.value(axis.coordinates) for axis in axes),
+        grids=tuple(grid.value(grid.coordinates).T),
         periodic=periodic,
         values=loss_of(score).view(basins.shape),
         basins=basins,
@@ -227,12 +220,12 @@ def landscape(
         n_best=n_best,
         best=minima[best],
         present=tuple(field.present for field in varied.fields),
-        present_value=loss_of(evaluate(here[None])).item(),
-        present_slope=_slope(lambda points: loss_of(evaluate(points)), here, axes),
+        present_value=loss_of(evaluate(grid.here[None])).item(),
+        present_slope=_slope(lambda points: loss_of(evaluate(points)), grid),
         present_change=(near.max() - near.min()).item() if len(near) else math.inf,
-        present_minimum=minima[int(basins.flatten()[away(points).sum(1).argmin()])],
-        half_width=_half_width(score, int(bottoms[order[0]]), axes[0])
-        if len(axes) == 1
+        present_minimum=minima[int(basins.flatten()[away.sum(1).argmin()])],
+        half_width=_half_width(score, int(bottoms[order[0]]), grid)
+        if len(names) == 1
         else math.nan,
         predicted_half_width=varied.predicted_half_width,
         exact=exact is not None,
@@ -252,56 +245,63 @@ class _Field(NamedTuple):
     span: Span | None = None
 
 
-class _Axis(NamedTuple):
-    """One field's grid, in coordinates in which its points are equally spaced."""
+class _Grid(NamedTuple):
+    """The values of all fields, in coordinates in which they are equally spaced."""
 
-    coordinates: Tensor
-    here: Tensor  # the present value's coordinate
-    logarithmic: bool = False
-    periodic: bool = False
+    coordinates: Tensor  # (n, fields)
+    here: Tensor  # the present values' coordinates, (fields,)
+    logarithmic: Tensor
+    periodic: Tensor
 
     @property
-    def step(self) -> float:
-        return (self.coordinates[1] - self.coordinates[0]).item()
+    def step(self) -> Tensor:
+        return self.coordinates[1] - self.coordinates[0]
 
-    def value(self, coordinate: Tensor) -> Tensor:
-        if self.periodic:
-            return torch.remainder(coordinate + math.pi, 2 * math.pi) - math.pi
-        return coordinate.exp() if self.logarithmic else coordinate
+    def value(self, coordinates: Tensor) -> Tensor:
+        values = torch.where(self.logarithmic, coordinates.exp(), coordinates)
+        return torch.where(self.periodic, _turned(coordinates), values)
 
-    def away(self, coordinate: Tensor) -> Tensor:
-        """Distance from the present value, in lengths of the grid."""
-        gap = coordinate - self.here
-        if self.periodic:
-            gap = torch.remainder(gap + math.pi, 2 * math.pi) - math.pi
+    def away(self, coordinates: Tensor) -> Tensor:
+        """Distances from the present values, in lengths of the grid."""
+        gap = coordinates - self.here
+        gap = torch.where(self.periodic, _turned(gap), gap)
         return gap.abs() / (self.coordinates[-1] - self.coordinates[0])
 
 
-def _axis(field: _Field, span: Span | None, n: int) -> _Axis:
-    here = torch.tensor(field.present, dtype=torch.float64)
-    if span is None and not field.unit:
-        name = field.name
-        raise ValueError(f"{name} has an unknown range; give span={{{name!r}: (low, high)}}.")
-    if span is None:
-        # The present value is a point of the grid, which begins near -π.
-        step = 2 * math.pi / n
-        first = here - ((here + math.pi) / step).floor() * step
-        circle = first + step * torch.arange(n, dtype=torch.float64)
-        return _Axis(circle, here, periodic=True)
-    is_positive = field.name in POSITIVE_FIELDS
-    if not (0 if is_positive else -math.inf) < span[0] < span[1] < math.inf:
-        kind = "positive numbers" if is_positive else "numbers"
-        raise ValueError(f"The span of {field.name} must be two rising {kind}, got {span}.")
-    ends = torch.tensor(span, dtype=torch.float64)
-    ends, here = (ends.log(), here.log()) if is_positive else (ends, here)
-    grid = torch.linspace(ends[0].item(), ends[1].item(), n, dtype=torch.float64)
-    return _Axis(grid, here, logarithmic=is_positive)
+def _turned(angle: Tensor) -> Tensor:
+    return torch.remainder(angle + math.pi, 2 * math.pi) - math.pi
+
+
+def _grid(fields: Sequence[_Field], spans: Mapping[str, Span], n: int) -> _Grid:
+    columns = []
+    for name, present, unit, default in fields:
+        span, is_positive = spans.get(name, default), name in POSITIVE_FIELDS
+        if span is None and not unit:
+            raise ValueError(f"{name} has an unknown range; give span={{{name!r}: (low, high)}}.")
+        if span is None:
+            # The present value is a point of the grid, which begins near -π.
+            step = 2 * math.pi / n
+            first = present - math.floor((present + math.pi) / step) * step
+            circle = first + step * torch.arange(n, dtype=torch.float64)
+            columns.append((circle, present, False, True))
+            continue
+        if not (0 if is_positive else -math.inf) < span[0] < span[1] < math.inf:
+            kind = "positive numbers" if is_positive else "numbers"
+            raise ValueError(f"The span of {name} must be two rising {kind}, got {span}.")
+        places = torch.tensor([*span, present], dtype=torch.float64)
+        low, high, own = (places.log() if is_positive else places).tolist()
+        line = torch.linspace(low, high, n, dtype=torch.float64)
+        columns.append((line, own, is_positive, False))
+    lines, here, logarithmic, periodic = zip(*columns, strict=True)
+    start = torch.tensor(here, dtype=torch.float64)
+    masks = torch.tensor(logarithmic), torch.tensor(periodic)
+    return _Grid(torch.stack(lines, 1), start, *masks)
 
 
 def _varied(module: nn.Module, index: int, names: tuple[str, ...]) -> _Parameters | _GaborFields:
     layer_name, layer = find_gabor_layer(module)
     if layer is not None:
-        known = {*layer.params.field_names(), *list(_CENTER)[: layer.n_dims]} - {"center"}
+        known = {*layer.params.field_names(), *_CENTER[: layer.n_dims]} - {"center"}
         if known >= set(names):
             return _GaborFields(layer_name, layer, index, names)
     return _Parameters(module, names)
@@ -337,6 +337,10 @@ class _Parameters:
             changed.setdefault(name, self.parameters[name].detach().clone())[index] = value
         return changed
 
+    def squared_error(self, setup: TrainingSetup) -> _Function | None:  # noqa: ARG002
+        """There is no short way."""
+        return None
+
     def remedy(self, position: tuple[float, ...], *, exact: bool) -> str:  # noqa: ARG002
         """Code that sets the fields."""
         return "".join(
@@ -357,13 +361,14 @@ class _GaborFields:
         params = layer.params.detach().to(torch.float64)
         self.record = type(params)
         self.base = {name: value[index] for name, value in params.as_dict().items()}
+        center = self.base.pop("center")
+        self.base |= dict(zip(_CENTER, center.unbind(-1), strict=False))
         self.fields: list[_Field] = []
         for name in names:
-            of = "center" if name in _CENTER else name
-            value = self.base[of][0]
-            present = (value[_CENTER[name]] if name in _CENTER else value).item()
+            present = self.base[name][0].item()
             span = _default_span(name, present, layer.kernel_size)
-            self.fields.append(_Field(name, present, UNITS[of], span))
+            unit = UNITS["center" if name in _CENTER else name]
+            self.fields.append(_Field(name, present, unit, span))
         self.predicted_half_width: float | None = None
         if "orientation" in names and self.record is Gabor2d:
             self.predicted_half_width = orientation_basin(params[index])[0].item()
@@ -376,24 +381,38 @@ class _GaborFields:
             changed[prefix + name][self.index] = row[0]
         return changed
 
-    def kernels(self, points: Tensor) -> Tensor:
-        """Kernels ``(batch, channels, *size)`` of a layer with a real output, in float64."""
-        return self.layer.kernels_at(self._raw(points))
+    def squared_error(self, setup: TrainingSetup) -> _Function | None:
+        """The squared error at values ``(batch, fields)``, where patch statistics give it."""
+        layer, inputs = self.layer, setup.inputs
+        is_linear = layer.output == "real" and all(step == 1 for step in layer.dilation)
+        if self.layer_name or not is_linear or getattr(inputs, "ndim", 0) != layer.n_dims + 2:
+            return None
+        errors = (layer(inputs) - setup.targets).detach().double().square()
+        errors = errors.transpose(0, 1).flatten(1).mean(1).cpu()
+        others = (errors.sum() - errors[self.index]).clamp_min(0)
+        patches = filter_statistics(layer, self.index, inputs, setup.targets)
+        n_rows = max(1, _BATCH // len(patches.mean))
+
+        def squared_error(points: Tensor) -> Tensor:
+            kernels = (layer.kernels_at(self._raw(some)).cpu() for some in points.split(n_rows))
+            return (torch.cat([*map(patches.squared_error, kernels)]) + others) / len(errors)
+
+        return squared_error
 
     def _raw(self, points: Tensor) -> dict[str, Tensor]:
         fields = {name: part.expand(len(points), *part.shape) for name, part in self.base.items()}
-        for column, (name, present, *_) in enumerate(self.fields):
-            value = points[:, column, None].to(fields["sigma"])
-            if name in _CENTER:
-                axis = torch.eye(self.record.n_dims).to(value)[_CENTER[name]]
-                fields["center"] = fields["center"] + (value - present).unsqueeze(-1) * axis
-            elif math.isinf(present):
+        for (name, present, *_), column in zip(self.fields, points.unbind(1), strict=True):
+            value = column[:, None].to(fields["sigma"])
+            if math.isinf(present):
                 fields[name] = value.expand_as(fields[name])
             elif name in POSITIVE_FIELDS or (name == "amplitude" and present != 0):
                 fields[name] = fields[name] * (value / present)
             else:
                 fields[name] = fields[name] + (value - present)
-        raw: dict[str, Tensor] = self.layer.raw_coordinates.to_raw(self.record(**fields))
+        center = torch.stack([fields.pop(name) for name in _CENTER[: self.record.n_dims]], -1)
+        raw: dict[str, Tensor] = self.layer.raw_coordinates.to_raw(
+            self.record(center=center, **fields)
+        )
         return raw
 
     def remedy(self, position: tuple[float, ...], *, exact: bool) -> str:
@@ -407,7 +426,7 @@ class _GaborFields:
         for (name, *_), value in zip(self.fields, position, strict=True):
             place = f"{name}[{self.index}]"
             if name in _CENTER:
-                place = f"center[{self.index}, 0, {_CENTER[name]}]"
+                place = f"center[{self.index}, 0, {_CENTER.index(name)}]"
             code += f"params.{place} = {value!r}\n"
         return code + "layer.params = params\n"
 
@@ -418,7 +437,7 @@ def _default_span(field: str, present: float, kernel_size: tuple[int, ...]) -> S
     if field == "elevation":
         return -math.pi / 2, math.pi / 2
     if field in _CENTER:
-        quarter = kernel_size[-1 - _CENTER[field]] / 4
+        quarter = kernel_size[-1 - _CENTER.index(field)] / 4
         return present - quarter, present + quarter
     if field == "amplitude":
         reach = 2 * abs(present) or 1.0
@@ -427,31 +446,6 @@ def _default_span(field: str, present: float, kernel_size: tuple[int, ...]) -> S
         return 2.0, 4.0 * max(kernel_size)
     low = present / 4 if field != "wavelength" else max(min(2.0, present), present / 4)
     return low, 4 * present
-
-
-def _from_patches(setup: TrainingSetup, varied: _Parameters | _GaborFields) -> _Function | None:
-    """The squared error at values ``(batch, fields)``, where patch statistics give it."""
-    if not isinstance(varied, _GaborFields) or not isinstance(setup.inputs, Tensor):
-        return None
-    layer, index = varied.layer, varied.index
-    if (
-        varied.layer_name
-        or layer.output != "real"
-        or any(step != 1 for step in layer.dilation)
-        or setup.inputs.ndim != layer.n_dims + 2
-    ):
-        return None
-    errors = (layer(setup.inputs) - setup.targets).detach().double().square()
-    errors = errors.transpose(0, 1).flatten(1).mean(1).cpu()
-    others = (errors.sum() - errors[index]).clamp_min(0)
-    patches = filter_statistics(layer, index, setup.inputs, setup.targets)
-    n_rows = max(1, _BATCH // len(patches.mean))
-
-    def squared_error(points: Tensor) -> Tensor:
-        parts = [patches.squared_error(varied.kernels(p).cpu()) for p in points.split(n_rows)]
-        return (torch.cat(parts) + others) / len(errors)
-
-    return squared_error
 
 
 # -- minima and basins --------------------------------------------------------------------------
@@ -495,15 +489,12 @@ def _watershed(
     return torch.tensor(bottoms), torch.tensor(basins).view(shape)
 
 
-def _refine(evaluate: _Function, places: Tensor, axes: Sequence[_Axis]) -> Tensor:
+def _refine(evaluate: _Function, places: Tensor, grid: _Grid) -> Tensor:
     """Minima between the grid's points: ever smaller stencils around the lowest point so far."""
-    steps = torch.tensor([axis.step for axis in axes], dtype=torch.float64)
-    stencil = torch.tensor(list(itertools.product((-1.0, 0.0, 1.0), repeat=len(axes)))).double()
-    ends = [torch.stack([axis.coordinates[0], axis.coordinates[-1]]) for axis in axes]
-    for i, axis in enumerate(axes):
-        if axis.periodic:
-            ends[i] = torch.tensor([-math.inf, math.inf]).double()
-    low, high = torch.stack(ends, 1)
+    n_fields, steps = len(grid.here), grid.step
+    stencil = torch.tensor(list(itertools.product((-1.0, 0.0, 1.0), repeat=n_fields))).double()
+    low = torch.where(grid.periodic, -math.inf, grid.coordinates[0])
+    high = torch.where(grid.periodic, math.inf, grid.coordinates[-1])
     for _ in range(_ZOOMS):
         steps = steps / 2
         points = (places.unsqueeze(1) + stencil * steps).clamp(low, high)
@@ -512,33 +503,30 @@ def _refine(evaluate: _Function, places: Tensor, axes: Sequence[_Axis]) -> Tenso
     return places
 
 
-def _slope(evaluate: _Function, here: Tensor, axes: Sequence[_Axis]) -> tuple[float, ...]:
-    """Derivatives at one position, per unit of each field, by central differences."""
-    steps = torch.tensor([axis.step / 4 for axis in axes]).double()
-    difference = evaluate(here + steps.diag()) - evaluate(here - steps.diag())
-    values = [axis.value(here[i]) if axis.logarithmic else 1.0 for i, axis in enumerate(axes)]
-    return tuple((difference / (2 * steps) / torch.tensor(values)).tolist())
+def _slope(evaluate: _Function, grid: _Grid) -> tuple[float, ...]:
+    """Derivatives at the present position, per unit of each field, by central differences."""
+    steps = grid.step / 4
+    difference = evaluate(grid.here + steps.diag()) - evaluate(grid.here - steps.diag())
+    units = torch.where(grid.logarithmic, grid.value(grid.here), 1.0)
+    return tuple((difference / (2 * steps) / units).tolist())
 
 
-def _half_width(score: Tensor, bottom: int, axis: _Axis) -> float:
+def _half_width(score: Tensor, bottom: int, grid: _Grid) -> float:
     """Distance from a minimum to the first inflections of a spline through the score."""
     n = len(score)
-    if axis.periodic:
+    if grid.periodic:
         score, bottom = score.roll(n // 2 - bottom), n // 2
     # Second derivatives of a cubic spline solve a system with the band (1, 4, 1).
     band = 3 * torch.eye(n - 2) + torch.ones(n - 2, n - 2).tril(1).triu(-1)
     bend = torch.zeros(n, dtype=torch.float64)
     bend[1:-1] = torch.linalg.solve(band.double(), score.diff().diff())
-    bent = (bend[1:-1] <= 0).nonzero().flatten() + 1
-    left, right = bent[bent < bottom], bent[bent > bottom]
+    before = 1 + ((bend[1:-2] > 0) != (bend[2:-1] > 0)).nonzero().flatten()
+    ends = before + bend[before] / (bend[before] - bend[before + 1])
+    left, right = ends[ends < bottom], ends[ends > bottom]
     if not bend[bottom] > 0 or not len(left) or not len(right):
         return math.nan
-    ends = []
-    for outer, inner in ((int(left[-1]), int(left[-1]) + 1), (int(right[0]), int(right[0]) - 1)):
-        share = (bend[inner] / (bend[inner] - bend[outer])).item()
-        end = axis.coordinates[0] + axis.step * (inner + share * (outer - inner))
-        ends.append(end.exp() if axis.logarithmic else end)
-    return ((ends[1] - ends[0]) / 2).item()
+    places = grid.coordinates[0] + grid.step * torch.stack([left[-1], right[0]])
+    return ((places.exp() if grid.logarithmic else places).diff() / 2).item()
 
 
 # -- findings -----------------------------------------------------------------------------------

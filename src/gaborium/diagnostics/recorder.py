@@ -83,9 +83,6 @@ class Recorder:
         duplicates = duplicates_of(self.layer, self.layer.n_filters)
         return self.layer.params.to("cpu", copy=True), len(duplicates)
 
-    def __len__(self) -> int:
-        return len(self.steps)
-
     @property
     def params(self) -> Gabor:
         """The record before each of the steps: fields ``(records, filters, channels or 1)``."""
@@ -108,7 +105,7 @@ class Recorder:
         """Faults of the training so far, the worst first; hardly any before eight records."""
         if self.loss and not math.isfinite(self.loss[-1]):
             return [*self._diverged()]
-        if len(self) < _MIN_RECORDS:
+        if len(self.steps) < _MIN_RECORDS:
             return []
         questions = (
             self._diverged,
@@ -124,7 +121,7 @@ class Recorder:
 
     def _diverged(self) -> Iterator[Finding]:
         first, last = self.loss[0], self.loss[-1]
-        late = torch.tensor(self.loss[-max(2, len(self) // 4) :])
+        late = torch.tensor(self.loss[-max(2, len(self.steps) // 4) :])
         if not math.isfinite(last) or late.median().item() > 2 * abs(first) + first:
             yield finding("divergence", first_loss=first, last_loss=last)
 
@@ -150,7 +147,7 @@ class Recorder:
 
     def _oscillating(self) -> Iterator[Finding]:
         """Fields that go back and forth in the later half, with little net movement."""
-        half = self.params.to(torch.float64)[len(self) // 2 :]
+        half = self.params.to(torch.float64)[len(self.steps) // 2 :]
         amplitudes: dict[str, Any] = {}
         filters: set[int] = set()
         for name, step in half[1:].difference(half[:-1]).items():
@@ -191,16 +188,22 @@ class Recorder:
         missing = [name for name, values in norms.items() if all(map(math.isnan, values))]
         zero = [name for name, values in norms.items() if not any(value > 0 for value in values)]
         if missing and len(missing) == len(norms):
-            yield finding("no gradient: recorded", missing)
+            reason = "the loss is cut off from the layer, or gradients are cleared before "
+            yield finding("no gradient", missing, confidence=0.8, reason=reason + "record(loss)")
         elif zero:
-            yield finding("frozen: recorded", zero)
+            reason = "its gradient was missing or exactly zero at every record"
+            options: Any = {"severity": Severity.WARNING, "confidence": 0.8, "remedy": ""}
+            yield finding("frozen", zero, reason=reason, **options)
 
     def _more_duplicates(self) -> Iterator[Finding]:
         first, last = self.n_duplicates[0], self.n_duplicates[-1]
         if last > first:
             pairs = duplicates_of(self.layer, self.layer.n_filters)
             yield finding(
-                "duplicate filters: more",
+                "duplicate filters",
+                severity=Severity.WARNING,
+                confidence=0.6,
+                reason=f"{first} pairs at first, {last} now",
                 name=self.name,
                 filters=str(sorted({pair.second for pair in pairs if not pair.negative})),
                 first_pairs=first,

@@ -167,14 +167,12 @@ def _layer_like(convolution: dict[str, Any]) -> Any:
     )
     with torch.no_grad():
         drawn = layer.params.expand().as_dict()
-        result = fit(weight.float(), n_dims=len(size), geometry="pair", center=True)
-        params = result.params.expand()
-        fields = {n: v.reshape(n_out, n_in, *v.shape[1:]) for n, v in params.as_dict().items()}
+        params = fit(weight.float(), n_dims=len(size), geometry="pair", center=True).params.expand()
+        fields = {n: v.reshape(drawn[n].shape) for n, v in params.as_dict().items()}
         # A kernel that could not be fitted, such as zero, starts at random. A blob's wavelength
         # is infinite.
-        good = ~fields["wavelength"].isnan() & fields["center"].isfinite().all(-1)
-        for field, value in fields.items():
-            good &= field in ("wavelength", "center") or value.isfinite()
+        lost = [v.isnan() if n == "wavelength" else ~v.isfinite() for n, v in fields.items()]
+        good = ~torch.stack([one.reshape(n_out, n_in, -1).any(-1) for one in lost]).any(0)
         size_of_good = fields["amplitude"][good].abs().mean() if bool(good.any()) else 1.0
         drawn["amplitude"] = torch.full_like(fields["amplitude"], float(size_of_good))
         layer.params = type(params)(**{

@@ -215,15 +215,12 @@ class TrainingSetup:
 
         Training stops if the loss is not finite.
         """
-        optimizer = self.optimizer
         learned = [p for p in self.module.parameters() if p.requires_grad]
-        if optimizer is None and learned:
-            optimizer = torch.optim.SGD(learned, lr=0.01)
+        optimizer = self.optimizer or torch.optim.SGD(learned or [torch.zeros(())], lr=0.01)
         losses: list[float] = []
 
         def closure() -> Any:
-            if optimizer is not None:
-                optimizer.zero_grad()
+            optimizer.zero_grad()
             value = self.loss(self.output(), self.targets)
             if value.requires_grad:
                 value.backward()
@@ -233,7 +230,7 @@ class TrainingSetup:
             for _ in range(n_steps):
                 value = closure()
                 losses.append(value.item())
-                if optimizer is None or not math.isfinite(losses[-1]):
+                if not math.isfinite(losses[-1]):
                     break
                 if isinstance(optimizer, torch.optim.LBFGS):
                     optimizer.step(closure)

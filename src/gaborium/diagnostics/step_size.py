@@ -136,19 +136,20 @@ def step_limit(setup: TrainingSetup) -> StepLimit:
     direction = _steepest_direction(loss, there)
     # Near enough to see a cone, and far enough that rounding does not hide it.
     distances = [_NEAR / 10 * 10 ** (k / 3) for k in range(6, -1, -1)]
-    slopes = [_mean_slope(loss, there, r * direction) for r in distances]
+    slopes = [
+        sum(loss.slope(there + side * r * direction)[1].norm().item() for side in (-1, 1)) / 2
+        for r in distances
+    ]
     exponent = 1.0
     if all(0 < slope < math.inf for slope in slopes):
         exponent = math.log(slopes[-4] / slopes[-1]) / math.log(distances[-4] / distances[-1])
     is_cone = exponent < _CONE
     basin, steepest = _basin(loss, there, direction, is_cone=is_cone)
-    sharpness = math.inf if is_cone else _sharpness(loss, there) or slopes[-1] / distances[-1]
-    squared_sharpness = _sharpness(squared, there)
-    if squared_sharpness is None:
-        squared_sharpness = 2 * slopes[-1] ** 2 if is_cone else sharpness
+    sharpness = math.inf if is_cone else _sharpness(loss, there, slopes[-1] / distances[-1])
+    estimate = 2 * slopes[-1] ** 2 if is_cone else sharpness
     return StepLimit(
         sharpness=sharpness,
-        squared_sharpness=squared_sharpness,
+        squared_sharpness=_sharpness(squared, there, estimate),
         exponent=exponent,
         distances=tuple(distances),
         slopes=tuple(slopes),
@@ -169,8 +170,8 @@ class _Objective:
     def __call__(self, point: Tensor) -> Tensor:
         parts = point.split([value.numel() for value in self._learned.values()])
         pairs = zip(parts, self._learned.items(), strict=True)
-        value: Tensor = self._sandbox.run_with({n: p.view_as(v) for p, (n, v) in pairs}).loss
-        return value
+        loss: Tensor = self._sandbox.run_with({n: p.view_as(v) for p, (n, v) in pairs}).loss
+        return loss
 
     def slope(self, point: Tensor) -> tuple[float, Tensor]:
         """The loss and its gradient."""
@@ -195,23 +196,21 @@ def _stepped(setup: TrainingSetup) -> tuple[list[str], dict[str, Any]]:
     Of several groups the one with the largest step counts.
     """
     learned = {id(p): name for name, p in setup.module.named_parameters() if p.requires_grad}
-    if not learned:
-        raise ValueError("The module learns no parameter: not one of them requires a gradient.")
-    if setup.optimizer is None:
-        return list(learned.values()), {}
-    groups = [
-        (group, {id(p) for p in group["params"]} & learned.keys())
-        for group in setup.optimizer.param_groups
-    ]
-    held = set().union(*(ids for _, ids in groups))
+    groups: Any = [{"params": list(setup.module.parameters())}]
+    if setup.optimizer is not None:
+        groups = setup.optimizer.param_groups
+    held = {id(p): group for group in groups for p in group["params"] if id(p) in learned}
     if not held:
         raise ValueError(
-            "The optimizer has no learned parameter of the module; make it from "
-            "module.parameters() of this very module."
+            "No parameter is learned: the module's parameters must require gradients, and an "
+            "optimizer must be made from module.parameters() of this very module."
         )
-    group = max((group for group, ids in groups if ids), key=lambda group: float(group["lr"]))
+    names = [name for key, name in learned.items() if key in held]
+    if setup.optimizer is None:
+        return names, {}
+    group = max(held.values(), key=lambda group: float(group["lr"]))
     adaptive = "eps" in group or "etas" in group
-    return [name for key, name in learned.items() if key in held], {
+    return names, {
         "learning_rate": float(group["lr"]),
         "momentum": 0.0 if adaptive else float(group.get("momentum", 0.0)),
         "adaptive": adaptive,
@@ -222,14 +221,13 @@ def _stepped(setup: TrainingSetup) -> tuple[list[str], dict[str, Any]]:
 # -- the minimum and its surroundings -----------------------------------------------------------
 
 
-def _sharpness(loss: _Objective, point: Tensor) -> float | None:
-    """Largest eigenvalue of the Hessian; ``None`` for too many parameters."""
+def _sharpness(loss: _Objective, point: Tensor, estimate: float) -> float:
+    """Largest eigenvalue of the Hessian; the estimate for too many parameters."""
     if len(point) > _MOST_EXACT:
-        return None
+        return estimate
     hessian = torch.autograd.functional.hessian(loss, point)
-    if not hessian.isfinite().all():
-        return math.nan
-    return torch.linalg.eigvalsh(hessian.double()).max().item()
+    finite = bool(hessian.isfinite().all())
+    return torch.linalg.eigvalsh(hessian).max().item() if finite else math.nan
 
 
 def _descend(loss: _Objective, start: Tensor, *, square: bool = False) -> Tensor:
@@ -263,19 +261,11 @@ def _steepest_direction(loss: _Objective, minimum: Tensor) -> Tensor:
     generator = torch.Generator().manual_seed(0)
     direction = torch.randn(minimum.shape, generator=generator, dtype=torch.float64).to(minimum)
     for _ in range(1 if minimum.numel() == 1 else 12):
-        direction = direction / direction.norm()
-        _, gradient = loss.slope(minimum + _NEAR * direction)
-        gradient = gradient.nan_to_num(0.0)
+        gradient = loss.slope(minimum + _NEAR * (direction / direction.norm()))[1].nan_to_num(0)
         if not gradient.norm() > 0:
             break
         direction = gradient
     return direction / direction.norm()
-
-
-def _mean_slope(loss: _Objective, minimum: Tensor, step: Tensor) -> float:
-    """Length of the gradient at equal distances to both sides."""
-    both = [loss.slope(minimum + sign * step)[1].norm().item() for sign in (-1, 1)]
-    return sum(both) / 2
 
 
 def _basin(
@@ -288,9 +278,9 @@ def _basin(
         rises, tallest = [], 0.0
         for sign in (-1, 1):
             value, gradient = loss.slope(minimum + sign * distance * direction)
-            rise = sign * torch.dot(gradient, direction).item()
-            tallest = max(tallest, abs(rise))
-            rises.append(rise * (value - floor) if is_cone else rise)
+            rises.append(sign * torch.dot(gradient, direction).item())
+            tallest = max(tallest, abs(rises[-1]))
+            rises[-1] *= value - floor if is_cone else 1.0
         growth = sum(rises) / 2
         if not growth > before or not math.isfinite(growth):
             return distance / 1.1, max(steepest, 0.0)
@@ -304,8 +294,9 @@ def _basin(
 
 def _findings(found: StepLimit) -> Iterator[Finding]:
     rate, momentum, basin = found.learning_rate, found.momentum, found.basin
-    numbers: dict[str, Any] = {"exponent": found.exponent, "basin": basin}
-    numbers["sharpness"] = found.sharpness
+    numbers: dict[str, Any] = {
+        "exponent": found.exponent, "basin": basin, "sharpness": found.sharpness,
+    }  # fmt: skip
     if rate is not None:
         numbers |= {"learning_rate": rate, "momentum": momentum}
     build: Any = partial(finding, **numbers)
@@ -313,15 +304,18 @@ def _findings(found: StepLimit) -> Iterator[Finding]:
     if found.is_cone:
         severity = Severity.WARNING
         consequence = "Descent with a fixed step cycles around it and never settles"
+        remedy = "import torch\nloss = torch.nn.functional.mse_loss\n"
         if rate is not None:
             end = "out of" if travel > basin else "and cycles within"
             consequence = f"A step of {rate:g} passes it by {travel:.3g}, {end} the basin of "
             consequence += f"half-width {basin:.3g}"
             severity = Severity.SEVERE if travel > basin else severity
             severity = Severity.NOTE if travel < 1e-3 * basin else severity
+            if not found.adaptive and found.squared_sharpness > 0:
+                remedy += SET_RATE.format(rate=1 / found.squared_sharpness)
         yield build(
-            "cone at the minimum", severity=severity, consequence=consequence,
-            remedy=_squared_error(found), slope=found.slopes[-1], travel=travel,
+            "cone at the minimum", severity=severity, consequence=consequence, remedy=remedy,
+            slope=found.slopes[-1], travel=travel,
         )  # fmt: skip
     if rate is None:
         return
@@ -364,11 +358,3 @@ def _findings(found: StepLimit) -> Iterator[Finding]:
                 f"loss = lambda output, target: {1 / steepest!r} * unscaled(output, target)"
             )
         yield build("loss scale", reason=reason, remedy=remedy, n_steps=n_steps, steepest=steepest)
-
-
-def _squared_error(found: StepLimit) -> str:
-    """Code for the squared error in place of its root, with a step that settles."""
-    remedy = "import torch\nloss = torch.nn.functional.mse_loss\n"
-    if found.learning_rate is not None and not found.adaptive and found.squared_sharpness > 0:
-        remedy += SET_RATE.format(rate=1 / found.squared_sharpness)
-    return remedy

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import math
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -10,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gaborium.coordinates import Coordinates
 from gaborium.functions.kernels import even_odd, log_slopes, with_unit_amplitude
 from gaborium.functions.params import POSITIVE_FIELDS, Gabor, Waveform
 from gaborium.layers import FAINTEST
@@ -43,9 +43,9 @@ class KernelFamily:
         self.n_pixels = layer.in_channels // layer.groups * math.prod(layer.kernel_size)
         self.dtype = torch.promote_types(layer.log_sigma.dtype, torch.float32)
         self._index: Tensor | None = None
-        parameters = dict(layer.named_parameters(recurse=False))
         self._raw_names = list(layer.raw_coordinates.raw_fields())
-        self._parameters = [name for name in self._raw_names if name in parameters]
+        own = dict(layer.named_parameters(recurse=False))
+        self._parameters = [name for name in self._raw_names if name in own]
 
     def parameters(self) -> list[Tensor]:
         """The layer's raw parameters, also those that require no gradient at present."""
@@ -148,7 +148,9 @@ def kernel_jacobian(layer: Any) -> tuple[tuple[str, ...], Tensor]:
         (('phase[0]', 'phase[1]', 'sigma'), torch.Size([16, 1, 3, 98]))
     """
     params = layer.params.detach().to(torch.float64)
-    coordinates = Coordinates.named("textbook", n_dims=params.n_dims)
+    coordinates = dataclasses.replace(
+        layer.raw_coordinates, joint_wave=False, joint_phase=False, min_wavelength=None
+    )
     raw = coordinates.to_raw(params)
     raw_names = {field: name for name, (field,) in coordinates.raw_fields().items()}
     names: list[str] = []
@@ -171,7 +173,7 @@ def kernel_jacobian(layer: Any) -> tuple[tuple[str, ...], Tensor]:
 
 
 def _jacobian(
-    layer: Any, coordinates: Coordinates, raw: Mapping[str, Tensor], names: Iterable[str]
+    layer: Any, coordinates: Any, raw: Mapping[str, Tensor], names: Iterable[str]
 ) -> Tensor:
     """Derivatives ``(filters, members, p, n)`` by the raw tensors ``names``, in their order."""
     wave, tangents = coordinates.waveform(raw), coordinates.slopes(raw)

@@ -183,25 +183,25 @@ class NaturalGradient(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                family = self._families.get(parameter)
-                has_gradient = parameter.grad is not None
-                if family and family.names and _mean_over_processes(has_gradient, parameter) > 0:
-                    state = self.state[parameter]
-                    average = self._average_gradient(family, state, group)
-                    if average is not None:
-                        self._move(family, state, group, average)
-                    self._request_output_mean(family, group)
+        for kernel, family, group in self._layers():
+            if family.names and _mean_over_processes(kernel.grad is not None, kernel) > 0:
+                state = self.state[kernel]
+                average = self._average_gradient(family, state, group)
+                if average is not None:
+                    self._move(family, state, group, average)
+                self._request_output_mean(family, group)
         return loss
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue from a saved state."""
         super().load_state_dict(state_dict)
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter in self._families:
-                    self._request_output_mean(self._families[parameter], group)
+        for _, family, group in self._layers():
+            self._request_output_mean(family, group)
+
+    def _layers(self) -> list[tuple[Tensor, KernelFamily, dict[str, Any]]]:
+        """The kernel's zeros, the family and the group of every layer."""
+        pairs = [(part, group) for group in self.param_groups for part in group["params"]]
+        return [(p, self._families[p], group) for p, group in pairs if p in self._families]
 
     def _request_output_mean(self, family: KernelFamily, group: dict[str, Any]) -> None:
         """Have the layer give the gradient by the responses' means, if the next step needs it."""
@@ -240,7 +240,6 @@ class NaturalGradient(Optimizer):
 
         # A bias or a normalisation that follows compensates the responses' means.
         has_bias = layer.bias is not None and layer.bias.requires_grad and layer.output != "energy"
-        mean = None
         if is_patch_step or has_bias or not state.get("centred", False):
             mean = _mean_patch(family, inputs) / max(share, 1e-9)
             matters = _offset_matters(state, gradient, offset, mean, group["momentum"])
@@ -428,9 +427,7 @@ def _check(group: dict[str, Any]) -> None:
 
 def _is_patch_step(step: int, interval: int) -> bool:
     """Whether to sample patches: of all first batches, which differ much, and of few later."""
-    if step <= interval:
-        return True
-    return step % (interval if step <= _WARMUP_STEPS else 3 * interval) == 0
+    return step <= interval or step % (interval if step <= _WARMUP_STEPS else 3 * interval) == 0
 
 
 def _is_global_step(step: int, interval: int) -> bool:

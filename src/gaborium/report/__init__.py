@@ -1,49 +1,36 @@
 """Reports: a result as a page, as figures, and as JSON and CSV.
 
-``page`` has the sections of a page and its one template; ``filters`` and ``learning`` make them
-for each kind of result. The terminal shows the same sections without figures.
+``results`` makes the sections for each kind of result, and ``page`` fills the one template with
+them. The terminal shows the same sections without figures.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import platform
 from collections.abc import Mapping
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
 from torch import Tensor
 
-from gaborium.report import filters, learning
-from gaborium.report.page import Report, Section, fill, saved
+from gaborium.report.page import Report, Section, render, saved
+from gaborium.report.results import REPORTS
 from gaborium.support import csv_text, write_bytes, write_text
 
-_FILTERS = {
-    "FitResult": filters.fit_report,
-    "Census": filters.census_report,
-    "Conversion": filters.conversion_report,
-}
-_LEARNING = {
-    "Diagnosis": learning.diagnosis_report,
-    "Recovery": learning.recovery_report,
-    "TrainResult": learning.training_report,
-}
 
+def describe(result: Any, kernels: Tensor | None = None) -> Report:
+    """What is said about a result, for the results that ``write_report`` takes.
 
-def headline(result: Any) -> str:
-    """The answer of a result in one sentence; for the results that ``write_report`` takes."""
-    return _report(result).headline
-
-
-def sentences(result: Any) -> list[str]:
-    """What a reader should know after the headline."""
-    return list(_report(result).sentences)
-
-
-def sections(result: Any) -> list[Section]:
-    """The page's sections, without the table of all filters: for a terminal."""
-    return list(_report(result).sections())
+    Without ``kernels`` there is no table of all filters, as in the terminal.
+    """
+    kind = type(result).__name__
+    if kind not in REPORTS:
+        raise TypeError(f"There are reports for {', '.join(REPORTS)}, not for {kind}.")
+    return REPORTS[kind](result, kernels)
 
 
 def write_report(
@@ -91,14 +78,22 @@ def write_report(
     """
     if not Path(folder).is_dir():
         raise FileNotFoundError(f"There is no folder {os.fspath(folder)!r}; make it first.")
-    report = _report(result, kernels)
-    if report.rows is not None and kernels is None:
+    report, facts = describe(result, kernels), dict(facts or {})
+    if report.rows and kernels is None:
         raise TypeError(f"The report of a {type(result).__name__} needs kernels=.")
-    figures: dict[str, Any] = {}
-    page = report.html(title, facts or {}, figures)
-    contents = {"report.html": page.encode(), "result.json": report.json(facts or {}).encode()}
-    if report.rows is not None:
-        contents["result.csv"] = csv_text(report.rows()).encode()
+    versions = {name: version(name) for name in ("gaborium", "torch", "matplotlib")}
+    versions |= {"python": platform.python_version()}
+    shown = facts | {"versions": ", ".join(map(" ".join, versions.items()))}
+    html, figures = render(report._replace(title=title or report.title), shown)
+    record = {"format": f"gaborium.{report.kind}", "version": 1, "facts": facts}
+    record |= {"versions": versions, "headline": report.headline}
+    record["result"] = json.loads(result.to_json())
+    contents = {
+        "report.html": html.encode(),
+        "result.json": (json.dumps(record, allow_nan=False, ensure_ascii=False) + "\n").encode(),
+    }
+    if report.rows:
+        contents["result.csv"] = csv_text(report.rows).encode()
     contents |= {f"{name}.png": saved(figure, format="png") for name, figure in figures.items()}
     for name, content in contents.items():
         write_bytes(Path(folder, name), content)
@@ -123,14 +118,6 @@ def write_index(folder: str | os.PathLike[str]) -> Path | None:
         except (LookupError, TypeError, ValueError):
             said = []
         sections.append(Section(run.name, said, link=f"{quote(run.name)}/report.html"))
-    write_text(path, fill("Gaborium runs", f"{len(sections)} runs", sections, {}, {}))
+    index = Report("index", "Gaborium runs", f"{len(sections)} runs", [], sections)
+    write_text(path, render(index, {})[0])
     return path
-
-
-def _report(result: Any, kernels: Tensor | None = None) -> Report:
-    kind = type(result).__name__
-    if kind in _FILTERS:
-        return _FILTERS[kind](result, kernels)
-    if kind in _LEARNING:
-        return _LEARNING[kind](result)
-    raise TypeError(f"There are reports for {[*_FILTERS, *_LEARNING]}, not for {kind}.")

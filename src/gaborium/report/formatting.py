@@ -7,9 +7,8 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from gaborium.functions.params import UNITS
-
 _SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
+_ANGLES = ("orientation", "elevation", "phase")
 # How the names of shares begin, which are written in percent.
 _SHARES = ("accuracy", "confidence", "explained", "response_error", "share")
 
@@ -73,6 +72,8 @@ def written(name: str, value: Any, digits: int = 3) -> str:
         return "–" if value is None else str(value)
     if name.startswith(_SHARES):
         return percent(value)
-    if UNITS.get(name) == "rad" or name.endswith("_rad"):
+    if name in _ANGLES or name.endswith("_rad"):
         return degrees(value, digits)
+    if name in ("learning_rate", "momentum"):
+        return f"{value:g}"
     return f"{value:.0f}" if value.is_integer() and value < 1e6 else number(value, digits)

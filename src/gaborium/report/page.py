@@ -1,21 +1,16 @@
-"""One page for every kind of result: its sections as HTML, and the same numbers as JSON."""
+"""One page for every kind of result: the answer, then sections in one HTML template."""
 
 from __future__ import annotations
 
 import base64
 import io
-import json
-import platform
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from importlib.metadata import version
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.resources import files
 from typing import Any, NamedTuple
 
-import torch.nn.functional as F
 from torch import Tensor
 
-from gaborium.functions.params import UNITS, plain
 from gaborium.plots import INK, MUTED, PAPER, SHADE
 from gaborium.report.formatting import label, written
 from gaborium.support import require
@@ -40,7 +35,7 @@ class Table(NamedTuple):
         """Those of the named columns that the rows have."""
         names = [name for name in names if name in rows[0]]
         cells = [[written(name, row[name]) for name in names] for row in rows]
-        head = [label(name) + ", px" * (UNITS.get(name) == "px") for name in names]
+        head = [label(name) + ", px" * (name in ("wavelength", "sigma")) for name in names]
         return cls(head, cells, n_words)
 
 
@@ -61,78 +56,51 @@ class Report(NamedTuple):
 
     Args:
         kind: of the result.
-        title: of the page, unless it is given another.
+        title: of the page.
         headline: the answer in one sentence.
         sentences: what a reader should know next.
         sections: the page.
-        record: the result as plain values.
-        rows: a row for each filter, or ``None``.
+        rows: a row for each filter, if the result is about filters.
     """
 
     kind: str
     title: str
     headline: str
     sentences: Sequence[str]
-    sections: Callable[[], Iterable[Section]]
-    record: Callable[[], Mapping[str, Any]]
-    rows: Callable[[], Sequence[Mapping[str, object]]] | None = None
-
-    def json(self, facts: Mapping[str, str]) -> str:
-        """The result with headline, facts and versions."""
-        record = {"format": f"gaborium.{self.kind}", "version": 1, "facts": dict(facts)}
-        record |= {"versions": _versions(), "headline": self.headline, "result": self.record()}
-        return json.dumps(plain(record), allow_nan=False, ensure_ascii=False) + "\n"
-
-    def html(self, title: str | None, facts: Mapping[str, str], figures: dict[str, Any]) -> str:
-        """The page; ``figures`` receives its matplotlib figures by name."""
-        first, *rest = self.sections()
-        sections = [first._replace(text=[*self.sentences, *first.text]), *rest]
-        facts = {**facts, "versions": ", ".join(map(" ".join, _versions().items()))}
-        return fill(title or self.title, self.headline, sections, facts, figures)
+    sections: Sequence[Section]
+    rows: Sequence[Mapping[str, object]] = ()
 
 
-def fill(
-    title: str,
-    headline: str,
-    sections: Sequence[Section],
-    facts: Mapping[str, str],
-    figures: dict[str, Any],
-) -> str:
-    """Fill the template."""
+def render(report: Report, facts: Mapping[str, str]) -> tuple[str, dict[str, Any]]:
+    """The page as HTML, and its matplotlib figures by name."""
     jinja2 = require("jinja2", extra="report", purpose="Reports")
-    markupsafe = require("markupsafe", extra="report", purpose="Reports")
+    markup = require("markupsafe", extra="report", purpose="Reports")
+    figures: dict[str, Any] = {}
 
     def prose(text: str) -> Any:
-        text = str(markupsafe.escape(text)).replace(" %", "\u00a0%")
-        text = re.sub(" ([×±]) ", "\u00a0\\1\u00a0", text)
-        return markupsafe.Markup(re.sub("`([^`]+)`", r"<code>\1</code>", text))
+        text = re.sub(" (%)| ([×±]) ", _unbroken, str(markup.escape(text)))
+        return markup.Markup(re.sub("`([^`]+)`", r"<code>\1</code>", text))
 
-    def draw(name: str, drawing: Drawing) -> Any:
-        figures[name] = wide = drawing()
-        shapes = {"": wide}
-        if wide.get_figwidth() > 1.5 * _NARROW:
-            shapes = {"wide": wide, "narrow": drawing(width=_NARROW)}
-        return markupsafe.Markup("").join(
-            markupsafe.Markup('<figure class="{}" style="max-width: {}rem">{}</figure>').format(
-                shape, round(8.5 * one.get_figwidth()), markupsafe.Markup(_svg(one, name + shape))
-            )
-            for shape, one in shapes.items()
-        )
+    def drawn(name: str, drawing: Drawing) -> Iterator[tuple[str, int, str]]:
+        """A figure's kind, its largest width in rem, and its SVG; a wide one also for a phone."""
+        figures[name] = figure = drawing()
+        shapes = {"": figure}
+        if figure.get_figwidth() > 1.5 * _NARROW:
+            shapes = {"wide": figure, "narrow": drawing(width=_NARROW)}
+        for shape, one in shapes.items():
+            yield shape, round(8.5 * one.get_figwidth()), _svg(one, name + shape)
 
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters["prose"] = prose
+    environment.filters |= {"prose": prose, "png": _png}
     template = files("gaborium.report").joinpath("page.html.j2").read_text(encoding="utf-8")
-    text: str = environment.from_string(template).render(
-        title=title, headline=headline, sections=sections, facts=facts, draw=draw, png=_png
-    )
-    return text
+    values = report._asdict() | {"facts": facts, "drawn": drawn}
+    return environment.from_string(template).render(values), figures
 
 
-def _versions() -> dict[str, str]:
-    names = ("gaborium", "torch", "matplotlib")
-    return {name: version(name) for name in names} | {"python": platform.python_version()}
+def _unbroken(match: re.Match[str]) -> str:
+    return match[0].replace(" ", "\u00a0")
 
 
 def saved(figure: Any, **options: Any) -> bytes:
@@ -159,11 +127,9 @@ def _svg(figure: Any, name: str) -> str:
 
 def _png(pixels: Tensor) -> str:
     """A picture ``(height, width, 4)`` with values in [0, 1], for within a page."""
-    image = require("matplotlib.image", extra="report", purpose="Reports")
-    if pixels.shape[1] > _MOST_PIXELS:
-        size = [max(1, side * _MOST_PIXELS // pixels.shape[1]) for side in pixels.shape[:2]]
-        pixels = F.interpolate(pixels.movedim(-1, 0)[None], size, mode="area")[0].movedim(0, -1)
+    image = require("PIL.Image", extra="report", purpose="Reports")
+    picture = image.fromarray((255 * pixels).round().byte().numpy())
+    picture.thumbnail((_MOST_PIXELS, picture.height))
     buffer = io.BytesIO()
-    values = (255 * pixels).round().byte().numpy()
-    image.imsave(buffer, values, format="png", metadata={"Software": None})
+    picture.save(buffer, "png")
     return base64.b64encode(buffer.getvalue()).decode()

@@ -22,7 +22,6 @@ from gaborium.training.networks import Network, make_network
 from gaborium.training.recipe import Recipe
 
 RECIPE_FILE, CHECKPOINT_FILE = "recipe.toml", "checkpoint.pt"
-_FORMAT = 1
 _SNAPSHOTS = ("epochs", "kernels", "params")  # not in JSON
 
 
@@ -185,8 +184,8 @@ class TrainResult:
             rows.append(row)
         return rows
 
-    def to_record(self) -> dict[str, Any]:
-        """Return the result as plain objects for JSON.
+    def to_json(self) -> str:
+        """Return the result as JSON text.
 
         Convention:
             - accuracies are shares, angles in rad, lengths in px
@@ -201,21 +200,18 @@ class TrainResult:
                 {name: value for name, value in vars(run).items() if name not in _SNAPSHOTS}
                 | {name: end and json.loads(end.to_json()) for name, end in ends.items()}
             )
-        return plain(
-            {
-                "format": "gaborium.train",
-                "version": _FORMAT,
-                "recipe": vars(self.recipe),
-                "data": self.data,
-                "table": self.to_table(),
-                "displacement": {
-                    variant: {k: mean._asdict() for k, mean in self.displacement(variant).items()}
-                    for variant in self.variants
-                },
-                "difference": {other: self.difference(first, other)._asdict() for other in others},
-                "runs": runs,
-            }
-        )
+        document = {
+            "recipe": vars(self.recipe),
+            "data": self.data,
+            "table": self.to_table(),
+            "displacement": {
+                variant: {k: mean._asdict() for k, mean in self.displacement(variant).items()}
+                for variant in self.variants
+            },
+            "difference": {other: self.difference(first, other)._asdict() for other in others},
+            "runs": runs,
+        }
+        return json.dumps(plain(document), allow_nan=False)
 
 
 def _mean_difference(pairs: list[tuple[float | None, float | None]]) -> Mean:
