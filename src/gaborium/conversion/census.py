@@ -423,14 +423,12 @@ def _find_pairs(
     """
     waves = [i for i, label in enumerate(labels) if label == "gabor"]
     others = [i for i, label in enumerate(labels) if label not in ("gabor", "noise")]
-    pairs = _pairs_of_waves(waves, result, tuple(kernels.shape[-n_dims:]))
-    pairs += _pairs_of_kernels(others, kernels.double(), n_dims)
+    pairs = _pairs_of_waves(waves, result, tuple(kernels.shape[-n_dims:])) if waves else []
+    pairs += _pairs_of_kernels(others, kernels.double(), n_dims) if others else []
     return tuple(sorted(pairs, key=lambda pair: (-pair.similarity, pair.first, pair.second)))
 
 
 def _pairs_of_waves(chosen: list[int], result: FitResult, sizes: tuple[int, ...]) -> list[Pair]:
-    if len(chosen) < 2:
-        return []
     params = result[chosen].params
     params = params.replace(center=torch.zeros_like(params.center))
     # Twice the size, so that a moved envelope is not cut.
@@ -456,8 +454,6 @@ def _pairs_of_waves(chosen: list[int], result: FitResult, sizes: tuple[int, ...]
 
 
 def _pairs_of_kernels(chosen: list[int], kernels: Tensor, n_dims: int) -> list[Pair]:
-    if len(chosen) < 2:
-        return []
     axes, w = tuple(range(-n_dims, 0)), kernels[chosen]
     padded = [2 * size for size in w.shape[-n_dims:]]
     w = w / w.flatten(1).norm(dim=1).reshape(-1, *[1] * (w.ndim - 1)).clamp_min(1e-300)

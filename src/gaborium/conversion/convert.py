@@ -310,13 +310,13 @@ def _chosen(found: FitResult, threshold: float, filters: Sequence[int] | Tensor 
     if filters is None:
         return (found.explained_variance >= threshold) & ~dead
     numbers = torch.as_tensor(filters).flatten().tolist()
-    if any(isinstance(i, (bool, float)) or not 0 <= i < n for i in numbers):
-        raise ValueError(f"filters must be numbers from 0 to {n - 1}, got {numbers[:8]}.")
+    if any(isinstance(i, (bool, float)) or not 0 <= i < n or dead[i] for i in numbers):
+        raise ValueError(
+            f"filters must be numbers from 0 to {n - 1} of kernels that are not zero, got "
+            f"{numbers[:8]}."
+        )
     chosen = torch.zeros(n, dtype=torch.bool)
     chosen[numbers] = True
-    if (chosen & dead).any():
-        first = int((chosen & dead).nonzero()[0])
-        raise ValueError(f"filters must not name silent kernels: number {first} is zero.")
     return chosen
 
 
