@@ -49,8 +49,8 @@ def drawn(*shape: int, seed: int = 0) -> Any:
 @pytest.mark.parametrize(
     ("changes", "word"),
     [
-        ({"labels": torch.full((12,), 3)}, "0 to 2, one of its 3 classes, got 3"),
-        ({"test_labels": torch.tensor([0, -1])}, "test_labels of 'it' must be 0 to 2"),
+        ({"labels": torch.full((12,), 3)}, "each 0 to 2, got torch.int64 of shape (12,), [3]"),
+        ({"test_labels": torch.tensor([0, -1])}, "test_labels of 'it' must be int64 (2,), each 0"),
         ({"labels": torch.zeros(11, dtype=torch.int64)}, "int64 (12,)"),
         ({"labels": torch.zeros(12)}, "got torch.float32"),
         ({"images": torch.zeros(12, 1, 2, 2)}, "uint8"),
@@ -58,8 +58,6 @@ def drawn(*shape: int, seed: int = 0) -> Any:
         ({"images": torch.zeros(12, 4)}, "(12, 4)"),
         ({"test_images": torch.zeros(2, 1, 3, 2).byte()}, "(2, 1, 3, 2)"),
         ({"images": torch.zeros(0, 1, 2, 2).byte()}, "not empty"),
-        ({"images": torch.full((12, 1, 8), 2.0)}, "[-1, 1]"),
-        ({"images": torch.full((12, 1, 8), torch.nan)}, "[-1, 1]"),
     ],
 )
 def test_a_data_set_is_checked_when_it_is_made(changes, word):
@@ -173,14 +171,16 @@ def test_npz_files_hold_grey_images_colours_or_sounds(tmp_path):
 
 def test_bad_npz_files_are_one_clear_line(tmp_path):
     file = tmp_path / "it.npz"
-    refused(ValueError, lambda: load_dataset(npz(file, x_test=None)), "x_train, y_train", "x_test")
-    refused(ValueError, lambda: load_dataset(npz(file, y_train=np.array([{}] * 4))), "allow_pickle")
-    refused(ValueError, lambda: load_dataset(npz(file, classes=["u"])), "0 to 0", "got 0 to 1")
+    refused(ValueError, lambda: load_dataset(npz(file, x_test=None)), "x_test is not a file in")
+    refused(ValueError, lambda: load_dataset(npz(file, y_train=np.array([{}] * 4))), "unpickling")
+    refused(
+        ValueError, lambda: load_dataset(npz(file, classes=["u"])), "each 0 to 0, got", "[0, 1]"
+    )
     refused(ValueError, lambda: load_dataset(npz(file, x_train=np.zeros((4, 6, 5)))), "uint8")
     whole = npz(file).read_bytes()
     for damaged in (whole[:-30], whole[:300], b"", b"text", whole[:250] + b"xyz" + whole[253:]):
         file.write_bytes(damaged)
-        refused(ValueError, lambda: load_dataset(file), "it.npz", "must be an .npz file")
+        refused(ValueError, lambda: load_dataset(file), "it.npz", "cannot be read")
 
 
 def picture(path: Path, grey: int = 0, size: tuple[int, ...] = (6, 5)) -> None:
@@ -215,7 +215,7 @@ def test_a_folder_of_classes_tests_with_the_last_fifth(tmp_path):
     assert data.images[:, 0, 0, 0].tolist() == [*range(8), 50]
     assert data.test_images[:, 0, 0, 0].tolist() == [8, 9, 10, 51]
     picture(tmp_path / "bees" / "c.png", 50, (6, 7))
-    refused(ValueError, lambda: load_dataset(tmp_path), "one size", "[1, 6, 7]")
+    refused(ValueError, lambda: load_dataset(tmp_path), "one size", "(6, 7)")
     for name in "bc":
         (tmp_path / "bees" / f"{name}.png").unlink()
     refused(ValueError, lambda: load_dataset(tmp_path), "only one of them for 'bees'")

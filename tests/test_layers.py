@@ -16,14 +16,12 @@ from torch import Tensor, nn
 from gaborium import Gabor1d, Gabor2d, Gabor3d, GaborConv1d, GaborConv2d, GaborConv3d
 from gaborium.functions.kernels import gabor, suggest_kernel_size
 from gaborium.functions.params import RECORDS, Gabor
-from gaborium.layers import pair_energy
+from gaborium.layers import LAYERS, PLAIN_LAYERS, pair_energy
 from gaborium.starts import STARTS
 
 DIMENSIONS = (1, 2, 3)
 COORDINATES = ("textbook", "wavevector")
 OUTPUTS = ("real", "quadrature", "energy")
-LAYERS = {1: GaborConv1d, 2: GaborConv2d, 3: GaborConv3d}
-PLAIN = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 CONVOLVE = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 HALF = (torch.float16, torch.bfloat16)
 
@@ -77,7 +75,7 @@ def learned(layer) -> list[nn.Parameter]:
 
 @pytest.mark.parametrize("n_dims", DIMENSIONS)
 def test_the_signature_is_that_of_torch_and_then_ours(n_dims):
-    theirs = inspect.signature(PLAIN[n_dims]).parameters
+    theirs = inspect.signature(PLAIN_LAYERS[n_dims]).parameters
     ours = inspect.signature(LAYERS[n_dims]).parameters
     shared, own = list(ours)[: len(theirs)], list(ours)[len(theirs) :]
     assert shared == list(theirs)
@@ -87,7 +85,7 @@ def test_the_signature_is_that_of_torch_and_then_ours(n_dims):
     assert {"learn", "coordinates", "start", "seed", "output"} <= set(own)
     assert {ours[name].kind for name in own} == {inspect.Parameter.KEYWORD_ONLY}
     forward = inspect.signature(LAYERS[n_dims].forward).parameters
-    assert list(forward) == list(inspect.signature(PLAIN[n_dims].forward).parameters)
+    assert list(forward) == list(inspect.signature(PLAIN_LAYERS[n_dims].forward).parameters)
 
 
 # -- images → responses -------------------------------------------------------------------------
@@ -129,8 +127,8 @@ def arguments(case: dict, n_dims: int) -> dict:
 def test_outputs_are_those_of_torch_with_the_same_kernels(case, n_dims):
     given = arguments(case, n_dims)
     layer = LAYERS[n_dims](**given, start="random", seed=0)
-    theirs = inspect.signature(PLAIN[n_dims]).parameters
-    plain = PLAIN[n_dims](**{name: value for name, value in given.items() if name in theirs})
+    theirs = inspect.signature(PLAIN_LAYERS[n_dims]).parameters
+    plain = PLAIN_LAYERS[n_dims](**{name: value for name, value in given.items() if name in theirs})
     assert layer.weight.shape == plain.weight.shape
     with torch.no_grad():
         plain.weight.copy_(layer.weight)
@@ -507,7 +505,7 @@ def test_outputs_begin_with_the_variance_of_torch(start, output, n_dims):
         3: (3, 5, 12, 12, 12),
     }[n_dims]
     image = torch.randn(4, in_channels, *size)
-    plain = PLAIN[n_dims](in_channels, 64, kernel_size, bias=False)
+    plain = PLAIN_LAYERS[n_dims](in_channels, 64, kernel_size, bias=False)
     layer = LAYERS[n_dims](
         in_channels, 64, kernel_size, start=start, output=output, seed=0, bias=False
     )
@@ -1088,7 +1086,7 @@ def test_layers_export_for_any_batch(output):
 def test_the_frozen_layer_is_a_plain_one_of_its_own(n_dims):
     layer = layer_of(n_dims, padding=2, padding_mode="circular", dtype=torch.float64).eval()
     conv = layer.to_conv()
-    assert type(conv) is PLAIN[n_dims]
+    assert type(conv) is PLAIN_LAYERS[n_dims]
     assert not conv.training
     assert conv.weight.requires_grad
     assert conv.weight.is_leaf
@@ -1109,6 +1107,12 @@ def test_repr_shows_what_is_not_default():
     )
     text = repr(GaborConv1d(2, 4, 5, 2, 1, bias=False, output="energy"))
     assert "padding=(1,), bias=False, output='energy'" in text
+
+    class Named(GaborConv2d):
+        def __init__(self, n_filters: int) -> None:
+            super().__init__(1, n_filters, 5, dc="remove")
+
+    assert repr(Named(3)).startswith("Named(1, 3, kernel_size=(5, 5), stride=(1, 1), dc='remove'")
 
 
 @pytest.mark.parametrize("output", ["quadrature", "energy"])

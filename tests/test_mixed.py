@@ -9,10 +9,8 @@ import torch
 from torch import Tensor, nn
 
 import gaborium
-from gaborium import GaborConv1d, GaborConv2d, GaborConv3d, MixedConv
-from gaborium.layers import GABOR_LAYERS
-
-LAYERS = {1: GaborConv1d, 2: GaborConv2d, 3: GaborConv3d}
+from gaborium import GaborConv2d, MixedConv
+from gaborium.layers import GABOR_LAYERS, LAYERS
 
 
 def mixed_of(n_dims: int, free: int | Tensor = 2, **kwargs) -> MixedConv:

@@ -15,12 +15,12 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor, nn
 
-from gaborium import Gabor2d, GaborConv1d, GaborConv2d, GaborConv3d, MixedConv
+from gaborium import Gabor2d, GaborConv2d, MixedConv
 from gaborium.functions.params import RECORDS
+from gaborium.layers import LAYERS
 from gaborium.optim import NaturalGradient
 from gaborium.optim.kernel_family import KernelFamily
 
-LAYERS = {1: GaborConv1d, 2: GaborConv2d, 3: GaborConv3d}
 SIZES = {1: (60,), 2: (18, 20), 3: (9, 8, 9)}
 
 

@@ -7,11 +7,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from gaborium import GaborConv1d, GaborConv2d, GaborConv3d
+from gaborium import GaborConv2d
 from gaborium.functions.params import RECORDS
+from gaborium.layers import LAYERS
 from gaborium.optim.kernel_family import KernelFamily, kernel_jacobian
 
-LAYERS = {1: GaborConv1d, 2: GaborConv2d, 3: GaborConv3d}
 SIZES = {1: (5,), 2: (4, 3), 3: (3, 2, 3)}
 
 

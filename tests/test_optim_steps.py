@@ -6,13 +6,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from gaborium import GaborConv1d, GaborConv2d, GaborConv3d
 from gaborium.functions.params import RECORDS
+from gaborium.layers import LAYERS
 from gaborium.optim.kernel_family import KernelFamily
 from gaborium.optim.quadratic import Metric, Quadratic
 from gaborium.optim.steps import descend, global_step, reinitialize_filters
-
-LAYERS = {1: GaborConv1d, 2: GaborConv2d, 3: GaborConv3d}
 
 
 def natural_covariance(sizes: tuple[int, ...], channels: int) -> Tensor:

@@ -5,12 +5,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gaborium import GaborConv1d, GaborConv2d, GaborConv3d
+from gaborium import GaborConv2d
 from gaborium import patches as module
+from gaborium.layers import LAYERS
 from gaborium.patches import PatchStatistics, mean_patch, patch_moments, root_of, sample_patches
 
 F64 = torch.float64
-LAYERS = {1: GaborConv1d, 2: GaborConv2d, 3: GaborConv3d}
 
 
 def patches_of(layer, images: Tensor) -> Tensor:

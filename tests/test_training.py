@@ -18,7 +18,7 @@ import torch
 from torch.nn import functional as F
 
 from gaborium import Gabor2d, GaborConv2d, MixedConv, support
-from gaborium.training import Dataset, Recipe, load_trained, train, trainer
+from gaborium.training import Dataset, Recipe, Run, load_trained, train, trainer
 from gaborium.training.results import load_checkpoint
 from gaborium.training.trainer import _Trainer, make_optimizers
 
@@ -49,7 +49,7 @@ def files_of(folder: Path) -> dict[str, Any]:
         name = str(path.relative_to(folder))
         if path.suffix == ".pt":
             found[name] = load_checkpoint(path)
-            found[name]["run"].pop("seconds")
+            found[name]["run"].seconds = 0.0
         elif path.is_file():
             found[name] = path.read_bytes()
     return found
@@ -60,6 +60,8 @@ def same(one: object, other: object) -> bool:
         return False
     if isinstance(one, torch.Tensor):
         return one.dtype == other.dtype and torch.equal(one, other)
+    if isinstance(one, (Run, Gabor2d)):
+        return same(vars(one), vars(other))
     if isinstance(one, dict):
         return list(one) == list(other) and all(same(one[key], other[key]) for key in one)
     if isinstance(one, (list, tuple)):
@@ -181,11 +183,11 @@ def test_killed_for_good_and_resumed_equals_uninterrupted(
     assert in_processes(n, work("whole")) == [0] * n
     assert in_processes(n, work("killed", 11))[0] == -signal.SIGKILL
     killed = load_checkpoint(tmp_path / "killed/gabor-0/checkpoint.pt")
-    assert (killed["step"], killed["run"]["accuracy"]) == (10, None)
+    assert (killed["step"], killed["run"].accuracy) == (10, None)
     assert in_processes(n, work("killed")) == [0] * n
     assert same(files_of(tmp_path / "killed"), files_of(tmp_path / "whole"))
     finished = load_checkpoint(tmp_path / "whole/gabor-0/checkpoint.pt")
-    assert finished["run"]["accuracy"] > 0.6
+    assert finished["run"].accuracy > 0.6
 
 
 def test_two_processes_do_what_one_does(data, tmp_path):

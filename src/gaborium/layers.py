@@ -319,7 +319,7 @@ class _GaborConv(nn.Module, Generic[Record]):
 
     def arguments(self) -> dict[str, Any]:
         """The arguments that make another layer like this one, by name."""
-        names = inspect.signature(type(self)).parameters
+        names = inspect.signature(_GaborConv).parameters
         special = {
             "bias": self.bias is not None,
             "device": self.log_sigma.device,
@@ -375,7 +375,7 @@ class _GaborConv(nn.Module, Generic[Record]):
     def extra_repr(self) -> str:
         """The arguments that differ from the defaults, as ``nn.ConvNd`` shows them."""
         text = _empty_conv(self, self.out_channels, bias=self.bias is not None).extra_repr()
-        defaults = inspect.signature(type(self)).parameters
+        defaults = inspect.signature(_GaborConv).parameters
         for name in ("coordinates", "geometry", "dc", "unit_norm", "output", "min_wavelength"):
             value = getattr(self, name)
             text += f", {name}={value!r}" if value != defaults[name].default else ""

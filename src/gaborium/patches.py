@@ -174,46 +174,30 @@ def sample_patches(layer: Any, images: Tensor, generator: torch.Generator) -> Te
     All patches if there are few, otherwise a random sample whose covariance costs little compared
     with a training step. The generator is on the CPU.
     """
-    d = layer.n_dims
-    images = layer.padded(_batched(layer, images)).contiguous()
-    room = _positions(layer, images)
-    total = len(images) * math.prod(room)
-    n = images.shape[1] // layer.groups * math.prod(layer.kernel_size)
+    images = layer.padded(_batched(layer, images))
+    images = images.to(torch.promote_types(images.dtype, torch.float32))
+    patches = _patches_of(images, layer.kernel_size, layer.stride, layer.dilation)
+    positions, size = patches.shape[: layer.n_dims + 1], patches.shape[layer.n_dims + 1 :]
+    n, total = math.prod(size) // layer.groups, math.prod(positions)
     limit = int(min(max(_WORK / n**2, _FEWEST), _MOST))
     few = total <= limit
     chosen = torch.arange(total) if few else torch.randint(total, (limit,), generator=generator)
-    chosen = chosen.to(images.device)
-
-    # A patch is copied row by row: along the last axis its pixels are adjacent in memory.
-    gap, k = layer.dilation[-1], layer.kernel_size[-1]
-    rows = images.flatten().unfold(0, gap * (k - 1) + 1, 1)[:, ::gap]
-    first, inner = torch.zeros_like(chosen), torch.zeros_like(chosen[:1])
-    for axis in reversed(range(d)):
-        reach = images.stride(2 + axis)
-        first += (chosen % room[axis]) * layer.stride[axis] * reach
-        chosen = chosen // room[axis]
-        if axis < d - 1:
-            pixel = torch.arange(layer.kernel_size[axis], device=chosen.device)
-            pixel = pixel * (layer.dilation[axis] * reach)
-            inner = (pixel.unsqueeze(-1) + inner).flatten()
-    first += chosen * images.stride(0)
-    channel = torch.arange(images.shape[1], device=chosen.device) * images.stride(1)
-    inner = (channel.unsqueeze(-1) + inner).flatten()
-    patches = rows.index_select(0, (first.unsqueeze(-1) + inner).flatten())
-    patches = patches.to(torch.promote_types(images.dtype, torch.float32))
-    return patches.reshape(len(first), layer.groups, n)
+    places = torch.unravel_index(chosen.to(images.device), positions)
+    return patches[places].reshape(len(chosen), layer.groups, n)
 
 
 def mean_patch(layer: Any, images: Tensor) -> Tensor:
     """The mean of all patches of a layer's input, ``(groups, n)``."""
     dtype = torch.promote_types(images.dtype, torch.float32)
     mean = layer.padded(_batched(layer, images).mean(0, keepdim=True, dtype=dtype))
-    for axis, n in enumerate(_positions(layer, mean)):
+    sizes = zip(mean.shape[2:], layer.kernel_size, layer.stride, layer.dilation, strict=True)
+    for axis, (size, k, step, gap) in enumerate(sizes):
         # Each pixel of the kernel meets n pixels of the image, one per position.
-        places = torch.arange(n, device=mean.device) * layer.stride[axis]
-        pixels = torch.arange(layer.kernel_size[axis], device=mean.device) * layer.dilation[axis]
+        n = (size - gap * (k - 1) - 1) // step + 1
+        places = torch.arange(n, device=mean.device) * step
+        pixels = torch.arange(k, device=mean.device) * gap
         met = mean.index_select(2 + axis, (pixels.unsqueeze(-1) + places).flatten())
-        mean = met.unflatten(2 + axis, (len(pixels), n)).mean(3 + axis)
+        mean = met.unflatten(2 + axis, (k, n)).mean(3 + axis)
     return mean.reshape(layer.groups, -1)
 
 
@@ -227,14 +211,13 @@ def _batched(layer: Any, images: Tensor) -> Tensor:
     return images.detach().reshape(-1, *images.shape[-layer.n_dims - 1 :])
 
 
-def _positions(layer: Any, padded: Tensor) -> list[int]:
-    """Positions of the kernel along each axis."""
-    return [
-        (size - gap * (k - 1) - 1) // step + 1
-        for size, k, gap, step in zip(
-            padded.shape[2:], layer.kernel_size, layer.dilation, layer.stride, strict=True
-        )
-    ]
+def _patches_of(
+    images: Tensor, kernel_size: tuple[int, ...], stride: tuple[int, ...], dilation: tuple[int, ...]
+) -> Tensor:
+    """All patches without a copy: ``(batch, *positions, channels, *kernel)``."""
+    for axis, (k, step, gap) in enumerate(zip(kernel_size, stride, dilation, strict=True)):
+        images = images.unfold(2 + axis, gap * (k - 1) + 1, step)[..., ::gap]
+    return images.movedim(1, 1 + len(kernel_size))
 
 
 # -- sums of z zᵀ over positions, where z is a patch of x followed by the channels of y ------------
@@ -243,10 +226,8 @@ def _positions(layer: Any, padded: Tensor) -> list[int]:
 def _one_by_one(
     x: Tensor, y: Tensor, kernel_size: tuple[int, ...], stride: tuple[int, ...]
 ) -> Tensor:
-    d, patches = len(kernel_size), x
-    for axis, (size, step) in enumerate(zip(kernel_size, stride, strict=True)):
-        patches = patches.unfold(2 + axis, size, step)  # (batch, C, *positions, *kernel)
-    patches, y = patches.movedim(1, d + 1), y.movedim(1, d + 1)  # channels behind the positions
+    d = len(kernel_size)
+    patches, y = _patches_of(x, kernel_size, stride, (1,) * d), y.movedim(1, d + 1)
     n_rows = max(1, _CHUNK // math.prod(patches.shape[2:]))
     sums: Tensor | float = 0.0
     for part, answer in zip(patches.split(n_rows, 1), y.split(n_rows, 1), strict=True):
@@ -294,8 +275,7 @@ def _patches_beyond(x: Tensor, kernel_size: tuple[int, ...]) -> Iterator[Tensor]
         inside = padded.shape[2 + axis] - 2 * (k - 1)
         for first in (0, inside):
             part = padded.narrow(2 + axis, first, 2 * (k - 1))
-            for other, size in enumerate(kernel_size):
-                part = part.unfold(2 + other, size, 1)
-            yield part.movedim(1, d + 1).flatten(d + 1).flatten(0, d)
+            part = _patches_of(part, kernel_size, (1,) * d, (1,) * d)
+            yield part.flatten(d + 1).flatten(0, d)
         # The remaining positions are inside along this axis.
         padded = padded.narrow(2 + axis, k - 1, inside)

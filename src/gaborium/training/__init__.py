@@ -4,28 +4,11 @@
 ``results`` what it returns.
 """
 
-from __future__ import annotations
-
-import importlib
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from gaborium.training.datasets import Dataset, load_dataset
-    from gaborium.training.networks import SmallCNN, make_first_layer
-    from gaborium.training.recipe import Recipe
-    from gaborium.training.results import Mean, Run, Trained, TrainResult, load_trained
-    from gaborium.training.trainer import train
+from gaborium.training.datasets import Dataset, load_dataset
+from gaborium.training.networks import SmallCNN, make_first_layer
+from gaborium.training.recipe import Recipe
+from gaborium.training.results import Mean, Run, Trained, TrainResult, load_trained
+from gaborium.training.trainer import train
 
 __all__ = ["Dataset", "Mean", "Recipe", "Run", "SmallCNN", "TrainResult", "Trained"]
 __all__ += ["load_dataset", "load_trained", "make_first_layer", "train"]
-
-
-def __getattr__(name: str) -> Any:
-    # Imported when first used, so that the command line can show a recipe without loading torch.
-    for module in (
-        ("recipe", "datasets", "networks", "results", "trainer") if name in __all__ else ()
-    ):
-        found = importlib.import_module(f"gaborium.training.{module}")
-        if name in vars(found):
-            return getattr(found, name)
-    raise AttributeError(f"module 'gaborium.training' has no attribute {name!r}")

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gaborium.readers import read_images
+from gaborium.readers import read_images, reading
 from gaborium.support import require
 
 # Name in OpenML, number of training images, which come first, and the shape of an image.
@@ -39,14 +39,14 @@ class Dataset:
     Args:
         name: name of the data set.
         images: uint8 ``(n, channels, height, width)``, 0 black to 255 white; or sounds, float32
-            ``(n, 1, samples)``, within [-1, 1].
+            ``(n, 1, samples)``.
         labels: int64 ``(n,)``: indices into ``classes``.
         test_images: as ``images``, of the same size.
         test_labels: as ``labels``.
         classes: names of the classes.
 
     Raises:
-        ValueError: a shape or dtype is wrong, a label has no class, or sounds are too loud.
+        ValueError: a shape or dtype is wrong, or a label has no class.
 
     Example:
         >>> images, labels = torch.zeros(4, 1, 8, 8, dtype=torch.uint8), torch.tensor([0, 1, 1, 0])
@@ -63,30 +63,22 @@ class Dataset:
     classes: tuple[str, ...]
 
     def __post_init__(self) -> None:
-        for part, images, labels in (
-            ("", self.images, self.labels),
-            ("test_", self.test_images, self.test_labels),
-        ):
-            of, shape = f"of {self.name!r}", tuple(images.shape)
-            forms = ((4, torch.uint8), (3, torch.float32))
-            if (images.ndim, images.dtype) not in forms or images.numel() == 0:
+        forms, size = ((4, torch.uint8), (3, torch.float32)), self.images.shape[1:]
+        for part in ("", "test_"):
+            images, labels = getattr(self, f"{part}images"), getattr(self, f"{part}labels")
+            is_form = (images.ndim, images.dtype) in forms and images.shape[1:] == size
+            if not is_form or images.numel() == 0:
                 raise ValueError(
-                    f"{part}images {of} must be uint8 (n, channels, height, width) or float32 (n, "
-                    f"1, samples), and not empty, got {images.dtype} of shape {shape}."
+                    f"{part}images of {self.name!r} must be uint8 (n, channels, height, width) or "
+                    "float32 (n, 1, samples), all of one size, and not empty, got "
+                    f"{images.dtype} of shape {tuple(images.shape)}."
                 )
-            if shape[1:] != tuple(self.images.shape[1:]):
-                raise ValueError(f"{part}images {of} must have the size of images, got {shape}.")
-            if images.is_floating_point() and not bool((images.abs() <= 1).all()):
-                raise ValueError(f"{part}images {of} must be within [-1, 1]; scale the sounds.")
-            if labels.dtype != torch.int64 or tuple(labels.shape) != shape[:1]:
+            is_form = labels.dtype == torch.int64 and labels.shape == images.shape[:1]
+            if not is_form or not 0 <= labels.min() <= labels.max() < self.n_classes:
                 raise ValueError(
-                    f"{part}labels {of} must be int64 ({len(images)},), one for each image, got "
-                    f"{labels.dtype} of shape {tuple(labels.shape)}."
-                )
-            if not 0 <= labels.min() <= labels.max() < self.n_classes:
-                raise ValueError(
-                    f"{part}labels {of} must be 0 to {self.n_classes - 1}, one of its "
-                    f"{self.n_classes} classes, got {int(labels.min())} to {int(labels.max())}."
+                    f"{part}labels of {self.name!r} must be int64 ({len(images)},), each 0 to "
+                    f"{self.n_classes - 1}, got {labels.dtype} of shape {tuple(labels.shape)}, "
+                    f"{labels.unique().tolist()!s:.40}."
                 )
 
     @property
@@ -237,28 +229,20 @@ def _fetched(name: str) -> Dataset:
 
 def _from_npz(path: Path) -> Dataset:
     numpy = require("numpy", extra="train", purpose="Data sets")
-    names, parts = ("x_train", "y_train", "x_test", "y_test"), []
-    try:
-        with path.open("rb") as stream, numpy.load(stream, allow_pickle=False) as file:
-            for name in names:
-                part = torch.as_tensor(file[name])
-                if name[0] == "y":
-                    part = part.long()
-                elif part.ndim == 3 and part.dtype == torch.uint8:
-                    part = part[:, None]
-                elif part.ndim == 4 and part.shape[1] not in (1, 3):
-                    part = part.movedim(-1, 1).contiguous()
-                parts.append(part)
-            n_classes = 1 + max(int(labels.max()) for labels in parts[1::2])
-            classes = tuple(map(str, file.get("classes", range(n_classes))))
-    except (MemoryError, OSError):
-        raise
-    except Exception as error:  # damaged archives fail in many ways
-        detail = " ".join(f"{type(error).__name__}: {error}".split())
-        raise ValueError(
-            f"{str(path)!r} must be an .npz file with {', '.join(names)}, got {detail:.120}."
-        ) from None
-    return Dataset(path.stem, parts[0], parts[1], parts[2], parts[3], classes)
+    parts: dict[str, Tensor] = {}
+    with reading(path), path.open("rb") as stream:
+        file = numpy.load(stream, allow_pickle=False)
+        for kind in ("train", "test"):
+            images, labels = (torch.as_tensor(file[f"{name}_{kind}"]) for name in "xy")
+            if images.ndim == 3 and images.dtype == torch.uint8:
+                images = images[:, None]
+            elif images.ndim == 4 and images.shape[1] not in (1, 3):
+                images = images.movedim(-1, 1).contiguous()
+            prefix = "test_" if kind == "test" else ""
+            parts |= {f"{prefix}images": images, f"{prefix}labels": labels.long()}
+        n_classes = 1 + max(int(parts[name].max()) for name in ("labels", "test_labels"))
+        classes = tuple(map(str, file.get("classes", range(n_classes))))
+    return Dataset(path.stem, **parts, classes=classes)
 
 
 def _from_folder(folder: Path) -> Dataset:
@@ -275,13 +259,12 @@ def _from_folder(folder: Path) -> Dataset:
             f"them for {', '.join(map(repr, sorted(missing)))}."
         )
     every = [image for part in (train, test) for images in part.values() for image in images]
-    n_channels = max(len(image) for image in every)
-    try:
-        images = torch.stack([image.expand(n_channels, -1, -1) for image in every])
-    except RuntimeError as error:
-        raise ValueError(f"The images in {str(folder)!r} must have one size; {error}.") from None
+    sizes = sorted({tuple(image.shape[1:]) for image in every})
+    if len(sizes) > 1:
+        raise ValueError(f"The images in {str(folder)!r} must have one size, got {sizes[:9]}.")
+    images = torch.stack([image.expand(max(map(len, every)), -1, -1) for image in every])
     labels, test_labels = (
-        torch.arange(len(part)).repeat_interleave(torch.tensor([*map(len, part.values())]))
+        torch.tensor([label for label, one in enumerate(part.values()) for _ in one])
         for part in (train, test)
     )
     n, name = len(labels), folder.resolve().name

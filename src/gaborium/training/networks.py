@@ -22,10 +22,6 @@ from gaborium.training.recipe import Recipe, Variant
 # A module of the caller's; or a function from variant and seed to a network and its first layer.
 Network = nn.Module | Callable[[str, int], tuple[nn.Module, nn.Module]]
 
-_NORMS: dict[int, Any] = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
-_MEANS: dict[int, Any] = {1: F.avg_pool1d, 2: F.avg_pool2d, 3: F.avg_pool3d}
-_MAXIMA: dict[int, Any] = {1: nn.MaxPool1d, 2: nn.MaxPool2d, 3: nn.MaxPool3d}
-
 
 def make_first_layer(
     variant: str,
@@ -181,9 +177,9 @@ class SmallCNN(nn.Module):
         layers: list[nn.Module] = []
         with seeded(seed):
             for width in (64, 64, None):
-                layers += [_NORMS[n_dims](n_channels), nn.ReLU()]
+                layers += [getattr(nn, f"BatchNorm{n_dims}d")(n_channels), nn.ReLU()]
                 if min(size) >= step * grid:
-                    layers.append(_MAXIMA[n_dims](step))
+                    layers.append(getattr(nn, f"MaxPool{n_dims}d")(step))
                     size = [side // step for side in size]
                 if width is not None:
                     layers.append(PLAIN_LAYERS[n_dims](n_channels, width, 3, padding=1, bias=False))
@@ -211,7 +207,7 @@ class GridPool(nn.Module):
     def forward(self, input: Tensor) -> Tensor:
         """Return means ``(batch, channels, *cells)``."""
         cell = [-(-side // self.grid) for side in input.shape[2:]]
-        return _MEANS[input.ndim - 2](input, cell, cell, ceil_mode=True)
+        return getattr(F, f"avg_pool{input.ndim - 2}d")(input, cell, cell, ceil_mode=True)
 
 
 def n_learned(module: nn.Module) -> int:

@@ -102,16 +102,6 @@ class Run:
         """Median distance of every field from its start, over the filters; empty if free."""
         return dict(self.curve[-1]["displacement"]) if self.curve else {}
 
-    def to_state(self) -> dict[str, Any]:
-        """Return the run as tensors in plain containers."""
-        return vars(self) | {"params": [params.as_dict() for params in self.params]}
-
-    @classmethod
-    def from_state(cls, state: dict[str, Any]) -> Run:
-        """Return the run of which ``to_state`` made ``state``."""
-        record = RECORDS[max(state["kernels"].ndim - 3, 1)]
-        return cls(**state | {"params": [record(**params) for params in state["params"]]})
-
 
 @dataclass(frozen=True, eq=False)
 class TrainResult:
@@ -193,20 +183,20 @@ class TrainResult:
             - ``start`` and ``end`` of a run are what ``Gabor2d.from_json`` reads
         """
         first, *others = self.variants
-        runs = []
-        for run in self.runs:
-            ends = {"start": run.start, "end": run.end}
-            runs.append(
-                {name: value for name, value in vars(run).items() if name not in _SNAPSHOTS}
-                | {name: end and json.loads(end.to_json()) for name, end in ends.items()}
-            )
+        moved = {variant: self.displacement(variant) for variant in self.variants}
+        runs = [
+            {name: value for name, value in vars(run).items() if name not in _SNAPSHOTS}
+            | {"start": run.start and json.loads(run.start.to_json())}
+            | {"end": run.end and json.loads(run.end.to_json())}
+            for run in self.runs
+        ]
         document = {
             "recipe": vars(self.recipe),
             "data": self.data,
             "table": self.to_table(),
             "displacement": {
-                variant: {k: mean._asdict() for k, mean in self.displacement(variant).items()}
-                for variant in self.variants
+                variant: {name: mean._asdict() for name, mean in means.items()}
+                for variant, means in moved.items()
             },
             "difference": {other: self.difference(first, other)._asdict() for other in others},
             "runs": runs,
@@ -222,7 +212,7 @@ def _mean_difference(pairs: list[tuple[float | None, float | None]]) -> Mean:
 
 
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
-    """Write tensors in plain containers with a checksum; a kill leaves the file before."""
+    """Write tensors in containers with a checksum; a kill leaves the file before."""
     buffer = io.BytesIO()
     torch.save(state, buffer)
     content = buffer.getvalue()
@@ -236,8 +226,9 @@ def load_checkpoint(path: Path) -> dict[str, Any] | None:
     content = path.read_bytes()
     if hashlib.sha256(content[32:]).digest() != content[:32]:
         raise ValueError(f"{str(path)!r} is damaged; delete it, and its training begins again.")
-    # Only tensors and plain containers are unpickled.
-    return torch.load(io.BytesIO(content[32:]), map_location="cpu", weights_only=True)
+    # Only tensors, plain containers and these records are unpickled.
+    with torch.serialization.safe_globals([Run, *RECORDS.values()]):
+        return torch.load(io.BytesIO(content[32:]), map_location="cpu", weights_only=True)
 
 
 class Trained(nn.Module):
@@ -315,20 +306,19 @@ def load_trained(
     seed = recipe.seeds[0] if seed is None else seed
     path = Path(folder, f"{variant}-{seed}", CHECKPOINT_FILE)
     saved = load_checkpoint(path)
-    if saved is None or saved["run"]["accuracy"] is None:
+    if saved is None or saved["run"].accuracy is None:
         raise FileNotFoundError(
             f"{str(path)!r} does not exist, or its training has not ended or was stopped."
         )
-    shape, classes = saved["shape"], saved["classes"]
-    start = Run.from_state(saved["run"]).start  # it has the shape of the filters
-    options: dict[str, Any] = {"shape": shape, "n_classes": len(classes), "network": network}
-    mean, std = saved["model"]["mean"], saved["model"]["std"]
+    classes, model = saved["classes"], saved["model"]
+    options: dict[str, Any] = {"shape": saved["shape"], "n_classes": len(classes)}
+    options |= {"network": network, "start": saved["run"].start}  # of the shape of the filters
     try:
         with warnings.catch_warnings():  # training has warned of filters that are clipped
             warnings.simplefilter("ignore")
-            module, _ = make_network(recipe, variant, seed, **options, start=start)
-        trained = Trained(module.to(mean.dtype), mean, std, classes)
-        trained.load_state_dict(saved["model"])
+            module, _ = make_network(recipe, variant, seed, **options)
+        trained = Trained(module.to(model["mean"].dtype), model["mean"], model["std"], classes)
+        trained.load_state_dict(model)
     except (RuntimeError, ValueError) as error:
         raise ValueError(
             f"{str(path)!r} is of another network; give the one that train was given: "

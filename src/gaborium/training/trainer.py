@@ -217,7 +217,7 @@ class _Trainer:
                 f"{str(self.folder)!r} was trained with other data, network or start; choose "
                 "another folder, or replace it with resume=False (--overwrite)."
             )
-        self.run = Run.from_state(saved["run"]) if saved else Run(variant, seed)
+        self.run = saved["run"] if saved else Run(variant, seed)
         if self.run.accuracy is None:
             self._prepare(saved)
             self._descend()
@@ -380,16 +380,14 @@ class _Trainer:
 
     def _displacement(self) -> dict[str, float]:
         """Median distance of every field from its start, over the filters."""
-        found: dict[str, float] = {}
         if self.start is None:
-            return found
-        for name, error in self._params().difference(self.start).items():
-            if name != "center" or name in self.gabor.learn:
-                distance = error.abs().double()
-                # Filters that became a plane wave or a blob have no finite distance.
-                finite = distance[distance.isfinite()]
-                found[name] = finite.quantile(0.5).item() if len(finite) else math.nan
-        return found
+            return {}
+        return {
+            # Filters that became a plane wave or a blob have no finite distance.
+            name: error.abs().double().nan_to_num(math.nan, math.nan).nanquantile(0.5).item()
+            for name, error in self._params().difference(self.start).items()
+            if name != "center" or name in self.gabor.learn
+        }
 
     # -- the end, and checkpoints -------------------------------------------------------------
 
@@ -410,7 +408,7 @@ class _Trainer:
         if self.folder is not None and self.fabric.is_global_zero:
             saved = {
                 "checksum": self.checksum,
-                "run": self.run.to_state(),
+                "run": self.run,
                 "step": self.step,
                 "lines": self.lines,
                 "sums": self.sums,
