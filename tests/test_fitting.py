@@ -33,7 +33,7 @@ from gaborium.fitting.solver import Target, linearize, misfit, solve
 from gaborium.fitting.start import StartGrid
 from gaborium.functions.params import RECORDS, Gabor
 from gaborium.patches import PatchStatistics
-from gaborium.readers import center_crop, sample_image
+from gaborium.readers import sample_image
 
 RANDOM = settings(max_examples=15, deadline=None, derandomize=True)
 CONVOLVE = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
@@ -608,7 +608,7 @@ def test_the_table_has_a_row_for_every_number(mixed):
 
 @pytest.fixture(scope="module")
 def photograph() -> Tensor:
-    return center_crop(sample_image(), 64)[None]
+    return sample_image()[None, :, 224:288, 224:288]
 
 
 def shared_geometry(n_dims: int, n: int, channels: int = 1, **kwargs: Any) -> Gabor:
