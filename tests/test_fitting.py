@@ -365,10 +365,10 @@ def test_what_is_not_searched_has_no_error():
 @pytest.mark.parametrize(
     ("shape", "options"),
     [
-        ((40, 7, 7), {}),
-        ((20, 7, 7), {"center": True}),
-        ((20, 11, 11), {}),
-        ((15, 3, 7, 7), {"geometry": "filter"}),
+        ((20, 7, 7), {}),
+        ((10, 7, 7), {"center": True}),
+        ((10, 11, 11), {}),
+        ((8, 3, 7, 7), {"geometry": "filter"}),
     ],
     ids=str,
 )
@@ -383,7 +383,7 @@ def test_white_noise_is_no_gabor(shape, options):
 def test_a_free_kernel_of_few_pixels_is_seldom_called_a_gabor():
     # Six parameters explain much of 25 pixels, whatever they hold. A share of the power that did
     # not count them would call one in eight a Gabor function.
-    result = fit(drawn(120, 5, 5), n_starts=4)
+    result = fit(drawn(80, 5, 5), n_starts=4)
     assert result.converged.double().mean() < 0.05
 
 
