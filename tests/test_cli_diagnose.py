@@ -12,8 +12,9 @@ import torch
 pytest.importorskip("cyclopts", reason="the command line needs the cli extra")
 from commands import one_line, run, shown, written
 from gaborium import Gabor2d, GaborConv2d, gabor
-from gaborium.cli import _console, _print_result
+from gaborium.cli import _console, _print_report
 from gaborium.diagnostics import Finding, Severity, diagnose_filters
+from gaborium.report import describe
 from gaborium.storage import save_layer
 
 pytestmark = pytest.mark.usefixtures("empty_folder")
@@ -213,5 +214,5 @@ def test_square_brackets_are_no_markup(capsys):
     name = "[red]conv[/red][/]"
     finding = Finding(name, Severity.SEVERE, f"of {name}", {name: 1.0}, f"x = '{name}'", (name,))
     diagnosis = replace(diagnose_filters(sick_layer()), findings=[finding])
-    _print_result(_console(width=200), diagnosis)
+    _print_report(_console(width=200), describe(diagnosis))
     assert capsys.readouterr().out.count(name) == 6

@@ -4,7 +4,6 @@ import dataclasses
 import io
 import itertools
 import math
-import subprocess
 import sys
 
 import pytest
@@ -90,16 +89,6 @@ def draw(figure) -> bytes:
 
 
 # -- loading and settings ---------------------------------------------------------------------
-
-
-def test_drawing_kernels_loads_no_more_than_the_core():
-    code = (
-        "import sys, torch; from gaborium.plots import plot_kernels; plot_kernels(torch.eye(3));"
-        "print(*(name for name in sys.modules if name.startswith('gaborium.')))"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    core = {"functions", "plots", "starts", "support"}
-    assert {name.split(".")[1] for name in done.stdout.split()} <= core
 
 
 def test_the_users_settings_neither_matter_nor_change(grey):

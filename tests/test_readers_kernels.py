@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from gaborium import GaborConv2d, Outcome, fit
-from gaborium.readers import ScriptError, read_kernels, run_setup
+from gaborium.readers import read_kernels, run_setup
 from gaborium.storage import save_layer, to_onnx
 
 np = pytest.importorskip("numpy")
@@ -569,7 +569,7 @@ def test_the_network_of_a_script_is_read(tmp_path, returned):
     assert (kernels.key, kernels.bias_key) == ("1.weight", "1.bias")
     assert torch.equal(layer.weight, kernels.values)
     assert set(kernels.weights_with(layer)) == {"1.weight", "1.bias"}
-    with pytest.raises(ScriptError, match=r"must return a network, or .*, got int"):
+    with pytest.raises(match=r"must return a network, or .*, got int"):
         read_kernels(script(tmp_path, SCRIPT.format("3")))
 
 
@@ -595,16 +595,16 @@ def test_the_network_of_a_script_is_read(tmp_path, returned):
     ],
 )
 def test_a_script_that_fails_is_one_line(tmp_path, text, words):
-    with pytest.raises(ScriptError) as caught:
+    with pytest.raises(ValueError, match=r"mine\.py") as caught:
         run_setup(script(tmp_path, text))
     message = str(caught.value)
     assert "\n" not in message
-    for word in ("mine.py", *words):
+    for word in words:
         assert word in message, message
 
 
 def test_what_a_script_raises_keeps_its_cause(tmp_path):
-    with pytest.raises(ScriptError) as caught:
+    with pytest.raises(ValueError, match="line 1: ZeroDivisionError") as caught:
         run_setup(script(tmp_path, "1 / 0\n"))
     assert isinstance(caught.value.__cause__, ZeroDivisionError)
     with pytest.raises(KeyboardInterrupt):

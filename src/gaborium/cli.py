@@ -12,7 +12,7 @@ import sys
 import textwrap
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -233,14 +233,12 @@ def fit(
         isotropic: Keep the aspect ratio at 1.
         n_starts: Maximum number of starts for each filter.
     """
-    _at_least(1, n_starts=n_starts)
-
     with _run("fit", output) as run:
         from gaborium import FitResult
         from gaborium import fit as fit_kernels
 
         found, run.facts = kernels.read(file)
-        share = geometry or ("filter" if found.has_channels else "pair")
+        share = geometry or ("filter" if found.values.ndim >= found.n_dims + 2 else "pair")
         # One filter per entry, so that pieces of the file are pieces of the result.
         size = found.values.shape[-found.n_dims - (share == "filter") :]
         run.kernels = found.values.reshape(-1, *size)
@@ -276,8 +274,6 @@ def census(
             script is run.
         n_starts: Maximum number of starts of the fit for each filter.
     """
-    _at_least(1, n_starts=n_starts)
-
     with _run("census", output) as run:
         from gaborium import census as classify
 
@@ -318,7 +314,7 @@ def convert(
         padding: Padding of the layer; by default half a kernel.
         n_starts: Maximum number of starts of the fit for each filter.
     """
-    _at_least(1, n_starts=n_starts, max_images=max_images, stride=stride)
+    _at_least(1, max_images=max_images, stride=stride)
     _at_least(0, padding=padding or 0)
     if not 0 <= threshold <= 1:
         raise ValueError(f"--threshold must be from 0 to 1, got {threshold}.")
@@ -411,7 +407,7 @@ def diagnose(
                 *setup[:3],
                 optimizer=setup[3],
                 n_steps=steps,
-                on_progress=lambda part: run.progress(f"Checking: {part}", 0, 0),
+                on_progress=lambda part: run.progress(part, 1, 1),
             )
 
 
@@ -457,10 +453,12 @@ def train(
 def _run(command: str, output: Output, *, resume: bool = False) -> Iterator[Any]:
     """The frame of all commands: load torch, let them work, write the report, print the answer.
 
-    A command gets ``folder`` and ``progress`` (stage, steps done, steps in all; 0 if unknown), and
-    sets ``result``, and perhaps ``kernels`` and ``facts`` of the report. With ``resume`` it keeps
-    its own folder; others get one that appears when it is complete.
+    A command gets ``folder`` and ``progress`` (stage, steps done, steps in all), and sets
+    ``result``, and perhaps ``kernels`` and ``facts`` of the report. With ``resume`` it keeps its
+    own folder; others get one that appears when it is complete.
     """
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
     begun, place = time.monotonic(), output.out / (output.name or command)
     console = _console()
     with console.status("Loading PyTorch"):
@@ -473,9 +471,16 @@ def _run(command: str, output: Output, *, resume: bool = False) -> Iterator[Any]
 
     is_first = not int(os.environ.get("RANK", "0"))  # of the processes of torchrun
     own = nullcontext(place) if resume else new_folder(place, overwrite=output.overwrite)
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()
+    bars = Progress(*columns, TimeElapsedColumn(), console=console)
+
+    def progress(stage: str, done: int, total: int) -> None:
+        task = next((task.id for task in bars.tasks if task.description == stage), None)
+        bars.update(bars.add_task(stage) if task is None else task, completed=done, total=total)
+
     try:
         with own as folder:
-            with _progress(console) as progress:
+            with bars:
                 run = SimpleNamespace(folder=folder, progress=progress, kernels=None, facts={})
                 yield run
             if is_first:
@@ -532,29 +537,6 @@ def _print_report(console: Any, report: Any) -> None:
         if section.code:
             console.print()
             console.print(textwrap.indent(section.code.rstrip(), " " * 5), soft_wrap=True)
-
-
-@contextmanager
-def _progress(console: Any) -> Iterator[Callable[[str, int, int], None]]:
-    """Show a bar per stage; a stage without a total replaces the one before it."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()
-    stages: dict[str, Any] = {}
-    with (
-        Progress(*columns, TimeElapsedColumn(), console=console) as bars,
-        console.status("Working") as status,
-    ):
-
-        def update(stage: str, done: int, total: int) -> None:
-            if not total:
-                status.update(stage)
-                return
-            if stage not in stages:
-                stages[stage] = bars.add_task(stage, total=total)
-            bars.update(stages[stage], completed=done)
-
-        yield update
 
 
 def _calibration(path: Path, max_images: int, kernels: Tensor) -> list[Tensor]:

@@ -330,15 +330,13 @@ class _GaborConv(nn.Module, Generic[Record]):
 
     # -- leaving ------------------------------------------------------------------------------
 
-    def to_conv(self) -> nn.Conv1d | nn.Conv2d | nn.Conv3d:
+    def to_conv(self) -> Any:
         """A plain ``nn.ConvNd`` with the present kernels, equal outputs and no Gabor inside.
 
         Returns:
             A new layer on the same device, of the same dtype and training mode; its kernels
-            learn freely. With a quadrature output it has the even and odd kernels in turn.
-
-        Raises:
-            ValueError: the output is an energy, which no convolution gives.
+            learn freely. With a quadrature output it has the even and odd kernels in turn. With an
+            energy output it is a ``PairEnergy`` of such a convolution.
 
         Example:
             >>> layer = GaborConv2d(1, 4, 9, seed=0)
@@ -347,10 +345,8 @@ class _GaborConv(nn.Module, Generic[Record]):
             True
         """
         if self.output == "energy":
-            raise ValueError(
-                "An energy output is not a convolution; use gaborium.storage.to_plain, which puts "
-                "the norm of each pair behind one."
-            )
+            pairs = plain_conv(self, self.weight, None)
+            return PairEnergy(pairs, self.bias).train(self.training)
         return plain_conv(self, self.weight, self.bias)
 
     def _load_from_state_dict(

@@ -709,11 +709,7 @@ def strips(result: FitResult, kernels: Tensor, chosen: Sequence[int]) -> list[Te
 
 
 def kernel_images(kernels: Tensor) -> Tensor:
-    """Kernels ``(times, n, channels, *size)`` as images ``(times, n, 1 or 3, height, width)``.
-
-    With other numbers of channels than 1 or 3, the one with the most power is drawn; of volumes
-    the middle slice; 1-D kernels become strips.
-    """
+    """Kernels ``(times, n, channels, *size)`` as images ``(times, n, 1 or 3, height, width)``."""
     kernels = kernels.detach().cpu().double()
     if kernels.shape[2] not in (1, 3):
         strongest = kernels.flatten(3).square().sum((0, -1)).argmax(1)
@@ -726,11 +722,7 @@ def kernel_images(kernels: Tensor) -> Tensor:
 
 
 def colored(images: Tensor) -> Tensor:
-    """Signed images ``(n, 1 or 3, height, width)`` on one scale as colours ``(n, h, w, 3)``.
-
-    A single channel runs from blue through white to red; three are red, green and blue with
-    mid-grey for 0. Values that are not numbers are grey.
-    """
+    """Signed images ``(n, 1 or 3, height, width)`` on one scale as colours ``(n, h, w, 3)``."""
     matplotlib = require("matplotlib", extra="plot", purpose="Figures")
     shares = 0.5 + 0.5 * (images / largest(images)).clamp(-1, 1)
     if images.shape[1] == 3:
@@ -763,11 +755,7 @@ def largest(values: Tensor) -> float:
 def folded(
     angles: Sequence[float], middle: float, period: float
 ) -> tuple[list[float], list[float]]:
-    """Bring a path of angles within half a period of ``middle``, in degrees.
-
-    Steps and angles have an extra NaN where the shorter way to the next angle leads out by one
-    end and in by the other, so that a line breaks there.
-    """
+    """Steps, and angles in degrees within half a period of ``middle``; NaN breaks lines there."""
     turned = torch.remainder(
         torch.tensor(angles, dtype=torch.float64) - middle + period / 2, period
     )
@@ -807,10 +795,7 @@ def _figure(width: float, height: float) -> Iterator[Any]:
 def _panels(
     n: int, width: float, least: float, height: float, *, aspect: float = 0.0, **options: Any
 ) -> Iterator[tuple[Any, list[Any]]]:
-    """A figure with ``n`` panels of a least width in rows; the last row may be shorter.
-
-    A panel's height is ``height`` inches, and ``aspect`` times its width.
-    """
+    """A figure of ``n`` panels in rows, of a least width, and as high as ``aspect`` times it."""
     columns = max(1, int(width / least + 1e-6))
     rows = max(1, math.ceil(n / columns))
     with _figure(width, rows * (height + aspect * width / columns) + 0.1) as figure:

@@ -198,11 +198,6 @@ class KernelFile:
     found: Any = None
 
     @property
-    def has_channels(self) -> bool:
-        """Whether there is an axis of channels."""
-        return self.values.ndim >= self.n_dims + 2
-
-    @property
     def bias_key(self) -> str:
         """Name of the kernels' bias: the key with ``bias`` in place of ``weight``."""
         stem, weight, _ = (self.key or "weight").rpartition("weight")
@@ -225,8 +220,8 @@ class KernelFile:
         """
         if self.found is not None:
             return self.found
-        size = self.values.shape[-self.n_dims :]
-        in_channels = self.values.shape[-self.n_dims - 1] if self.has_channels else 1
+        axes, size = self.values.shape[: -self.n_dims], self.values.shape[-self.n_dims :]
+        in_channels = axes[-1] if len(axes) > 1 else 1
         # Half precision is for storage: not every machine convolves in it.
         dtype = torch.promote_types(self.values.dtype, torch.float32)
         state = {"weight": self.values.to(dtype).reshape(-1, in_channels, *size)}
@@ -346,10 +341,6 @@ def _chosen(file: Path, arrays: Mapping[str, Tensor], key: str | None, n_dims: i
 # -- scripts ----------------------------------------------------------------------------------
 
 
-class ScriptError(ValueError):
-    """A script failed; the message is one line that says where and why."""
-
-
 def run_setup(path: str | os.PathLike[str]) -> tuple[nn.Module, Any, Any, Any]:
     """Run a script and call its ``setup()``.
 
@@ -365,7 +356,7 @@ def run_setup(path: str | os.PathLike[str]) -> tuple[nn.Module, Any, Any, Any]:
 
     Raises:
         OSError: the file cannot be read.
-        ScriptError: the script or ``setup()`` failed, or returned something else.
+        ValueError: the script or ``setup()`` failed, or returned something else.
 
     Example:
         >>> from tempfile import TemporaryDirectory
@@ -384,7 +375,7 @@ def run_setup(path: str | os.PathLike[str]) -> tuple[nn.Module, Any, Any, Any]:
         with script_errors(path):
             spec.loader.exec_module(script)
             if not callable(getattr(script, "setup", None)):
-                raise ScriptError(f"{os.fspath(path)!r} defines no function setup().")
+                raise ValueError(f"{os.fspath(path)!r} defines no function setup().")
             returned = script.setup()
     finally:
         sys.path.remove(str(file.parent))
@@ -395,7 +386,7 @@ def run_setup(path: str | os.PathLike[str]) -> tuple[nn.Module, Any, Any, Any]:
         case (nn.Module() as module, loss, (inputs, targets), optimizer) if callable(loss):
             if optimizer is None or isinstance(optimizer, torch.optim.Optimizer):
                 return module, loss, (inputs, targets), optimizer
-    raise ScriptError(
+    raise ValueError(
         f"setup() in {os.fspath(path)!r} must return a network, or (module, loss, (inputs, "
         f"targets)), or these and the optimizer, got {', '.join(type(p).__name__ for p in parts)}."
     )
@@ -406,7 +397,7 @@ def script_errors(path: str | os.PathLike[str]) -> Iterator[None]:
     """Errors that pass through a script's code become one line with the number of its line."""
     try:
         yield
-    except (KeyboardInterrupt, GeneratorExit, ScriptError):
+    except (KeyboardInterrupt, GeneratorExit):
         raise
     except BaseException as error:
         file = Path(path).resolve()
@@ -419,7 +410,7 @@ def script_errors(path: str | os.PathLike[str]) -> Iterator[None]:
             raise
         place = os.fspath(path) + (f", line {lines[-1]}" if lines else "")
         what = f"{type(error).__name__}: {' '.join(text.split()):.200}".rstrip(": ")
-        raise ScriptError(f"{place}: {what}") from error
+        raise ValueError(f"{place}: {what}") from error
 
 
 # -- arrays in files --------------------------------------------------------------------------

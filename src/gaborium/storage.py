@@ -22,7 +22,7 @@ from torch.utils import _pytree as pytree
 
 from gaborium.functions.params import RECORDS, UNITS, Gabor
 from gaborium.interop import from_opencv, from_skimage, to_opencv, to_skimage
-from gaborium.layers import GABOR_LAYERS, GaborLayer, MixedConv, PairEnergy, plain_conv
+from gaborium.layers import GABOR_LAYERS, GaborLayer, MixedConv
 from gaborium.support import csv_text, one_of, read_tensors, require, write_bytes, write_tensors
 
 _FORMAT = 1  # of saved layers; a higher one needs a reader for the older ones
@@ -182,10 +182,7 @@ def _plain(layer: Any) -> nn.Module:
             f"{type(layer).__name__} overrides the forward of {kind.__name__}; move the change "
             "into a separate module."
         )
-    if isinstance(layer, MixedConv) or layer.output != "energy":
-        return layer.to_conv()
-    energy = PairEnergy(plain_conv(layer, layer.weight, None), layer.bias)
-    return energy.train(layer.training)
+    return layer.to_conv()
 
 
 # -- ONNX -------------------------------------------------------------------------------------

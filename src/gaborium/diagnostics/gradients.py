@@ -414,7 +414,7 @@ class _Check:
         """Why the loss or a gradient is not finite, and the remedy."""
         trace = Trace()
         outputs = tensors_of(self.sandbox.run(trace=trace).output)
-        is_finite, root = math.isfinite(self.loss), "".join(trace.zero_roots[:1])
+        is_finite, root = math.isfinite(self.loss), next(iter(trace.zero_roots), "")
         lost = _names(one for one in self.parameters if not bool(one.value.isfinite().all()))
         because = f", because {listed(lost)} holds NaN or infinities" if lost else ""
         is_half = any(t.dtype in HALF for t in outputs) and math.isfinite(self.twin_loss)

@@ -52,23 +52,14 @@ class Section(NamedTuple):
 
 
 class Report(NamedTuple):
-    """What is said about a result.
-
-    Args:
-        kind: of the result.
-        title: of the page.
-        headline: the answer in one sentence.
-        sentences: what a reader should know next.
-        sections: the page.
-        rows: a row for each filter, if the result is about filters.
-    """
+    """What is said about a result: the answer, what a reader should know next, and the page."""
 
     kind: str
     title: str
     headline: str
     sentences: Sequence[str]
     sections: Sequence[Section]
-    rows: Sequence[Mapping[str, object]] = ()
+    rows: Sequence[Mapping[str, object]] = ()  # one for each filter
 
 
 def render(report: Report, facts: Mapping[str, str]) -> tuple[str, dict[str, Any]]:
