@@ -21,7 +21,6 @@ from gaborium.diagnostics.landscape import landscape
 from gaborium.diagnostics.remedies import convolution_of, recover_code, recover_options
 from gaborium.diagnostics.sandbox import (
     Loss,
-    Sandbox,
     TrainingSetup,
     copied,
     is_response,
@@ -156,10 +155,10 @@ def diagnose(
         raise TypeError("data must be a tuple of inputs and targets.")
     if n_steps < 1:
         raise ValueError(f"n_steps must be at least 1, got {n_steps}.")
-    setup = TrainingSetup(module, loss, *data, optimizer)
+    setup = TrainingSetup(module, loss, *data, optimizer, seed)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # copies repeat the warnings of the caller's layer
-        return _Examination(setup, n_steps, seed, on_progress or (lambda _: None)).result()
+        return _Examination(setup, n_steps, on_progress or (lambda _: None)).result()
 
 
 def diagnose_filters(layer: nn.Module) -> Diagnosis:
@@ -187,11 +186,9 @@ def diagnose_filters(layer: nn.Module) -> Diagnosis:
 class _Examination:
     """The work of ``diagnose``: the checks, then the trials of remedies, then the order."""
 
-    def __init__(
-        self, setup: TrainingSetup, n_steps: int, seed: int, report: Callable[[str], None]
-    ) -> None:
+    def __init__(self, setup: TrainingSetup, n_steps: int, report: Callable[[str], None]) -> None:
         self.setup, self.module = setup, setup.module
-        self.n_steps, self.seed, self.report = n_steps, seed, report
+        self.n_steps, self.report = n_steps, report
         self.layers: dict[str, Any] = {
             name: part for name, part in self.module.named_modules()
             if isinstance(part, GABOR_LAYERS)
@@ -218,7 +215,7 @@ class _Examination:
         self.report("trials")
         trial = self.setup.copy()
         before = trial.explained()
-        self.losses = trial.train(self.n_steps, seed=self.seed)
+        self.losses = trial.train(self.n_steps)
         self.after = trial.explained()
         fell = self.losses[-1] < 0.5 * self.losses[0] and math.isfinite(self.losses[-1])
         self.learns = self.after > _LEARNT or (math.isnan(self.after) and fell)
@@ -239,7 +236,7 @@ class _Examination:
     def _checks(self) -> Iterator[tuple[str, Callable[[], Any]]]:
         """The checks by name; each returns a record with findings, or findings."""
         module, inputs, targets = self.module, self.setup.inputs, self.setup.targets
-        yield "gradients", partial(check_gradients, self.setup, seed=self.seed)
+        yield "gradients", partial(check_gradients, self.setup)
         is_broken = any(f.cause in BUGS and f.severity is Severity.SEVERE for f in self.found)
         yield "kernels of foreign layers", self._foreign
         for name, layer in self.layers.items():
@@ -310,7 +307,7 @@ class _Examination:
     @torch.no_grad()
     def _output_of(self, module: nn.Module) -> Any:
         """The output for the inputs, under the same random numbers each time."""
-        return Sandbox(module, self.setup.inputs, seed=self.seed).run().output
+        return replace(self.setup, module=module).run().output
 
     def _reachable(self) -> Iterator[Finding]:
         """Whether fields that do not learn have the values that fit the responses."""
@@ -375,7 +372,7 @@ class _Examination:
         self.report(f"remedy of {findings[-1].cause}")
         try:
             setup = self.setup.with_remedy("\n".join(one.remedy for one in findings))
-            loss, explained = setup.train(self.n_steps, seed=self.seed)[-1], setup.explained()
+            loss, explained = setup.train(self.n_steps)[-1], setup.explained()
         except Exception:  # a remedy may not fit somebody else's module, or another remedy
             return {}
         if math.isnan(explained):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from functools import cached_property, partial
 from typing import Any
 
@@ -26,7 +26,6 @@ from gaborium.diagnostics.remedies import replacement_code
 from gaborium.diagnostics.sandbox import (
     HALF,
     Run,
-    Sandbox,
     Trace,
     TrainingSetup,
     check_inputs,
@@ -88,7 +87,7 @@ class GradientCheck:
     findings: list[Finding]
 
 
-def check_gradients(setup: TrainingSetup, *, seed: int = 0) -> GradientCheck:
+def check_gradients(setup: TrainingSetup) -> GradientCheck:
     """Check that every parameter gets a right gradient, moves, and reaches the output.
 
     It works for any module, in its present mode; call it in ``train()`` mode to check training.
@@ -102,7 +101,6 @@ def check_gradients(setup: TrainingSetup, *, seed: int = 0) -> GradientCheck:
 
     Args:
         setup: any module, loss and inputs, on one device; the loss is the same at every call.
-        seed: of the random numbers of every run, such as dropout.
 
     Returns:
         A record with an entry per parameter, and the findings: ``"no gradient"``,
@@ -129,7 +127,7 @@ def check_gradients(setup: TrainingSetup, *, seed: int = 0) -> GradientCheck:
     check_inputs(setup.module, setup.inputs, any_dtype=not is_half)
     if any(t.is_floating_point() and not t.isfinite().all() for t in tensors_of(setup.inputs)):
         raise ValueError("inputs must be finite, got NaN or infinity.")
-    return _Check(replace(setup.sandbox(), seed=seed), setup.optimizer).result()
+    return _Check(setup).result()
 
 
 @dataclass(kw_only=True, eq=False)
@@ -159,8 +157,8 @@ class _Parameter(ParameterCheck):
 class _Check:
     """Measurements on copies of a module, and then the questions, which build on each other."""
 
-    def __init__(self, sandbox: Sandbox, optimizer: torch.optim.Optimizer | None) -> None:
-        self.sandbox, self.module = sandbox, sandbox.module
+    def __init__(self, setup: TrainingSetup) -> None:
+        self.setup, self.module, optimizer = setup, setup.module, setup.optimizer
         self.found: list[Finding] = []
         values = dict(self.module.named_parameters())
         # A plain descent is less telling than the optimizer of the loop.
@@ -170,8 +168,8 @@ class _Check:
         rates = {id(p): float(g["lr"]) for g in optimizer.param_groups for p in g["params"]}
         module, optimizer = copied_together(self.module, optimizer)
         before = dict(module.named_parameters())
-        self.run = sandbox.run(module)
-        check_loss(self.run.loss, sandbox.run().loss)
+        self.run = setup.run(module)
+        check_loss(self.run.loss, setup.run().loss)
         self.loss: float = self.run.loss.item()
         if self.run.loss.requires_grad:
             self.run.loss.backward()
@@ -191,7 +189,7 @@ class _Check:
             self._change(one)
         self.overwritten = [one for one in self.trained if one.is_overwritten]
         self.rewrapped = [one for one in self.trained if one.is_rewrapped]
-        self.twin: Sandbox | None = None  # in float64
+        self.twin: TrainingSetup | None = None  # in float64
         self.twin_output: Any = None
         self.twin_loss = math.nan
         self._compare()
@@ -228,10 +226,10 @@ class _Check:
     def _change(self, one: _Parameter) -> None:
         """See whether the output follows a change, and whether the next run undoes the change."""
         module = copied(self.module)
-        first = self.sandbox.run(module).output
+        first = self.setup.run(module).output
         old = _nudge(module, one.name)
         if old is not None:
-            one.output_follows = not equal(first, self.sandbox.run(module).output)
+            one.output_follows = not equal(first, self.setup.run(module).output)
             is_back = not one.is_rewrapped and equal(old, module.get_parameter(one.name))
             one.is_overwritten = is_back and not one.output_follows
 
@@ -239,7 +237,7 @@ class _Check:
         """Compare gradients with finite differences of the loss, both in float64."""
         for widen in (False, True):
             with contextlib.suppress(Exception):  # somebody else's code may raise anything
-                twin = self.sandbox.double(widen=widen)
+                twin = self.setup.double(widen=widen)
                 module = copied(twin.module)
                 output, loss = twin.run(module)
                 if loss.dtype == torch.float64:
@@ -254,7 +252,7 @@ class _Check:
             if one.name in parameters and not (one.is_rewrapped or one.is_overwritten):
                 self._differences(self.twin, one, parameters[one.name].grad)
 
-    def _differences(self, twin: Sandbox, one: _Parameter, gradient: Tensor | None) -> None:
+    def _differences(self, twin: TrainingSetup, one: _Parameter, gradient: Tensor | None) -> None:
         """Compare along the gradient and along two random directions."""
         start = twin.module.get_parameter(one.name).detach()
         generator = torch.Generator().manual_seed(0)
@@ -275,7 +273,7 @@ class _Check:
         one.slope = max(abs(slope) for _, slope in measured)
 
     def _disagreement(
-        self, twin: Sandbox, name: str, unit: Tensor, claimed: float, typical: float
+        self, twin: TrainingSetup, name: str, unit: Tensor, claimed: float, typical: float
     ) -> tuple[float, float]:
         """Distance of the claimed slope from the measured one, beyond rounding; and that slope."""
         at, best, slope = self.twin_loss, math.inf, 0.0
@@ -372,7 +370,7 @@ class _Check:
             return SINGLE_PRECISION
         is_foreign = cause in ("no gradient", "stale cache") and not self._is_cut_off
         if is_foreign or (cause == "wrong gradient" and is_gabor_like(one.name)):
-            return replacement_code(self.module, one.owner, self.sandbox.inputs)
+            return replacement_code(self.module, one.owner, self.setup.inputs)
         return ""
 
     @property
@@ -386,7 +384,7 @@ class _Check:
         module, trace = copied(self.module), Trace()
         for name, parameter in module.named_parameters():
             parameter.requires_grad_(name in _names(ones))
-        self.sandbox.run(module, trace=trace)
+        self.setup.run(module, trace=trace)
         return trace.breaks
 
     def _reason(self, one: _Parameter) -> str:
@@ -413,7 +411,7 @@ class _Check:
     def _nan(self) -> tuple[str, str]:
         """Why the loss or a gradient is not finite, and the remedy."""
         trace = Trace()
-        outputs = tensors_of(self.sandbox.run(trace=trace).output)
+        outputs = tensors_of(self.setup.run(trace=trace).output)
         is_finite, root = math.isfinite(self.loss), next(iter(trace.zero_roots), "")
         lost = _names(one for one in self.parameters if not bool(one.value.isfinite().all()))
         because = f", because {listed(lost)} holds NaN or infinities" if lost else ""
@@ -506,13 +504,13 @@ class _Check:
         module, other = (copied(self.module).train() for _ in range(2))
         _nudge(other, name)
         for one in (module, other):
-            self.sandbox.run(one)
-        before, after = (self.sandbox.run(one.eval()).output for one in (module, other))
+            self.setup.run(one)
+        before, after = (self.setup.run(one.eval()).output for one in (module, other))
         _nudge(module, name)
-        return not equal(before, after) and equal(before, self.sandbox.run(module).output)
+        return not equal(before, after) and equal(before, self.setup.run(module).output)
 
     def _units(self) -> Iterator[Finding]:
-        sizes = [size for t in tensors_of(self.sandbox.inputs) for size in t.shape[2:]]
+        sizes = [size for t in tensors_of(self.setup.inputs) for size in t.shape[2:]]
         for one in self.parameters if self.twin is not None else ():
             is_ours = isinstance(self.module.get_submodule(one.owner), GABOR_LAYERS)
             if one.value.is_floating_point() and not is_ours:
@@ -573,12 +571,12 @@ def _names(ones: Iterable[_Parameter]) -> list[str]:
     return [one.name for one in ones]
 
 
-def _run_changed(sandbox: Any, name: str, change: Any) -> Run:
+def _run_changed(setup: Any, name: str, change: Any) -> Run:
     """Run a copy with a parameter changed by so much."""
-    module = copied(sandbox.module)
+    module = copied(setup.module)
     with torch.no_grad():
         module.get_parameter(name).add_(change)
-    return sandbox.run(module)
+    return setup.run(module)
 
 
 def _nudge(module: nn.Module, name: str) -> Tensor | None:

@@ -165,8 +165,7 @@ def landscape(
     if n < 8:
         raise ValueError(f"n_points must be at least 8, got {n}.")
     setup = setup.copy()
-    sandbox = setup.sandbox()
-    sandbox.check()
+    setup.check()
     varied = _varied(setup.module, filter, names)
     grid = _grid(varied.fields, span or {}, n)
     power = setup.power()
@@ -179,7 +178,7 @@ def landscape(
         if exact is not None:
             score = exact(values)
         else:
-            losses = [sandbox.run_with(varied.tensors(one)).loss.flatten()[0] for one in values]
+            losses = [setup.run_with(varied.tensors(one)).loss.flatten()[0] for one in values]
             score = torch.stack(losses).double()
             score = score.square() if power == 1 else score
         return score.cpu().nan_to_num(math.inf, posinf=math.inf)

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from gaborium.diagnostics.causes import NEW_OPTIMIZER, RECOVER, REPLACE
-from gaborium.diagnostics.sandbox import Sandbox, Trace, copied, equal
+from gaborium.diagnostics.sandbox import Trace, TrainingSetup, copied, equal
 from gaborium.fitting import fit
 from gaborium.layers import GABOR_LAYERS, LAYERS, GaborLayer
 
@@ -133,7 +133,7 @@ def convolution_of(module: nn.Module, name: str, inputs: Any) -> dict[str, Any] 
     layer = trial.get_submodule(name)
     layer.register_forward_pre_hook(before)
     layer.register_forward_hook(after)
-    Sandbox(trial, inputs).run(trial, trace=trace)
+    TrainingSetup(trial, lambda *_: torch.zeros(()), inputs, None).run(trial, trace=trace)
     return found[0] if len(found) == 1 else None
 
 

@@ -42,11 +42,8 @@ def copied(module: nn.Module) -> Any:
 def copied_together(
     module: nn.Module, optimizer: torch.optim.Optimizer | None
 ) -> tuple[nn.Module, Any]:
-    """Deep copies of a module and of the optimizer that trains it.
-
-    Tensors that still have a graph, such as a cached kernel, cannot be deep-copied. They become
-    constants.
-    """
+    """Deep copies of a module and of the optimizer that trains it."""
+    # Tensors with a graph, such as a cached kernel, cannot be deep-copied; they become constants.
     memo: dict[int, Any] = {}
     for part in module.modules():
         for value in tensors_of(list(vars(part).values())):
@@ -64,15 +61,13 @@ def copied_together(
 
 
 @contextlib.contextmanager
-def seeded(seed: int, module: nn.Module, inputs: Any = ()) -> Iterator[None]:
-    """Random numbers from ``seed``, also on the GPUs of ``module`` and ``inputs``."""
-    tensors = (*module.parameters(), *tensors_of(inputs))
-    devices = sorted({one.device.index or 0 for one in tensors if one.device.type == "cuda"})
-    with torch.random.fork_rng(devices=devices):
-        # torch.manual_seed would also change devices whose state is not kept.
-        torch.default_generator.manual_seed(seed)
-        for device in devices:
-            torch.cuda.default_generators[device].manual_seed(seed)
+def seeded(seed: int) -> Iterator[None]:
+    """Random numbers from ``seed``, also on the GPUs."""
+    # torch.manual_seed would also change the GPUs that are not in use yet.
+    generators = torch.default_generator, *torch.cuda.default_generators
+    with torch.random.fork_rng(devices=range(len(generators) - 1)):
+        for generator in generators:
+            generator.manual_seed(seed)
         yield
 
 
@@ -150,6 +145,13 @@ def check_loss(value: Any, again: Any) -> None:
 # -- a training set-up --------------------------------------------------------------------------
 
 
+class Run(NamedTuple):
+    """The results of one forward pass."""
+
+    output: Any
+    loss: Any
+
+
 @dataclass(frozen=True, eq=False)
 class TrainingSetup:
     """The parts of a training loop.
@@ -160,6 +162,8 @@ class TrainingSetup:
         inputs: a batch; several inputs are a tuple.
         targets: what ``loss`` compares the outputs with.
         optimizer: of the loop; by default plain gradient descent with a step of 0.01.
+        seed: of random numbers in module and loss, which are the same in every run.
+        widen: compute in double precision, whatever dtype the module's code names.
 
     Example:
         >>> layer = nn.Linear(2, 1)
@@ -176,6 +180,8 @@ class TrainingSetup:
     inputs: Any
     targets: Any
     optimizer: torch.optim.Optimizer | None = None
+    seed: int = 0
+    widen: bool = False
 
     def __post_init__(self) -> None:
         if not isinstance(self.module, nn.Module):
@@ -186,16 +192,12 @@ class TrainingSetup:
         module, optimizer = copied_together(self.module, self.optimizer)
         return replace(self, module=module, optimizer=optimizer)
 
-    def double(self) -> TrainingSetup:
+    def double(self, *, widen: bool = False) -> TrainingSetup:
         """A copy in float64; whole numbers, such as classes, stay whole."""
         own = self.copy()
         own.module.double()
         inputs, targets = tree_map(_doubled, (self.inputs, self.targets))
-        return replace(own, inputs=inputs, targets=targets)
-
-    def sandbox(self) -> Sandbox:
-        """Runs of the module on the inputs, with the loss."""
-        return Sandbox(self.module, self.inputs, lambda output: self.loss(output, self.targets))
+        return replace(own, inputs=inputs, targets=targets, widen=widen)
 
     def with_remedy(self, remedy: str) -> TrainingSetup:
         """A copy on which the code of a remedy has been run.
@@ -206,11 +208,11 @@ class TrainingSetup:
         """
         own = self.copy()
         names: dict[str, Any] = dict(vars(own))
-        with seeded(0, own.module, own.inputs):
+        with seeded(0):
             exec(compile(remedy, "<remedy>", "exec"), names)
         return TrainingSetup(**{name: names[name] for name in vars(own)})
 
-    def train(self, n_steps: int, *, seed: int = 0) -> list[float]:
+    def train(self, n_steps: int) -> list[float]:
         """Take steps in place, and return the loss before each of them and after the last.
 
         Training stops if the loss is not finite.
@@ -226,7 +228,7 @@ class TrainingSetup:
                 value.backward()
             return value
 
-        with seeded(seed, self.module, self.inputs), torch.enable_grad():
+        with seeded(self.seed), torch.enable_grad():
             for _ in range(n_steps):
                 value = closure()
                 losses.append(value.item())
@@ -238,8 +240,44 @@ class TrainingSetup:
                     optimizer.step()
             else:
                 with torch.no_grad():
-                    losses.append(self.sandbox().run(self.module).loss.item())
+                    losses.append(self.run(self.module).loss.item())
         return losses
+
+    def run(self, module: Callable[..., Any] | None = None, *, trace: Trace | None = None) -> Run:
+        """Run a fresh copy, or a given module, whose state may change."""
+        module = copied(self.module) if module is None else module
+        with contextlib.ExitStack() as modes:
+            modes.enter_context(seeded(self.seed))
+            if self.widen:
+                modes.enter_context(_Widened())
+            if trace is not None:
+                modes.enter_context(trace)
+            output = _call(module, self.inputs)
+            return Run(output, self.loss(output, self.targets))
+
+    def run_with(self, tensors: Mapping[str, Tensor]) -> Run:
+        """Run the module itself with some parameters replaced, by name; its buffers stay."""
+        buffers = {name: buffer.clone() for name, buffer in self.module.named_buffers()}
+        call = torch.func.functional_call
+        return self.run(lambda *inputs: call(self.module, buffers | dict(tensors), inputs))
+
+    def check(self) -> None:
+        """Raise ``ValueError`` if the loss is not finite, not the same twice, or too coarse."""
+        for name, value in self.module.named_parameters():
+            if value.dtype in HALF:
+                raise ValueError(
+                    f"{name} is {value.dtype}, too coarse for differences of a loss; use "
+                    "module.float() and inputs.float()."
+                )
+        check_inputs(self.module, self.inputs)
+        with torch.no_grad():
+            present = self.run_with({}).loss
+            check_loss(present, self.run_with({}).loss)
+        if not present.is_floating_point() or not present.isfinite():
+            raise ValueError(
+                f"The loss is {present.item()} for the present parameters, not a finite number; "
+                "check inputs, targets and the module's parameters for NaN."
+            )
 
     def output(self) -> Any:
         """The module's output for the inputs."""
@@ -252,7 +290,7 @@ class TrainingSetup:
         It does not depend on the loss, nor on the scale of images and targets, so it compares
         set-ups before and after a remedy.
         """
-        output, targets = Sandbox(self.module, self.inputs).run(self.module).output, self.targets
+        output, targets = self.run(self.module).output, self.targets
         if not is_response(output, targets):
             return math.nan
         error = (output.double() - targets.double()).square().mean()
@@ -262,7 +300,7 @@ class TrainingSetup:
     @torch.no_grad()
     def power(self) -> int:
         """2 if the loss is the mean squared error, 1 if it is its root, and 0 if it is another."""
-        output, targets = Sandbox(self.module, self.inputs).run().output, self.targets
+        output, targets = self.run().output, self.targets
         if not is_response(output, targets):
             return 0
         outputs = (output, 0.5 * output + targets.std(correction=0))
@@ -285,77 +323,6 @@ def is_response(output: Any, targets: Any) -> bool:
 
 
 # -- one forward pass ---------------------------------------------------------------------------
-
-
-class Run(NamedTuple):
-    """The results of one forward pass."""
-
-    output: Any
-    loss: Any
-
-
-@dataclass(frozen=True)
-class Sandbox:
-    """Runs copies of one module on the same inputs, each time with the same random numbers.
-
-    With ``widen`` it computes in double precision, whatever dtype the module's code names.
-    """
-
-    module: nn.Module
-    inputs: Any
-    loss: Callable[[Any], Any] = lambda _: None
-    seed: int = 0
-    widen: bool = False
-
-    def run(self, module: nn.Module | None = None, *, trace: Trace | None = None) -> Run:
-        """Run a fresh copy, or a given one, whose state may change."""
-        module = copied(self.module) if module is None else module
-        with contextlib.ExitStack() as modes:
-            modes.enter_context(seeded(self.seed, module, self.inputs))
-            if self.widen:
-                modes.enter_context(_Widened())
-            if trace is not None:
-                modes.enter_context(trace)
-            output = _call(module, self.inputs)
-            return Run(output, self.loss(output))
-
-    def run_with(self, tensors: Mapping[str, Tensor]) -> Run:
-        """Run the module itself with some of its parameters replaced, by name.
-
-        Its buffers do not change.
-        """
-        replaced = {name: buffer.clone() for name, buffer in self.module.named_buffers()}
-        replaced |= tensors
-
-        def call(*inputs: Any) -> Any:
-            return torch.func.functional_call(self.module, replaced, inputs)
-
-        with seeded(self.seed, self.module, self.inputs):
-            output = _call(call, self.inputs)
-            return Run(output, self.loss(output))
-
-    def check(self) -> None:
-        """Raise ``ValueError`` if the loss is not finite, not the same twice, or too coarse."""
-        for name, value in self.module.named_parameters():
-            if value.dtype in HALF:
-                raise ValueError(
-                    f"{name} is {value.dtype}, too coarse for differences of a loss; use "
-                    "module.float() and inputs.float()."
-                )
-        check_inputs(self.module, self.inputs)
-        with torch.no_grad():
-            present = self.run_with({}).loss
-            check_loss(present, self.run_with({}).loss)
-        if not present.is_floating_point() or not present.isfinite():
-            raise ValueError(
-                f"The loss is {present.item()} for the present parameters, not a finite number; "
-                "check inputs, targets and the module's parameters for NaN."
-            )
-
-    def double(self, *, widen: bool) -> Sandbox:
-        """The same in float64."""
-        module, inputs = copied(self.module).double(), tree_map(_doubled, self.inputs)
-        return Sandbox(module, inputs, self.loss, self.seed, widen)
 
 
 class _Widened(TorchFunctionMode):

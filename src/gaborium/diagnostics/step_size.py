@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gaborium.diagnostics.causes import SET_RATE, Finding, Severity, by_severity, finding
-from gaborium.diagnostics.sandbox import Sandbox, TrainingSetup, is_response
+from gaborium.diagnostics.sandbox import TrainingSetup, is_response
 
 _DESCENT_STEPS = 200
 _CONE = 0.3  # slope ∝ distance^exponent: a cone below this exponent, a bowl above it
@@ -118,8 +118,8 @@ def step_limit(setup: TrainingSetup) -> StepLimit:
         True False
     """
     names, settings = _stepped(setup)
-    setup.sandbox().check()  # reports faults in their own precision
-    if not is_response(Sandbox(setup.module, setup.inputs).run().output, setup.targets):
+    setup.check()  # reports faults in their own precision
+    if not is_response(setup.run().output, setup.targets):
         raise ValueError(
             "The step is judged where targets are responses, of the outputs' shape; the minimum "
             "of a classifier's loss may be at infinity."
@@ -163,14 +163,14 @@ class _Objective:
     """A loss as a function of the learned parameters in one flat vector."""
 
     def __init__(self, setup: TrainingSetup, names: Iterable[str]) -> None:
-        self._sandbox = setup.sandbox()
+        self._setup = setup
         self._learned = {name: setup.module.get_parameter(name).detach() for name in names}
         self.start = torch.cat([value.flatten() for value in self._learned.values()])
 
     def __call__(self, point: Tensor) -> Tensor:
         parts = point.split([value.numel() for value in self._learned.values()])
         pairs = zip(parts, self._learned.items(), strict=True)
-        loss: Tensor = self._sandbox.run_with({n: p.view_as(v) for p, (n, v) in pairs}).loss
+        loss: Tensor = self._setup.run_with({n: p.view_as(v) for p, (n, v) in pairs}).loss
         return loss
 
     def slope(self, point: Tensor) -> tuple[float, Tensor]:
