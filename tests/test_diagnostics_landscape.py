@@ -419,7 +419,10 @@ def test_foreign_parameters_go_by_their_names():
     }.items():
         with pytest.raises(ValueError, match=message):
             landscape(setup, field)
-    found = landscape(setup, "theta[1]", span=span, n_points=90)
+    with torch.no_grad():
+        module.theta[1] = 2.0  # descends to the end of the span
+    found = landscape(setup, "theta[1]", span={"theta[1]": (-1.5, 2.3)}, n_points=90)
+    assert found.findings[0].cause == "outside the basin"
     exec(found.findings[0].remedy, {"module": module})
     assert module.theta[1].item() == pytest.approx(-0.4, abs=1e-3)
 
