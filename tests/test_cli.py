@@ -77,9 +77,10 @@ def test_a_folder_of_photographs_of_different_sizes(empty_folder, capsys):
     folder.mkdir()
     for i, shape in enumerate([(50, 60), (44, 48), (64, 41, 3)]):
         save(noise(*shape), folder / f"{i}.png")
-    assert run("recover", *FAST, "--image", "photos", "--max-images", "2") == 0
-    assert one_line(capsys) == "Note: Using the first 2 of 3 images in 'photos' (--max-images).\n"
-    assert written("recover")["facts"]["photograph"] == "0.png, 1.png"
+    (folder / "notes.txt").touch()
+    assert run("recover", *FAST, "--image", "photos") == 0
+    assert one_line(capsys) == "Note: Skipped in 'photos': 'notes.txt'.\n"
+    assert written("recover")["facts"]["photograph"] == "0.png, 1.png, 2.png"
 
 
 @pytest.mark.parametrize(

@@ -170,17 +170,6 @@ def test_nothing_wrong_is_said_so(capsys):
     assert "No fault was found that prevents learning. Report: " in shown(capsys)
 
 
-def test_a_pickle_is_not_run(capsys):
-    class Bomb:
-        def __reduce__(self):
-            return (Path.write_text, (Path("bomb"), "went off"))
-
-    torch.save({"weight": Bomb()}, "layer.pt")
-    assert run("diagnose", "layer.pt") == 2
-    assert "unpickling" in one_line(capsys)
-    assert not Path("bomb").exists()
-
-
 @pytest.mark.parametrize(
     ("tokens", "told"),
     [

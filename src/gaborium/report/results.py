@@ -28,6 +28,11 @@ _V1 = (
     "frequencies of 139 (De Valois, Albrecht and Thorell 1982). Cells are measured in degrees and "
     "filters in pixels, so only the spread of wavelengths can be compared."
 )
+_PICTURES = (
+    "Kernel, Gabor function and residual have one colour scale, symmetric about zero: blue is "
+    "negative, red is positive; grey is zero in kernels of three channels. Of other numbers of "
+    "channels the one with the most power is drawn, of volumes the middle slice."
+)
 _WAVES = (
     "The angle is the orientation of the wave and the radius its frequency. Each filter is drawn "
     "on both sides, since a wave and its reverse have one orientation. Angles grow clockwise, as "
@@ -150,7 +155,7 @@ def _every_filter(
     """Wave vectors, and the table of filters in an order; of many, evenly chosen ones."""
     if not order or kernels is None:
         return []
-    chosen, n_channels = plots.evenly(order, _MOST_ROWS), fit.params.phase.numel() // len(fit)
+    chosen = plots.evenly(order, _MOST_ROWS)
     table = Table.of([rows[i] for i in chosen], _COLUMNS)
     pictures = plots.strips(fit, kernels, chosen)
     cells = [
@@ -158,21 +163,16 @@ def _every_filter(
         for i, picture, row in zip(chosen, pictures, table.rows, strict=True)
     ]
     n_words = 2 + sum(name in rows[0] for name in _WORDS)
-    text = (
-        "Kernel, Gabor function and residual have one colour scale, symmetric about zero: "
-        + ("grey is zero." if n_channels == 3 else "blue is negative, red is positive.")
-        + f" {len(chosen)} of {counted(len(rows), 'filter')}, evenly from the first to the last;"
-        " all are in result.csv."
-    )
-    if n_channels not in (1, 3):
-        text += f" Of {n_channels} channels the one with the most power is drawn."
-    if fit.params.n_dims == 3:
-        text += " Of each volume the middle slice is drawn."
+    shown = f"{len(chosen)} of {counted(len(rows), 'filter')}, evenly from the first to the last"
     figures = {"parameters": partial(plots.plot_parameters, fit)}
     head = ["filter", "kernel, fit, residual", *table.head]
     return [
         Section("Wavelengths and orientations", [_WAVES], figures),
-        Section("Every filter", [text], table=Table(head, cells, n_words)),
+        Section(
+            "Every filter",
+            [_PICTURES, f"{shown}; all are in result.csv."],
+            table=Table(head, cells, n_words),
+        ),
     ]
 
 
