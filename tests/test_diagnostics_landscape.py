@@ -484,7 +484,6 @@ def test_bad_arguments_get_one_clear_line():
         "two rising positive": lambda: landscape(setup, "sigma", span={"sigma": (-1, 1)}),
         "at least 8": lambda: landscape(setup, "phase", n_points=2),
         "must be an nn.Module": lambda: changed("layer"),
-        "too coarse": lambda: landscape(changed(layer_at().half()), "phase"),
         "should be the same": lambda: landscape(changed(layer, inputs.float()), "phase"),
         "must be finite": lambda: landscape(changed(layer, inputs * math.nan), "phase"),
     }.items():

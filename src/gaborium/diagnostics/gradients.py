@@ -28,8 +28,6 @@ from gaborium.diagnostics.sandbox import (
     Run,
     Trace,
     TrainingSetup,
-    check_inputs,
-    check_loss,
     copied,
     copied_together,
     equal,
@@ -122,7 +120,7 @@ def check_gradients(setup: TrainingSetup) -> GradientCheck:
         >>> check.findings
         []
     """
-    check_inputs(setup.inputs)
+    setup.check(finite=False)
     return _Check(setup).result()
 
 
@@ -165,7 +163,6 @@ class _Check:
         module, optimizer = copied_together(self.module, optimizer)
         before = dict(module.named_parameters())
         self.run = setup.run(module)
-        check_loss(self.run.loss, setup.run().loss)
         self.loss: float = self.run.loss.item()
         if self.run.loss.requires_grad:
             self.run.loss.backward()

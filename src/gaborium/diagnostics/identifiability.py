@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from gaborium.diagnostics.causes import Finding, by_severity, finding
 from gaborium.diagnostics.remedies import recover_code
-from gaborium.diagnostics.sandbox import check_inputs
 from gaborium.functions.params import POSITIVE_FIELDS
 from gaborium.layers import GABOR_LAYERS, GaborLayer
 from gaborium.optim.kernel_family import kernel_jacobian
@@ -144,7 +143,8 @@ def _check(layer: GaborLayer, inputs: Tensor) -> None:
             "This needs a layer with output='real', whose responses are linear in one kernel; "
             f"got output={layer.output!r}."
         )
-    check_inputs(inputs)
+    if not inputs.isfinite().all():
+        raise ValueError("inputs must be finite, got NaN or infinity.")
     if inputs.ndim != layer.n_dims + 2 or inputs.shape[1] != layer.in_channels:
         raise ValueError(
             f"inputs must be (batch, {layer.in_channels} channels, {layer.n_dims} axes), got "
