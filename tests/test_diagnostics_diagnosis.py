@@ -90,7 +90,7 @@ def test_training_stops_at_what_is_no_number_and_takes_every_optimiser():
     without = TrainingSetup(copy.deepcopy(setup.module), F.mse_loss, setup.inputs, setup.targets)
     before = without.module.params.orientation.item()
     slope = torch.autograd.grad(
-        without.loss(without.output(), setup.targets), [without.module.get_parameter("orientation")]
+        without.run(without.module).loss, [without.module.get_parameter("orientation")]
     )
     without.train(1)
     step = without.module.params.orientation.item() - before
@@ -238,7 +238,7 @@ def test_dropout_draws_none_of_the_callers_random_numbers():
 def test_nothing_of_the_callers_changes():
     setup = student(off=1.0)
     setup.optimizer.zero_grad()
-    setup.loss(setup.output(), setup.targets).backward()
+    setup.run(setup.module).loss.backward()
     gradient = {n: p.grad.clone() for n, p in setup.module.named_parameters()}
     state = copy.deepcopy(setup.module.state_dict())
     options = copy.deepcopy(setup.optimizer.state_dict())

@@ -365,7 +365,7 @@ def test_the_remedy_reaches_a_layer_within_a_network():
 EXAMINATIONS = {
     "landscape": lambda setup: landscape(setup, "orientation", n_points=12),
     "step limit": step_limit,
-    "identifiability": lambda setup: identifiability(setup.module, setup.inputs),
+    "identifiability": lambda setup: identifiability(setup.module[0], setup.inputs),
 }
 
 

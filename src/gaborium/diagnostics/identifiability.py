@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from gaborium.diagnostics.causes import Finding, by_severity, finding
 from gaborium.diagnostics.remedies import recover_code
@@ -74,7 +74,7 @@ class Identifiability:
 
 
 def identifiability(
-    layer: nn.Module,
+    layer: GaborLayer,
     inputs: Tensor,
     *,
     noise: float | None = None,
@@ -83,7 +83,7 @@ def identifiability(
     """Compute how well inputs determine the parameters of a Gabor layer, in closed form.
 
     Args:
-        layer: a Gabor layer with a real output, or a module whose first layer it is.
+        layer: a Gabor layer with a real output.
         inputs: ``(batch, channels, *size)``, as the layer receives them.
         noise: standard deviation of the noise on the responses; by default the deviation of the
             responses from ``targets``, and without targets 1.
@@ -91,8 +91,9 @@ def identifiability(
             the right ones, because their error counts as noise.
 
     Raises:
-        ValueError: there is no Gabor layer, its output is an energy or a quadrature pair, its
-            kernels are dilated, no field of the record is learned, or shapes do not agree.
+        TypeError: the layer is not a Gabor layer.
+        ValueError: its output is an energy or a quadrature pair, its kernels are dilated, no field
+            of the record is learned, or shapes do not agree.
 
     Example:
         >>> from gaborium import Gabor2d, GaborConv2d
@@ -102,23 +103,20 @@ def identifiability(
         >>> found.names, found.bounds.shape, found.findings
         (('orientation', 'wavelength'), torch.Size([1, 2]), [])
     """
-    layer_name, inner = find_gabor_layer(layer)
-    if inner is None:
-        raise ValueError(f"There is no Gabor layer in this {type(layer).__name__}.")
-    _check(inner, inputs)
-    names, jacobian = kernel_jacobian(inner)
+    _check(layer, inputs)
+    names, jacobian = kernel_jacobian(layer)
     slopes = jacobian[:, 0].cpu()  # of the one kernel of each filter
-    units = _units(inner, names)
-    kernels = inner.weight.detach().double().flatten(1).cpu()
-    deviation = _deviation(inner, inputs, noise, targets)
+    units = _units(layer, names)
+    kernels = layer.weight.detach().double().flatten(1).cpu()
+    deviation = _deviation(layer, inputs, noise, targets)
     rows = []
     for index, kernel in enumerate(kernels):
-        if index % (inner.n_filters // inner.groups) == 0:  # a new group of channels
-            inside = padded = filter_statistics(inner, index, inputs)
-            if inner.padding_mode == "zeros":
-                inside = filter_statistics(inner, index, inputs, padded=False)
-        row = _judge(inner, kernel, slopes[index], units[index], padded)
-        row["border_power"] = _border_power(inner, index, padded, inside)
+        if index % (layer.n_filters // layer.groups) == 0:  # a new group of channels
+            inside = padded = filter_statistics(layer, index, inputs)
+            if layer.padding_mode == "zeros":
+                inside = filter_statistics(layer, index, inputs, padded=False)
+        row = _judge(layer, kernel, slopes[index], units[index], padded)
+        row["border_power"] = _border_power(layer, index, padded, inside)
         rows.append(row)
     found = {key: torch.stack([row[key] for row in rows]) for key in rows[0]}
     result = Identifiability(
@@ -133,11 +131,13 @@ def identifiability(
         findings=[],
     )
     area = 1 - inside.count / padded.count
-    findings = _findings(result, layer_name, inner, inputs, area, found)
+    findings = _findings(result, layer, inputs, area, found)
     return replace(result, findings=by_severity(findings))
 
 
 def _check(layer: GaborLayer, inputs: Tensor) -> None:
+    if not isinstance(layer, GABOR_LAYERS):
+        raise TypeError(f"identifiability needs a Gabor layer, got {type(layer).__name__}.")
     if layer.output != "real":
         raise ValueError(
             "This needs a layer with output='real', whose responses are linear in one kernel; "
@@ -170,17 +170,6 @@ def _deviation(
         )
     error = (outputs - targets).double().square()
     return error.transpose(0, 1).flatten(1).mean(1).sqrt().cpu()
-
-
-# -- a Gabor layer as the diagnoses see it ------------------------------------------------------
-
-
-def find_gabor_layer(module: nn.Module) -> tuple[str, GaborLayer | None]:
-    """The first Gabor layer in a module, and its name; ``""`` is the module itself."""
-    for name, part in module.named_modules():
-        if isinstance(part, GABOR_LAYERS):
-            return name, part
-    return "", None
 
 
 def filter_statistics(
@@ -290,7 +279,6 @@ def _border_power(
 
 def _findings(
     found: Identifiability,
-    layer_name: str,
     layer: GaborLayer,
     inputs: Tensor,
     border_area: float,
@@ -303,13 +291,13 @@ def _findings(
         about: Any = partial(finding, location=(index,), filter=str(index))
         lost = found.not_identifiable(index)
         if lost:
-            code = _freezing_code(layer_name, layer, lost)
+            code = _freezing_code(layer, lost)
             yield finding(
                 "not identifiable", lost, remedy=code, n_lost=len(lost), filter=float(index)
             )
         condition, white = found.condition[index].item(), found.white_condition[index].item()
         if _ILL * white < condition < math.inf:
-            code = ("" if layer_name else recover_code(layer)) or ""
+            code = recover_code(layer) or ""
             numbers = {"condition": condition, "white_condition": white}
             yield about("ill-conditioned input", remedy=code, **numbers)
         power, mean = (shares[name][index].item() for name in ("border_power", "mean_share"))
@@ -333,12 +321,11 @@ def _cutting_code(layer: GaborLayer) -> str:
     return f"whole = loss\nloss = lambda output, target: whole(output{inner}, target{inner})\n"
 
 
-def _freezing_code(layer_name: str, layer: GaborLayer, names: Iterable[str]) -> str:
+def _freezing_code(layer: GaborLayer, names: Iterable[str]) -> str:
     """Code that excludes parameters from learning."""
     lost = {"center" if name.startswith("center") else name.partition("[")[0] for name in names}
-    prefix = layer_name and layer_name + "."
     return "".join(
-        f'module.get_parameter("{prefix}{raw}").requires_grad_(False)\n'
+        f'module.get_parameter("{raw}").requires_grad_(False)\n'
         for raw, fields in layer.raw_coordinates.raw_fields().items()
         if not lost.isdisjoint(fields)
     )

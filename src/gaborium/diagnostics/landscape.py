@@ -13,11 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from gaborium.diagnostics.causes import Finding, Severity, by_severity, finding
-from gaborium.diagnostics.identifiability import filter_statistics, find_gabor_layer
+from gaborium.diagnostics.identifiability import filter_statistics
 from gaborium.diagnostics.remedies import recover_code
 from gaborium.diagnostics.sandbox import TrainingSetup
 from gaborium.functions.kernels import orientation_basin
 from gaborium.functions.params import POSITIVE_FIELDS, UNITS, Gabor2d
+from gaborium.layers import GABOR_LAYERS
 
 Span = tuple[float, float]
 _Function = Callable[[Tensor], Tensor]
@@ -291,7 +292,8 @@ def _grid(fields: Sequence[_Field], spans: Mapping[str, Span], n: int) -> _Grid:
 
 
 def _varied(module: nn.Module, index: int, names: tuple[str, ...]) -> _Parameters | _GaborFields:
-    layer_name, layer = find_gabor_layer(module)
+    layers = ((n, part) for n, part in module.named_modules() if isinstance(part, GABOR_LAYERS))
+    layer_name, layer = next(layers, ("", None))
     if layer is not None:
         known = {*layer.params.field_names(), *_CENTER[: layer.n_dims]} - {"center"}
         if known >= set(names):

@@ -181,7 +181,7 @@ class TrainingSetup:
 
         def closure() -> Any:
             optimizer.zero_grad()
-            value = self.loss(self.output(), self.targets)
+            value = self.loss(_call(self.module, self.inputs), self.targets)
             if value.requires_grad:
                 value.backward()
             return value
@@ -247,10 +247,6 @@ class TrainingSetup:
                 f"{first:.6g} and {second:.6g}; draw its random numbers from torch's generator."
             )
         return value.detach()
-
-    def output(self) -> Any:
-        """The module's output for the inputs."""
-        return _call(self.module, self.inputs)
 
     @torch.no_grad()
     def explained(self) -> float:
