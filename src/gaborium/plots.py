@@ -578,9 +578,8 @@ def plot_step_limit(found: StepLimit) -> Figure:
         place.plot(distances, line, ":", color=MUTED, label="a bowl")
         color = VERMILION if found.is_cone else BLUE
         place.plot(distances, slopes, ".-", color=color, linewidth=1.4, label="measured")
-        if found.learning_rate is not None:
-            step = found.learning_rate * (1.0 if found.adaptive else slopes[-1])
-            place.axvline(step, label="one step", **_DASHED)
+        if found.step_length is not None:
+            place.axvline(found.step_length, label="one step", **_DASHED)
         bowl = f"A bowl: steps below {found.step_limit:.2g} settle"
         title = "A cone: no fixed step settles" if found.is_cone else bowl
         place.set(title=title, xlabel="distance from the minimum", ylabel="slope of the loss")

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from gaborium.diagnostics.causes import Finding, by_severity, finding
 from gaborium.diagnostics.remedies import recover_code
-from gaborium.diagnostics.sandbox import check_inputs
 from gaborium.functions.params import POSITIVE_FIELDS
 from gaborium.layers import GABOR_LAYERS, GaborLayer
 from gaborium.optim.kernel_family import kernel_jacobian
@@ -46,12 +45,7 @@ class Identifiability:
         white_bounds: on white input of the same power, ``(F, n)``.
         white_condition: on white input, ``(F,)``.
         noise: standard deviation of the responses' noise for which the bounds hold, ``(F,)``.
-        border_area: share of patches that reach into a padding of zeros.
-        border_power: the largest share of the responses' power that comes from such patches, over
-            all orientations that the filter may take, ``(F,)``.
-        mean_share: share of the responses' power that comes from the image's mean, ``(F,)``.
-        input_rms: root mean square of the inputs.
-        remedies: code, by cause or by parameter that is not identifiable.
+        findings: faults of the inputs, or of the choice of what is learned.
     """
 
     names: tuple[str, ...]
@@ -62,11 +56,7 @@ class Identifiability:
     white_bounds: Tensor
     white_condition: Tensor
     noise: Tensor
-    border_area: float
-    border_power: Tensor
-    mean_share: Tensor
-    input_rms: float
-    remedies: dict[str, str]
+    findings: list[Finding]
 
     @property
     def trade_offs(self) -> list[list[tuple[str, str, float]]]:
@@ -81,11 +71,6 @@ class Identifiability:
         """Parameters of one filter on which the responses do not depend."""
         unknown = self.bounds[index].isinf().tolist()
         return tuple(name for name, lost in zip(self.names, unknown, strict=True) if lost)
-
-    @property
-    def findings(self) -> list[Finding]:
-        """Faults of the inputs, or of the choice of what is learned."""
-        return by_severity(_findings(self))
 
 
 def identifiability(
@@ -136,7 +121,7 @@ def identifiability(
         row["border_power"] = _border_power(inner, index, padded, inside)
         rows.append(row)
     found = {key: torch.stack([row[key] for row in rows]) for key in rows[0]}
-    return Identifiability(
+    result = Identifiability(
         names=names,
         information=found["information"] / deviation.clamp_min(1e-30)[:, None, None].square(),
         bounds=found["bounds"] * deviation[:, None],
@@ -145,12 +130,11 @@ def identifiability(
         white_bounds=found["white_bounds"] * deviation[:, None],
         white_condition=found["white_condition"],
         noise=deviation,
-        border_area=1 - inside.count / padded.count,
-        border_power=found["border_power"],
-        mean_share=found["mean_share"],
-        input_rms=inputs.detach().double().square().mean().sqrt().item(),
-        remedies=_remedies(layer_name, inner, names),
+        findings=[],
     )
+    area = 1 - inside.count / padded.count
+    findings = _findings(result, layer_name, inner, inputs, area, found)
+    return replace(result, findings=by_severity(findings))
 
 
 def _check(layer: GaborLayer, inputs: Tensor) -> None:
@@ -159,7 +143,8 @@ def _check(layer: GaborLayer, inputs: Tensor) -> None:
             "This needs a layer with output='real', whose responses are linear in one kernel; "
             f"got output={layer.output!r}."
         )
-    check_inputs(layer, inputs)
+    if not inputs.isfinite().all():
+        raise ValueError("inputs must be finite, got NaN or infinity.")
     if inputs.ndim != layer.n_dims + 2 or inputs.shape[1] != layer.in_channels:
         raise ValueError(
             f"inputs must be (batch, {layer.in_channels} channels, {layer.n_dims} axes), got "
@@ -167,8 +152,6 @@ def _check(layer: GaborLayer, inputs: Tensor) -> None:
         )
     if any(step != 1 for step in layer.dilation):
         raise ValueError(f"The kernels must not be dilated, got dilation={layer.dilation}.")
-    if not inputs.isfinite().all():
-        raise ValueError("inputs must be finite, got NaN or infinity.")
 
 
 def _deviation(
@@ -305,51 +288,57 @@ def _border_power(
 # -- findings -----------------------------------------------------------------------------------
 
 
-def _remedies(layer_name: str, layer: GaborLayer, names: tuple[str, ...]) -> dict[str, str]:
+def _findings(
+    found: Identifiability,
+    layer_name: str,
+    layer: GaborLayer,
+    inputs: Tensor,
+    border_area: float,
+    shares: dict[str, Tensor],
+) -> Iterator[Finding]:
+    rms = inputs.detach().double().square().mean().sqrt().item()
+    if rms > _BRIGHT:
+        yield finding("image scale", input_rms=rms)
+    for index in range(len(found.bounds)):
+        about: Any = partial(finding, location=(index,), filter=str(index))
+        lost = found.not_identifiable(index)
+        if lost:
+            code = _freezing_code(layer_name, layer, lost)
+            yield finding(
+                "not identifiable", lost, remedy=code, n_lost=len(lost), filter=float(index)
+            )
+        condition, white = found.condition[index].item(), found.white_condition[index].item()
+        if _ILL * white < condition < math.inf:
+            code = ("" if layer_name else recover_code(layer)) or ""
+            numbers = {"condition": condition, "white_condition": white}
+            yield about("ill-conditioned input", remedy=code, **numbers)
+        power, mean = (shares[name][index].item() for name in ("border_power", "mean_share"))
+        if power > border_area + _BORDER:
+            numbers = {"border_power": power, "border_area": border_area}
+            yield about("zero padding", remedy=_cutting_code(layer), **numbers)
+        if mean > 0.5:
+            yield about("image mean", mean_share=mean)
+        for one, other, r in found.trade_offs[index]:
+            yield finding("trade-off", (one, other), filter=str(index), correlation=r)
+
+
+def _cutting_code(layer: GaborLayer) -> str:
+    """Code that leaves responses at the border out of the loss."""
     border = layer.border()[::-1]  # after and before, first axis first
     cuts = []
     for axis, stride in enumerate(layer.stride):
         last, first = (-(-n // stride) for n in border[2 * axis : 2 * axis + 2])
         cuts.append(f"{first}:{-last or None}")
     inner = f"[..., {', '.join(cuts)}]"
-    remedies = {
-        "zero padding": "whole = loss\n"
-        f"loss = lambda output, target: whole(output{inner}, target{inner})\n",
-        "ill-conditioned input": ("" if layer_name else recover_code(layer)) or "",
-    }
+    return f"whole = loss\nloss = lambda output, target: whole(output{inner}, target{inner})\n"
+
+
+def _freezing_code(layer_name: str, layer: GaborLayer, names: Iterable[str]) -> str:
+    """Code that excludes parameters from learning."""
+    lost = {"center" if name.startswith("center") else name.partition("[")[0] for name in names}
     prefix = layer_name and layer_name + "."
-    for parameter in names:
-        field = "center" if parameter.startswith("center") else parameter.partition("[")[0]
-        remedies[parameter] = "".join(
-            f'module.get_parameter("{prefix}{raw}").requires_grad_(False)\n'
-            for raw, fields in layer.raw_coordinates.raw_fields().items()
-            if field in fields
-        )
-    return remedies
-
-
-def _findings(found: Identifiability) -> Iterator[Finding]:
-    if found.input_rms > _BRIGHT:
-        yield finding("image scale", input_rms=found.input_rms)
-    for index in range(len(found.bounds)):
-        about: Any = partial(finding, location=(index,), filter=str(index))
-        lost = found.not_identifiable(index)
-        if lost:
-            code = "".join(dict.fromkeys(found.remedies[name] for name in lost))
-            yield finding(
-                "not identifiable", lost, remedy=code, n_lost=len(lost), filter=float(index)
-            )
-        condition, white = found.condition[index].item(), found.white_condition[index].item()
-        if _ILL * white < condition < math.inf:
-            code = found.remedies["ill-conditioned input"]
-            numbers = {"condition": condition, "white_condition": white}
-            yield about("ill-conditioned input", remedy=code, **numbers)
-        power, area = found.border_power[index].item(), found.border_area
-        if power > area + _BORDER:
-            code = found.remedies["zero padding"]
-            yield about("zero padding", remedy=code, border_power=power, border_area=area)
-        mean = found.mean_share[index].item()
-        if mean > 0.5:
-            yield about("image mean", mean_share=mean)
-        for one, other, r in found.trade_offs[index]:
-            yield finding("trade-off", (one, other), filter=str(index), correlation=r)
+    return "".join(
+        f'module.get_parameter("{prefix}{raw}").requires_grad_(False)\n'
+        for raw, fields in layer.raw_coordinates.raw_fields().items()
+        if not lost.isdisjoint(fields)
+    )

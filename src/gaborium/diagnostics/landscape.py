@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -52,7 +52,6 @@ class Landscape:
     Args:
         fields: names of the fields.
         units: of the fields.
-        filter: the filter of the layer that they belong to.
         grids: values of each field, ``(n,)``.
         periodic: for each field, whether its grid is a circle.
         values: the loss, ``(n,)`` or ``(n, m)``, float64.
@@ -63,19 +62,17 @@ class Landscape:
         present: the layer's own position, which need not be a point of the grid.
         present_value: the loss there.
         present_slope: derivative of the loss there, per unit of each field.
-        present_change: range of the loss within a fifth of the way to the best minimum.
         present_minimum: the minimum that steepest descent from the present position reaches.
         half_width: distance from the best minimum to the points where the squared error (of other
             losses: the loss) stops being convex; NaN if it never does, and for two fields.
         predicted_half_width: λ / (√2 π σ/γ) for an orientation, rad, from the layer's present
             values; ``None`` for other fields.
         exact: whether the values come from the patches' covariance, in float64.
-        remedy: code that moves the filter to the best minimum, with ``recover`` where it can.
+        findings: what prevents descent over these fields from the present position.
     """
 
     fields: tuple[str, ...]
     units: tuple[str, ...]
-    filter: int
     grids: tuple[Tensor, ...]
     periodic: tuple[bool, ...]
     values: Tensor
@@ -86,12 +83,11 @@ class Landscape:
     present: tuple[float, ...]
     present_value: float
     present_slope: tuple[float, ...]
-    present_change: float
     present_minimum: Minimum
     half_width: float
     predicted_half_width: float | None
     exact: bool
-    remedy: str
+    findings: list[Finding]
 
     @property
     def share_to_best(self) -> float:
@@ -102,11 +98,6 @@ class Landscape:
     def n_spurious(self) -> int:
         """Minima that are worse than the best."""
         return len(self.minima) - self.n_best
-
-    @property
-    def findings(self) -> list[Finding]:
-        """What prevents descent over these fields from the present position."""
-        return by_severity(_findings(self))
 
 
 def landscape(
@@ -165,7 +156,7 @@ def landscape(
     if n < 8:
         raise ValueError(f"n_points must be at least 8, got {n}.")
     setup = setup.copy()
-    setup.check()
+    loss = setup.check()
     varied = _varied(setup.module, filter, names)
     grid = _grid(varied.fields, span or {}, n)
     power = setup.power()
@@ -190,8 +181,8 @@ def landscape(
     score = evaluate(points)
     finite = score[score.isfinite()]
     height = (finite.max() - finite.min()).item() if len(finite) else 0.0
-    is_double = all(p.dtype == torch.float64 for p in setup.module.parameters())
-    rounding = height * (1e-9 if exact is not None or is_double else 1e-5)
+    # Rounding makes hollows of about a hundred times the relative precision.
+    rounding = height * (1e-9 if exact is not None else max(1e-9, 84 * torch.finfo(loss.dtype).eps))
     periodic = tuple(grid.periodic.tolist())
     bottoms, basins = _watershed(score.view([n] * len(names)), periodic, rounding)
     places = points[bottoms]
@@ -207,10 +198,9 @@ def landscape(
     best = int(grid.away(places[:n_best]).amax(1).argmin())
     away, reach = grid.away(points), (grid.away(places[[best]]) / 5).clamp_min(2 / n)
     near = loss_of(score[(away <= reach).all(1) & score.isfinite()])
-    return Landscape(
+    found = Landscape(
         fields=names,
         units=tuple(field.unit for field in varied.fields),
-        filter=filter,
         grids=tuple(grid.value(grid.coordinates).T),
         periodic=periodic,
         values=loss_of(score).view(basins.shape),
@@ -221,15 +211,18 @@ def landscape(
         present=tuple(field.present for field in varied.fields),
         present_value=loss_of(evaluate(grid.here[None])).item(),
         present_slope=_slope(lambda points: loss_of(evaluate(points)), grid),
-        present_change=(near.max() - near.min()).item() if len(near) else math.inf,
         present_minimum=minima[int(basins.flatten()[away.sum(1).argmin()])],
         half_width=_half_width(score, int(bottoms[order[0]]), grid)
         if len(names) == 1
         else math.nan,
         predicted_half_width=varied.predicted_half_width,
         exact=exact is not None,
-        remedy=varied.remedy(minima[best].position, exact=exact is not None),
+        findings=[],
     )
+    # The range of the loss within a fifth of the way to the best minimum.
+    change = (near.max() - near.min()).item() if len(near) else math.inf
+    remedy = varied.remedy(found.best.position, exact=found.exact)
+    return replace(found, findings=by_severity(_findings(found, change, remedy)))
 
 
 # -- what varies --------------------------------------------------------------------------------
@@ -461,31 +454,30 @@ def _watershed(
     places = list(itertools.product(*map(range, shape)))
     index = {place: i for i, place in enumerate(places)}
     steps = [step for step in itertools.product((0, 1, -1), repeat=len(shape)) if any(step)]
-    label: dict[int, int] = {}  # of a point: the minimum below it
-    owner: dict[int, int] = {}  # of a minimum: the one that it was merged with
+    below: dict[int, int] = {}  # of a point: one that it descends to; a minimum: itself
 
-    def root(bottom: int) -> int:
-        while owner[bottom] != bottom:
-            bottom = owner[bottom]
-        return bottom
+    def bottom(i: int) -> int:
+        while below[i] != i:
+            i = below[i]
+        return i
 
-    # Points from the lowest up, so that all that a point can descend to is labelled already.
+    # Points from the lowest up, so that all that a point can descend to is known already.
     for i in sorted(range(len(flat)), key=flat.__getitem__):
         lower = []
         for step in steps:
             moved = zip(places[i], step, shape, periodic, strict=True)
             j = index.get(tuple((x + s) % n if around else x + s for x, s, n, around in moved))
-            if j in label:
+            if j in below:
                 lower.append(((flat[i] - flat[j]) / math.hypot(*step), j))
-        label[i] = label[max(lower)[1]] if lower else i
-        owner.setdefault(label[i], i)
+        below[i] = bottom(max(lower)[1]) if lower else i
         for _, j in lower:  # where two basins meet
-            low, high = sorted((root(label[i]), root(label[j])), key=flat.__getitem__)
+            low, high = sorted((bottom(i), bottom(j)), key=flat.__getitem__)
             if low != high and not flat[i] - flat[high] > rounding:
-                owner[high] = low
-    bottoms = sorted((b for b in owner if owner[b] == b), key=flat.__getitem__)
-    basins = [bottoms.index(root(label[i])) for i in range(len(flat))]
-    return torch.tensor(bottoms), torch.tensor(basins).view(shape)
+                below[high] = low
+    ends = [bottom(i) for i in range(len(flat))]
+    bottoms = sorted(set(ends), key=lambda end: (flat[end], end))
+    number = {end: i for i, end in enumerate(bottoms)}
+    return torch.tensor(bottoms), torch.tensor([number[end] for end in ends]).view(shape)
 
 
 def _refine(evaluate: _Function, places: Tensor, grid: _Grid) -> Tensor:
@@ -531,7 +523,7 @@ def _half_width(score: Tensor, bottom: int, grid: _Grid) -> float:
 # -- findings -----------------------------------------------------------------------------------
 
 
-def _findings(found: Landscape) -> Iterator[Finding]:
+def _findings(found: Landscape, change: float, remedy: str) -> Iterator[Finding]:
     top, best = found.values[found.values.isfinite()].max().item(), found.best.value
     height, left = top - best, found.present_value - best
     field = " and ".join(found.fields)
@@ -545,7 +537,7 @@ def _findings(found: Landscape) -> Iterator[Finding]:
     build = partial(
         finding,
         location=found.fields,
-        remedy=found.remedy,
+        remedy=remedy,
         field=field,
         share_to_best=found.share_to_best,
         present_loss=found.present_value,
@@ -569,13 +561,13 @@ def _findings(found: Landscape) -> Iterator[Finding]:
             )
     if lost and left > 0:
         yield build("outside the basin", reached_loss=found.present_minimum.value, best_loss=best)
-    if left > 0.1 * height and found.present_change < _FLAT * left:
+    if left > 0.1 * height and change < _FLAT * left:
         yield build(
             "flat plateau",
             severity=Severity.SEVERE if lost else Severity.WARNING,
-            reason=f"near the present value only by {found.present_change / left:.1%} of the way "
+            reason=f"near the present value only by {change / left:.1%} of the way "
             "down to the minimum, so the gradient is too small to find the way",
-            change=found.present_change,
+            change=change,
             drop=left,
         )
     if found.share_to_best < 0.9 and found.n_spurious:
