@@ -555,7 +555,7 @@ def arrived(setup: TrainingSetup) -> bool:
     if setup.targets.is_floating_point():
         return False
     with torch.no_grad():
-        guessed = setup.output().argmax(1)
+        guessed = setup.run(setup.module).output.argmax(1)
     return (guessed == setup.targets).float().mean().item() > LEARNT
 
 

@@ -41,7 +41,7 @@ napoleon_custom_sections = ["Convention", "Reference"]
 
 # A link to a name of ours must lead somewhere; those of torch and Python have no page here.
 nitpicky = True
-nitpick_ignore_regex = [("py:.*", r"(?!gaborium).*"), ("py:.*", r"gaborium\.layers\.gabor\.Record")]
+nitpick_ignore_regex = [("py:.*", r"(?!gaborium).*"), ("py:.*", r"gaborium\.layers\.Record")]
 
 
 def public(app: Any, environment: Any, node: Any, text: Any) -> Any:

@@ -256,12 +256,16 @@ def test_a_model_is_not_changed_and_its_first_layer_is_found():
             TypeError,
             "got torch.complex64",
         ),
-        (torch.zeros(2, 1, 3, 3, dtype=torch.int8), TypeError, "before it was quantised"),
+        (
+            torch.zeros(2, 1, 3, 3, dtype=torch.int8),
+            TypeError,
+            "real, floating tensor, got torch.int8",
+        ),
         (torch.full((2, 1, 3, 3), math.nan), ValueError, "NaN or infinity in 2 of 2"),
         (torch.zeros(0, 1, 3, 3), ValueError, "not empty"),
         (torch.zeros(3), ValueError, "must be"),
         (torch.zeros(4, 3, 1, 1), ValueError, "one pixel"),
-        ([[1.0]], TypeError, "a tensor or a network, got list"),
+        ([[1.0]], TypeError, "floating tensor, got list"),
     ],
 )
 def test_bad_input_is_told_in_one_line(kernels, error, words):

@@ -77,9 +77,10 @@ def test_a_folder_of_photographs_of_different_sizes(empty_folder, capsys):
     folder.mkdir()
     for i, shape in enumerate([(50, 60), (44, 48), (64, 41, 3)]):
         save(noise(*shape), folder / f"{i}.png")
-    assert run("recover", *FAST, "--image", "photos", "--max-images", "2") == 0
-    assert one_line(capsys) == "Note: Using the first 2 of 3 images in 'photos' (--max-images).\n"
-    assert written("recover")["facts"]["photograph"] == "0.png, 1.png"
+    (folder / "notes.txt").touch()
+    assert run("recover", *FAST, "--image", "photos") == 0
+    assert one_line(capsys) == "Note: Skipped in 'photos': 'notes.txt'.\n"
+    assert written("recover")["facts"]["photograph"] == "0.png, 1.png, 2.png"
 
 
 @pytest.mark.parametrize(
@@ -226,9 +227,9 @@ def test_switches_reach_the_fit():
 
 def test_pieces_of_a_file_give_what_the_whole_gives(monkeypatch):
     path = bank("bank.pt", 3, orientation=[0.1, 0.7, 1.3])
-    assert run("fit", path, "--n-starts", "2") == 0
+    assert run("fit", path, "--n-starts", "1") == 0
     monkeypatch.setattr("gaborium.cli._PIECE", 2)
-    assert run("fit", path, "--n-starts", "2", "--name", "pieces") == 0
+    assert run("fit", path, "--n-starts", "1", "--name", "pieces") == 0
     whole, pieces = written("fit"), written("pieces")
     assert pieces["facts"]["shape"] == whole["facts"]["shape"]
     assert pieces["result"]["outcome"] == whole["result"]["outcome"]
@@ -243,7 +244,7 @@ def test_kernels_that_are_no_gabor_functions_are_told_apart(capsys):
     kernels = torch.randn(3, 9, 9, generator=torch.Generator().manual_seed(0))
     kernels[1], kernels[2, 0, 0] = 0.0, torch.nan
     torch.save(kernels, "bank.pt")
-    assert run("fit", "bank.pt", "--n-starts", "2") == 0
+    assert run("fit", "bank.pt", "--n-starts", "1") == 0
     text = shown(capsys)
     assert "0 of 3 filters converged to a Gabor function; the median explained variance is" in text
     assert "2 filters: The target is zero or not finite; there is nothing to fit." in text

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import os
 from pathlib import Path
 
 import pytest
@@ -30,17 +29,10 @@ def weights(empty_folder: Path) -> dict[str, torch.Tensor]:
     kernels = torch.cat([gabor(shapes, 9), torch.randn(1, 9, 9, generator=draw)]).unsqueeze(1)
     state = {
         "stem.weight": kernels.expand(-1, 3, -1, -1).clone(),
-        "head.weight": torch.randn(5, 3, 3, 3, generator=draw),
+        "head.weight": torch.randn(2, 3, 3, 3, generator=draw),
     }
     torch.save(state, "net.pt")
     return state
-
-
-class Evil:
-    """Unpickled, it would leave a folder behind."""
-
-    def __reduce__(self) -> tuple[object, tuple[str]]:
-        return os.mkdir, ("pwned",)
 
 
 def photographs(folder: Path) -> Path:
@@ -104,9 +96,8 @@ def test_where_nothing_is_converted_all_stays_and_it_is_said(weights, capsys):
 
     after = load_file("runs/convert/weights.safetensors")
     assert all(torch.equal(after[name], weights[name]) for name in weights)
-    assert (
-        "Gabor functions replace 0 of 5 filters (0 %); the layer had 135 parameters, now 135."
-        in (commands.shown(capsys))
+    assert "Gabor functions replace 0 of 2 filters (0 %); the layer had 54 parameters, now 54." in (
+        commands.shown(capsys)
     )
 
 
@@ -140,12 +131,11 @@ def test_the_network_of_a_script_is_converted_with_the_stride_that_it_has(empty_
         (["net.pt", "--key", "stem", "--stride", "0"], "--stride must be at least 1, got 0."),
         (["net.pt", "--key", "stem", "--images", "none"], "No such file or directory: 'none'"),
         (["graph.onnx"], "'graph.onnx' cannot be read"),
-        (["evil.pt"], "'evil.pt' cannot be read: it needs unpickling, which can run code; save"),
         (["cut.safetensors"], "'cut.safetensors' cannot be read"),
         (["huge.safetensors"], "'huge.safetensors' cannot be read"),
         (["small.pt"], "has shape 2 × 1 × 1 × 1, expected kernels of 2 dimensions (--n-dims) of 2"),
         (["complex.pt"], "'complex.pt' cannot be read: it holds no arrays of real numbers."),
-        (["nan.pt"], "finite kernels"),
+        (["nan.pt"], "be finite"),
         (["linear.pt"], "has shape 5, expected kernels of 2 dimensions"),
         (["five.pt", "--images", "net.pt"], "--images needs kernels of 1 or 3 channels and 2 dim"),
     ],
@@ -153,7 +143,6 @@ def test_the_network_of_a_script_is_converted_with_the_stride_that_it_has(empty_
 def test_bad_input_is_told_in_one_line_and_nothing_is_written(weights, capsys, tokens, told):
     torch.save({"weight": torch.ones(2, 5, 3, 3)}, "five.pt")
     Path("graph.onnx").write_bytes(b"graph")
-    torch.save({"weight": Evil()}, "evil.pt")
     from safetensors.torch import save
 
     whole = save({"weight": torch.ones(2, 1, 5, 5)})
@@ -168,4 +157,3 @@ def test_bad_input_is_told_in_one_line_and_nothing_is_written(weights, capsys, t
     assert run(*tokens) == 2
     assert told in commands.one_line(capsys)
     assert not list(Path().glob("runs/*"))
-    assert not Path("pwned").exists()

@@ -167,7 +167,6 @@ def test_calibration_makes_responses_more_alike_than_the_fit_of_kernels():
     assert error is not None
     assert (error[[0, 2, 3, 5]] < 1e-2).all()
     assert (error[[1, 4]] > 0.05).all()
-    assert 0 < calibrated.output_error < 1
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -280,8 +279,6 @@ def test_networks_from_transformers_are_converted(make, n_dims, calibrated):
         assert kernel_errors(conversion.fit[[1, 2]], conv.weight[[1, 2]], n_dims).max() < 1e-3
         outputs = (one(batch).logits for one in (model, conversion.model))
         assert torch.allclose(*outputs, atol=1e-2)
-    if calibrated:
-        assert conversion.output_error < 0.05
 
 
 @pytest.mark.parametrize(
@@ -311,11 +308,11 @@ def test_silent_and_infinite_kernels_are_told():
     with torch.no_grad():
         model[0].weight[1] = 0
     assert not convert(model).is_gabor[1]
-    with pytest.raises(ValueError, match="number 1 is zero"):
+    with pytest.raises(ValueError, match=r"not zero, got \[1\]"):
         convert(model, filters=[1])
     with torch.no_grad():
         model[0].weight[2, 0, 0, 0] = math.nan
-    with pytest.raises(ValueError, match="finite kernels, got NaN in 1 of 6"):
+    with pytest.raises(ValueError, match="NaN or infinity in 1 of 6"):
         convert(model)
 
 

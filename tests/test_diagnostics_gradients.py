@@ -626,11 +626,7 @@ def test_a_loss_that_is_none_is_refused(loss, kind, line):
 def test_inputs_that_do_not_fit_are_refused():
     with pytest.raises(ValueError, match="inputs must be finite"):
         check(Sound(), torch.full((1, 1, 9, 9), math.nan))
-    with pytest.raises(ValueError, match="inputs are on meta and the module on cpu"):
-        check(Sound(), torch.zeros(1, 1, 9, 9, device="meta"))
-    with pytest.raises(
-        ValueError, match=r"inputs are torch.float32 and the module is torch.float16"
-    ):
+    with pytest.raises(RuntimeError, match="should be the same"):
         check(Sound().half(), image())
     with pytest.raises(TypeError, match=r"must be an nn\.Module, got function"):
         check(energy)

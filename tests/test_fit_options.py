@@ -153,8 +153,11 @@ def noisy() -> Tensor:
     return with_noise(gabor(planted(2, 3, 1, channels=2, seed=5), 9), 0.2)
 
 
-@pytest.mark.parametrize("nothing", [math.nan, math.inf, 1e6])
-@pytest.mark.parametrize("options", [{}, SHARED, {"offset": True}, {"loss": "huber"}], ids=str)
+@pytest.mark.parametrize(
+    ("nothing", "options"),
+    [(math.nan, {}), (math.inf, SHARED), (1e6, {"offset": True}), (math.nan, {"loss": "huber"})],
+    ids=str,
+)
 def test_pixels_of_no_weight_may_hold_anything(nothing, options):
     kernels = gabor(planted(2, 8, 1, channels=1, seed=6), 11)
     if "geometry" not in options:
@@ -174,20 +177,15 @@ def test_a_kernel_without_weight_leaves_its_neighbours_alone():
 
 
 @LAW
-@given(exponent=number(-12, 12))
-def test_equal_weights_change_nothing(noisy, exponent):
-    weights = torch.full((9, 9), 10.0**exponent, dtype=F64)
-    assert_same(fit(noisy, weights=weights, n_starts=1), fit(noisy, n_starts=1))
-
-
-@LAW
 @given(factor=st.one_of(st.just(7.0), number(1e-9, 1e9)))
 def test_only_ratios_of_weights_count(noisy, factor):
     weights = 0.05 + drawn(3, 2, 9, 9, seed=1).abs()
     once, again = (fit(noisy, weights=f * weights, n_starts=1) for f in (1, factor))
     assert_same(again, once)
+    plain = fit(noisy, n_starts=1)
+    assert_same(fit(noisy, weights=torch.full((9, 9), factor), n_starts=1), plain)
     # And they do count.
-    assert (once.params.sigma - fit(noisy, n_starts=1).params.sigma).abs().max() > 1e-2
+    assert (once.params.sigma - plain.params.sigma).abs().max() > 1e-2
 
 
 @pytest.mark.parametrize("offset", [False, True])
@@ -236,32 +234,6 @@ def test_weights_of_one_kernel_need_no_batch_axis():
     assert_same(
         fit(kernel[0], weights=weights, n_starts=2), fit(kernel, weights=weights, n_starts=2)
     )
-
-
-POSITIVE = "weights must be finite and not negative, and some of them positive."
-FITTING = "weights must have a shape that broadcasts to the kernels' shape (2, 9, 9), got "
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"weights": 1 - 2 * torch.eye(9)}, POSITIVE),
-        ({"weights": torch.ones(9, 9) * math.nan}, POSITIVE),
-        ({"weights": torch.ones(9, 9) * math.inf}, POSITIVE),
-        ({"weights": torch.zeros(9, 9)}, POSITIVE),
-        ({"weights": torch.ones(8, 9)}, FITTING + "(8, 9)."),
-        ({"weights": torch.ones(3, 9, 9)}, FITTING + "(3, 9, 9)."),
-        ({"weights": torch.ones(1, 2, 9, 9)}, FITTING + "(1, 2, 9, 9)."),
-        ({"weights": torch.ones(9, 9), "metric": torch.eye(81)}, "metric goes with neither"),
-        ({"loss": "huber", "metric": torch.eye(81)}, "metric goes with neither weights nor a rob"),
-        ({"loss": "l1"}, "loss must be one of 'squared', 'huber', 'cauchy', got 'l1'."),
-        ({"dtype": torch.bfloat16}, "dtype must be torch.float32 or torch.float64, got torch.bfl"),
-        ({"dtype": torch.float16}, "dtype must be torch.float32 or torch.float64, got torch.flo"),
-    ],
-    ids=lambda value: "-".join(value) if isinstance(value, dict) else None,
-)
-def test_options_that_make_no_sense_are_refused(options, message):
-    assert_refused(fit, torch.ones(2, 9, 9), message=message, **options)
 
 
 # -- robust losses ------------------------------------------------------------------------------

@@ -1056,9 +1056,9 @@ def test_ensembles_and_samples_can_be_mapped(n_dims, coordinates):
 @pytest.mark.parametrize(
     ("n_dims", "options"),
     [
-        (1, {"coordinates": "textbook", "padding_mode": "circular", "padding": 1}),
         (2, {"output": "energy", "dc": "remove", "unit_norm": True, "min_wavelength": 2.0}),
-        (3, {"dtype": torch.bfloat16}),
+        (3, {"coordinates": "textbook", "padding_mode": "circular", "padding": 1}),
+        (1, {"dtype": torch.bfloat16}),
     ],
     ids=str,
 )

@@ -294,7 +294,6 @@ def test_kernels_of_a_recovery_share_one_symmetric_scale(grey):
 def test_the_residual_is_what_the_found_kernel_leaves(grey):
     kernel = gabor(grey.found.params, (11, 11)).reshape(1, 1, 11, 11)
     rest = grey.responses - nn.functional.conv2d(grey.images, kernel)
-    torch.testing.assert_close(plots.residual(grey), rest)
     (panel,) = [axes for axes in plot_recovery(grey).axes if title(axes) == "Residual"]
     torch.testing.assert_close(torch.tensor(panel.images[0].get_array().data), rest[0, 0])
 
@@ -308,7 +307,7 @@ def test_photographs_and_channels_have_names(colour):
     assert {"channel 1", "channel 2"} <= {axes.get_ylabel() for axes in figure.axes}
     figure = plot_recovery(small_recovery(noise(2, 40, 40)))
     assert figure.axes[0].get_xlabel() == "40 × 40 px, mean of 2 channels"
-    assert figure.axes[0].images[0].get_array().shape == (40, 40)
+    assert figure.axes[0].images[0].get_array().shape == (40, 40, 3)
     assert "channel 1" in {axes.get_ylabel() for axes in figure.axes}
 
 

@@ -1,7 +1,6 @@
 """Kernels come out of a file as they went in, and what holds none says so in one line."""
 
 import pickle
-import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -539,19 +538,6 @@ GOOD = "layer, nn.functional.mse_loss, (image, targets)"
 def script(folder: Path, text: str, name: str = "mine.py") -> Path:
     (folder / name).write_text(text, encoding="utf-8")
     return folder / name
-
-
-def test_a_script_has_its_own_modules_and_optimizer(tmp_path):
-    # It imports a neighbour, makes a dataclass, and defines its own module.
-    script(tmp_path, "RATE = 1e6\n", "neighbour.py")
-    text = SCRIPT.replace("import torch\n", "from neighbour import RATE\nimport torch\n", 1)
-    text = "from __future__ import annotations\nfrom dataclasses import dataclass\n" + text
-    text += "\n@dataclass\nclass Options:\n    rate: float = RATE\n"
-    before = list(sys.path)
-    rate = "torch.optim.SGD(layer.parameters(), lr=Options().rate)"
-    *_, optimizer = run_setup(script(tmp_path, text.format(f"{GOOD}, {rate}")))
-    assert sys.path == before
-    assert optimizer.param_groups[0]["lr"] == 1e6
 
 
 def test_three_are_enough_and_a_list_is_a_pair(tmp_path):

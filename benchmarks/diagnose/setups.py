@@ -425,7 +425,7 @@ def has_learned(setup: TrainingSetup) -> bool:
     if setup.targets.is_floating_point():
         return setup.explained() > ENOUGH
     with torch.no_grad():
-        guessed = setup.output().argmax(1)
+        guessed = setup.run(setup.module).output.argmax(1)
     return (guessed == setup.targets).double().mean().item() > ACCURACY
 
 

@@ -63,7 +63,6 @@ class Experiment:
     Args:
         image: A photograph, or a folder of photographs; by default scikit-image's "camera".
         crop: Side of the square cut from the middle of each photograph, px; 0 uses all of it.
-        max_images: Maximum number of photographs from a folder.
         orientation: Planted direction of the wave, rad from +x towards +y (y runs down).
         start_orientation: Orientation at the start, rad.
         wavelength: Planted wavelength, px.
@@ -77,7 +76,6 @@ class Experiment:
 
     image: Path | None = None
     crop: int = 96
-    max_images: int = 8
     orientation: float = math.pi / 4
     start_orientation: float = -math.pi / 4
     wavelength: float = 6.0
@@ -89,7 +87,7 @@ class Experiment:
 
     def __post_init__(self) -> None:
         _at_least(0, crop=self.crop)
-        _at_least(1, max_images=self.max_images, kernel_size=self.kernel_size)
+        _at_least(1, kernel_size=self.kernel_size)
 
     def arguments(self) -> tuple[dict[str, Any], dict[str, str]]:
         """Return arguments of the functions in ``experiments``, and facts about them."""
@@ -98,7 +96,7 @@ class Experiment:
 
         named = {"camera (scikit-image)": sample_image()}
         if self.image is not None:
-            named = dict(read_images(self.image, self.max_images))
+            named = dict(read_images(self.image))
         fields = {name: getattr(self, name) for name in ("wavelength", "sigma", "aspect_ratio")}
         fields |= {"phase": list(self.phase), "amplitude": list(self.amplitude)}
         target = Gabor2d.of(orientation=self.orientation, **fields)
@@ -130,7 +128,11 @@ class Kernels:
         from gaborium.readers import read_kernels
 
         found = read_kernels(file, key=self.key, n_dims=self.n_dims)
-        facts = {"file": file.name, "array": found.key, "shape": _by(found.values.shape)}
+        facts = {
+            "file": file.name,
+            "array": found.key,
+            "shape": " × ".join(map(str, found.values.shape)),
+        }
         if file.is_file():
             facts["SHA-256"] = hashlib.sha256(file.read_bytes()).hexdigest()
         return found, {name: fact for name, fact in facts.items() if fact}
@@ -558,10 +560,6 @@ def _calibration(path: Path, max_images: int, kernels: Tensor) -> list[Tensor]:
     values = torch.cat([pixels.flatten(1) for pixels in images], 1)
     mean, deviation = values.mean(1)[:, None, None], values.std()
     return [((pixels - mean) / deviation)[None].to(kernels) for pixels in images]
-
-
-def _by(shape: Sequence[int]) -> str:
-    return " × ".join(map(str, shape))
 
 
 def _app(cyclopts: Any, tokens: Sequence[str]) -> Any:

@@ -235,7 +235,11 @@ class Coordinates:
         }
 
     def _frequency(self, raw: Mapping[str, Tensor]) -> Tensor:
-        return self._bound((-raw["log_wavelength"]).exp())
+        """``1/f² = 1/raw² + min_wavelength²``: smooth, and never at the limit."""
+        frequency = (-raw["log_wavelength"]).exp()
+        if self.min_wavelength is None:
+            return frequency
+        return frequency * (1 + (frequency * self._min_wavelength(frequency)).square()).rsqrt()
 
     def _wave_vector(self, raw: Mapping[str, Tensor]) -> Tensor:
         k = raw["angular_wave_vector"] / (2 * math.pi)
@@ -243,14 +247,8 @@ class Coordinates:
             return k
         return k * (1 + k.square().sum(-1, keepdim=True) * self._min_wavelength(k) ** 2).rsqrt()
 
-    def _bound(self, frequency: Tensor) -> Tensor:
-        """``1/f² = 1/raw² + min_wavelength²``: smooth, and never at the limit."""
-        if self.min_wavelength is None:
-            return frequency
-        return frequency * (1 + (frequency * self._min_wavelength(frequency)).square()).rsqrt()
-
     def _unbound(self, frequency: Tensor) -> Tensor:
-        """The inverse of ``_bound``; the limit itself is stored as a point just short of it."""
+        """The inverse of the bound; the limit itself is stored as a point just short of it."""
         if self.min_wavelength is None:
             return frequency
         room = 1 - (frequency * self.min_wavelength).square()

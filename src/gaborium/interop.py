@@ -50,8 +50,7 @@ def to_skimage(params: Gabor2d) -> tuple[dict[str, float], float]:
         and the number that turns scikit-image's kernel into ours.
 
     Raises:
-        TypeError: ``params`` is not a ``Gabor2d``.
-        ValueError: ``params`` holds more or less than one Gabor function, or is off-centre.
+        TypeError, ValueError: ``params`` is not one centred ``Gabor2d``.
 
     Example:
         >>> edge = Gabor2d.of(orientation=0.5, wavelength=8.0, sigma=3.0, aspect_ratio=0.5)
@@ -144,8 +143,7 @@ def to_opencv(params: Gabor2d) -> tuple[dict[str, float], float]:
         that turns OpenCV's kernel into ours.
 
     Raises:
-        TypeError: ``params`` is not a ``Gabor2d``.
-        ValueError: ``params`` holds more or less than one Gabor function, or is off-centre.
+        TypeError, ValueError: ``params`` is not one centred ``Gabor2d``.
 
     Example:
         >>> edge = Gabor2d.of(orientation=0.5, wavelength=8.0, sigma=3.0, phase=0.25)
@@ -220,10 +218,9 @@ def to_matlab(params: Gabor2d) -> tuple[dict[str, float], complex]:
         complex number that turns ``SpatialKernel`` into our kernel and its quadrature partner.
 
     Raises:
-        TypeError: ``params`` is not a ``Gabor2d``.
-        ValueError: ``params`` holds more or less than one Gabor function, or is off-centre; its
-            wavelength is below 2 px or infinite, which ``gabor`` refuses; or its sigma is at most
-            0.187 wavelengths, where no bandwidth exists.
+        TypeError, ValueError: ``params`` is not one centred ``Gabor2d``; its wavelength is below
+            2 px or infinite, which ``gabor`` refuses; or its sigma is at most 0.187 wavelengths,
+            where no bandwidth exists.
 
     Example:
         >>> edge = Gabor2d.of(orientation=-0.5236, wavelength=10.0, sigma=5.622)

@@ -360,17 +360,16 @@ def plot_recovery(recovery: Recovery, *, width: float = _WIDTH) -> Figure:
     (n, channels, height, breadth), size = recovery.images.shape, recovery.kernel_size
     params = (recovery.target, recovery.start, recovery.found.params, recovery.trained)
     kernels = torch.stack([gabor(one, size).reshape(channels, *size) for one in params], 1)
-    image = recovery.images[0].double().cpu()
-    pixels = image.movedim(0, -1) if channels == 3 else image.mean(0)
+    image = recovery.images[0] if channels == 3 else recovery.images[0].mean(0, keepdim=True)
+    found = F.conv2d(recovery.images, kernels[:, 2].unsqueeze(0).to(recovery.images))
     mean = "" if channels in (1, 3) else f", mean of {channels} channels"
     with _panels(4 + 4 * channels, width, width / 4, 0.25, aspect=1.0) as (figure, axes):
         photograph, responses, rest, blank, *places = axes
         blank.set_axis_off()
-        _frame(photograph)
-        photograph.imshow(pixels.numpy(), cmap="gray")
+        _image(photograph, 2 * image.expand(3, -1, -1) - 1, 1.0)
         photograph.set_title("Photograph" if n == 1 else f"First of {n} photographs")
         photograph.set_xlabel(f"{height} × {breadth} px{mean}")
-        named = {"Responses": recovery.responses, "Residual": residual(recovery)}
+        named = {"Responses": recovery.responses, "Residual": recovery.responses - found}
         for place, (name, values) in zip((responses, rest), named.items(), strict=True):
             _image(place, values[0], largest(values[0]))
             place.set(title=name, xlabel=f"±{largest(values[0]):.2g}")
@@ -579,9 +578,8 @@ def plot_step_limit(found: StepLimit) -> Figure:
         place.plot(distances, line, ":", color=MUTED, label="a bowl")
         color = VERMILION if found.is_cone else BLUE
         place.plot(distances, slopes, ".-", color=color, linewidth=1.4, label="measured")
-        if found.learning_rate is not None:
-            step = found.learning_rate * (1.0 if found.adaptive else slopes[-1])
-            place.axvline(step, label="one step", **_DASHED)
+        if found.step_length is not None:
+            place.axvline(found.step_length, label="one step", **_DASHED)
         bowl = f"A bowl: steps below {found.step_limit:.2g} settle"
         title = "A cone: no fixed step settles" if found.is_cone else bowl
         place.set(title=title, xlabel="distance from the minimum", ylabel="slope of the loss")
@@ -740,12 +738,6 @@ def mosaic(tiles: Tensor, n_columns: int, *, gap: int = 1) -> Tensor:
     return rows.flatten(2, 3).flatten(0, 1)[:-gap, :-gap]
 
 
-def residual(recovery: Recovery) -> Tensor:
-    """The responses minus the responses of the kernel that ``recover`` found."""
-    kernel = gabor(recovery.found.params, recovery.kernel_size).to(recovery.images)
-    return recovery.responses - F.conv2d(recovery.images, kernel.reshape(1, -1, *kernel.shape[-2:]))
-
-
 def largest(values: Tensor) -> float:
     """The end of a symmetric scale for ``values``: their largest magnitude, or 1 if that is 0."""
     finite = values[values.isfinite()]
@@ -815,16 +807,11 @@ def _of(n: int, kernels: Tensor, n_dims: int) -> Tensor:
     return kernels.detach().cpu().double().reshape(n, -1, *kernels.shape[-n_dims:])
 
 
-def _frame(place: Axes) -> None:
-    """Axes for an image: a thin frame and no ticks."""
+def _image(place: Axes, image: Tensor, scale: float) -> Any:
+    """Draw an image ``(1 or 3, height, width)`` on a symmetric scale, in a frame."""
     place.set(xticks=[], yticks=[])
     for spine in place.spines.values():
         spine.set(visible=True, color=SHADE, linewidth=0.5)
-
-
-def _image(place: Axes, image: Tensor, scale: float) -> Any:
-    """Draw an image ``(1 or 3, height, width)`` on a symmetric scale, in a frame."""
-    _frame(place)
     image = image.detach().cpu().double()
     if len(image) == 1:
         return place.imshow(image[0].numpy(), cmap=DIVERGING, vmin=-scale, vmax=scale)

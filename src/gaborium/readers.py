@@ -403,13 +403,12 @@ def script_errors(path: str | os.PathLike[str]) -> Iterator[None]:
         file = Path(path).resolve()
         frames = traceback.extract_tb(error.__traceback__)
         lines = [frame.lineno for frame in frames if Path(frame.filename).resolve() == file]
-        text = str(error)
         if isinstance(error, SyntaxError) and Path(error.filename or "").resolve() == file:
-            lines, text = [error.lineno], error.msg
+            lines = [error.lineno]
         if not lines and isinstance(error, (TypeError, ValueError)):
             raise
         place = os.fspath(path) + (f", line {lines[-1]}" if lines else "")
-        what = f"{type(error).__name__}: {' '.join(text.split()):.200}".rstrip(": ")
+        what = f"{type(error).__name__}: {' '.join(str(error).split()):.200}".rstrip(": ")
         raise ValueError(f"{place}: {what}") from error
 
 

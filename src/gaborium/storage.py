@@ -143,6 +143,7 @@ def to_plain(model: nn.Module) -> nn.Module:
         - every ``GaborConvNd`` and ``MixedConv`` becomes one ``nn.ConvNd``; with an energy output
           it becomes a ``PairEnergy``: a convolution, the norm of each pair of channels, the bias
         - a layer that occurs in several places of the network stays one layer
+        - layers of derived classes stay as they are, since they may compute something else
         - all kernels of the copy are parameters and learn freely; hooks of replaced layers are lost
 
     Args:
@@ -153,7 +154,6 @@ def to_plain(model: nn.Module) -> nn.Module:
 
     Raises:
         TypeError: ``model`` is no module.
-        ValueError: a subclass of one of the layers overrides ``forward``.
 
     Example:
         >>> import torch
@@ -167,22 +167,12 @@ def to_plain(model: nn.Module) -> nn.Module:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module, got {type(model).__name__}.")
     root = nn.ModuleList([copy.deepcopy(model)])  # in which a layer alone has a place, too
-    plain = cache(_plain)  # a layer in several places stays one layer
+    plain: Any = cache(lambda layer: layer.to_conv())  # a layer in several places stays one layer
     for parent in list(root.modules()):
         for name, layer in parent._modules.items():
-            if isinstance(layer, (*GABOR_LAYERS, MixedConv)) and not isinstance(parent, MixedConv):
+            if type(layer) in _LAYERS.values():
                 parent._modules[name] = plain(layer)
     return root[0]
-
-
-def _plain(layer: Any) -> nn.Module:
-    kind = next(kind for kind in _LAYERS.values() if isinstance(layer, kind))
-    if type(layer).forward is not kind.forward:
-        raise ValueError(
-            f"{type(layer).__name__} overrides the forward of {kind.__name__}; move the change "
-            "into a separate module."
-        )
-    return layer.to_conv()
 
 
 # -- ONNX -------------------------------------------------------------------------------------
@@ -227,7 +217,9 @@ def to_onnx(
     require("onnx", extra="onnx", purpose="ONNX files")
     op = require("onnxscript", extra="onnx", purpose="ONNX files").opset18
     plain = to_plain(model).eval()
-    args = pytree.tree_map(_two_or_more, example if isinstance(example, tuple) else (example,))
+    args = example if isinstance(example, tuple) else (example,)
+    # Twice the batch, because torch.export takes a size of 1 for a fixed one.
+    args = pytree.tree_map(lambda one: torch.cat([one, one]) if _has_batch(one) else one, args)
     batch = torch.export.Dim("batch")
     axes = pytree.tree_map(lambda one: {0: batch} if _has_batch(one) else None, args)
 
@@ -260,11 +252,6 @@ def _has_batch(value: Any) -> bool:
     return isinstance(value, Tensor) and value.ndim > 0
 
 
-def _two_or_more(value: Any) -> Any:
-    """A batch of 1 as a batch of 2, because torch.export takes a size of 1 for a fixed one."""
-    return torch.cat([value, value]) if _has_batch(value) and len(value) == 1 else value
-
-
 def _first_line(error: BaseException) -> str:
     text = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
     return f"{type(error).__name__}: {text:.300}".rstrip(" .:")
@@ -274,15 +261,11 @@ def _first_line(error: BaseException) -> str:
 
 
 class _Table(NamedTuple):
-    """The columns of a table with their units, and how they are written and read."""
+    """A table's columns, how one Gabor function becomes a row, and columns become a record."""
 
-    units: dict[str, str]
-    write: Callable[[Any], list[float]]  # from one Gabor function to a row
-    read: Callable[[list[Tensor]], Gabor]  # from columns to a record
-
-    @property
-    def columns(self) -> list[str]:
-        return [n if unit == "1" else f"{n} ({unit})" for n, unit in self.units.items()]
+    columns: list[str]
+    write: Callable[[Any], list[float]]
+    read: Callable[[list[Tensor]], Gabor]
 
 
 def _own(kind: type[Gabor]) -> _Table:
@@ -290,6 +273,7 @@ def _own(kind: type[Gabor]) -> _Table:
     *fields, _ = kind.field_names()  # center comes last
     units = {name: UNITS[name] for name in fields}
     units |= {f"center[{axis}]": UNITS["center"] for axis in range(kind.n_dims)}
+    columns = [name if unit == "1" else f"{name} ({unit})" for name, unit in units.items()]
 
     def write(one: Gabor) -> list[float]:
         return torch.cat([value.reshape(-1) for value in one.as_dict().values()]).tolist()
@@ -298,10 +282,10 @@ def _own(kind: type[Gabor]) -> _Table:
         center = torch.stack(columns[len(fields) :], -1)
         return kind(**dict(zip(fields, columns, strict=False)), center=center)
 
-    return _Table(units, write, read)
+    return _Table(columns, write, read)
 
 
-def _foreign(units: dict[str, str], to: Callable[..., Any], back: Callable[..., Any]) -> _Table:
+def _foreign(names: list[str], to: Callable[..., Any], back: Callable[..., Any]) -> _Table:
     """The table of another library's arguments, and the scale of its kernels."""
 
     def write(one: Gabor) -> list[float]:
@@ -310,17 +294,17 @@ def _foreign(units: dict[str, str], to: Callable[..., Any], back: Callable[..., 
 
     def read(columns: list[Tensor]) -> Gabor:
         *arguments, scale = columns
-        record = back(**dict(zip(units, arguments, strict=True)))
+        record = back(**dict(zip(names, arguments, strict=True)))
         return record.replace(amplitude=record.amplitude * scale)
 
-    return _Table(units | {"scale": UNITS["amplitude"]}, write, read)
+    return _Table([*names, "scale"], write, read)
 
 
-_OPENCV = {"sigma": "px", "theta": "rad", "lambd": "px", "gamma": "1", "psi": "rad"}
-_SKIMAGE = {"frequency": "cycles/px", "theta": "rad", "sigma_x": "px", "sigma_y": "px"}
+_OPENCV = ["sigma", "theta", "lambd", "gamma", "psi"]
+_SKIMAGE = ["frequency", "theta", "sigma_x", "sigma_y", "offset"]
 _TABLES = {kind.__name__: _own(kind) for kind in RECORDS.values()} | {
     "opencv": _foreign(_OPENCV, to_opencv, from_opencv),
-    "skimage": _foreign(_SKIMAGE | {"offset": "rad"}, to_skimage, from_skimage),
+    "skimage": _foreign(_SKIMAGE, to_skimage, from_skimage),
 }
 
 

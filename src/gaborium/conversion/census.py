@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gaborium import starts
-from gaborium.conversion.features import NUMBERS, measure, table
+from gaborium.conversion.features import NUMBERS, checked, measure, table
 from gaborium.conversion.first_conv import find_first_conv
 from gaborium.fitting import FitResult, fit
 from gaborium.fitting.result import Saved
@@ -382,7 +382,7 @@ def census(
         kernels, n_dims = weight.detach(), weight.ndim - 2
     elif layer is not None or inputs is not None:
         raise ValueError("layer and inputs choose the layer of a network; leave them out.")
-    w = _checked(kernels, n_dims)
+    w = checked(kernels, n_dims)
     report = on_progress or (lambda *_: None)
     fits: list[FitResult] = []
     numbers: list[dict[str, Tensor]] = []
@@ -404,32 +404,6 @@ def census(
     return Census(labels, probability, whole, result, _find_pairs(w, labels, result, n_dims), name)
 
 
-def _checked(kernels: Any, n_dims: int) -> Tensor:
-    """Kernels ``(filters, channels, *size)`` on the CPU, or an error that says what is wrong."""
-    if not isinstance(kernels, Tensor):
-        raise TypeError(
-            f"census needs kernels as a tensor or a network, got {type(kernels).__name__}."
-        )
-    if not kernels.is_floating_point():
-        raise TypeError(
-            f"kernels must be real and floating, got {kernels.dtype}; take a network before it was "
-            "quantised."
-        )
-    shape = tuple(kernels.shape)
-    if kernels.ndim not in (n_dims + 1, n_dims + 2) or kernels.numel() == 0:
-        raise ValueError(
-            f"kernels must be (filters, channels, *kernel_size) or (filters, *kernel_size) with "
-            f"{n_dims} axes of size and not empty, got shape {shape}."
-        )
-    if math.prod(shape[-n_dims:]) == 1:
-        raise ValueError(f"kernels of shape {shape} have one pixel, in which there is no wave.")
-    w: Tensor = kernels.detach().cpu().reshape(len(kernels), -1, *shape[-n_dims:])
-    bad = int((~w.isfinite()).flatten(1).any(1).sum())
-    if bad:
-        raise ValueError(f"kernels must be finite, got NaN or infinity in {bad} of {len(w)}.")
-    return w
-
-
 def _median(values: Tensor) -> float:
     """The median, halfway between the two middle values of an even number; NaN if empty."""
     return values.double().quantile(0.5).item() if len(values) else math.nan
@@ -449,14 +423,12 @@ def _find_pairs(
     """
     waves = [i for i, label in enumerate(labels) if label == "gabor"]
     others = [i for i, label in enumerate(labels) if label not in ("gabor", "noise")]
-    pairs = _pairs_of_waves(waves, result, tuple(kernels.shape[-n_dims:]))
-    pairs += _pairs_of_kernels(others, kernels.double(), n_dims)
+    pairs = _pairs_of_waves(waves, result, tuple(kernels.shape[-n_dims:])) if waves else []
+    pairs += _pairs_of_kernels(others, kernels.double(), n_dims) if others else []
     return tuple(sorted(pairs, key=lambda pair: (-pair.similarity, pair.first, pair.second)))
 
 
 def _pairs_of_waves(chosen: list[int], result: FitResult, sizes: tuple[int, ...]) -> list[Pair]:
-    if len(chosen) < 2:
-        return []
     params = result[chosen].params
     params = params.replace(center=torch.zeros_like(params.center))
     # Twice the size, so that a moved envelope is not cut.
@@ -482,8 +454,6 @@ def _pairs_of_waves(chosen: list[int], result: FitResult, sizes: tuple[int, ...]
 
 
 def _pairs_of_kernels(chosen: list[int], kernels: Tensor, n_dims: int) -> list[Pair]:
-    if len(chosen) < 2:
-        return []
     axes, w = tuple(range(-n_dims, 0)), kernels[chosen]
     padded = [2 * size for size in w.shape[-n_dims:]]
     w = w / w.flatten(1).norm(dim=1).reshape(-1, *[1] * (w.ndim - 1)).clamp_min(1e-300)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import math
 import warnings
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gaborium.conversion.features import table
+from gaborium.conversion.features import checked, table
 from gaborium.conversion.first_conv import find_first_conv, replace_first_conv
 from gaborium.fitting import FitResult, Outcome, fit
 from gaborium.functions.params import Gabor, plain
@@ -37,7 +36,6 @@ class Conversion:
         responses: the fit of their responses to the images, if there were any.
         response_error: root mean squared change of each filter's responses to the images, over
             their standard deviation, ``(filters,)``; 0 for filters that were not converted.
-        output_error: the same for all the network's outputs together; NaN if they are no tensor.
         n_first_parameters: parameters of the layer before and after, frozen ones included.
         threshold: the share that a Gabor function had to explain; ``None`` if filters were named.
     """
@@ -48,7 +46,6 @@ class Conversion:
     kernels: FitResult
     responses: FitResult | None
     response_error: Tensor | None
-    output_error: float | None
     n_first_parameters: tuple[int, int]
     threshold: float | None
 
@@ -99,7 +96,6 @@ class Conversion:
             "name": self.name,
             "threshold": self.threshold,
             "n_first_parameters": self.n_first_parameters,
-            "output_error": self.output_error,
             "filters": self.to_table(),
             "params": json.loads(self.params.to_json()),
         }
@@ -116,7 +112,6 @@ def convert(
     adapt_norms: bool = True,
     learn: Collection[str] | None = None,
     n_starts: int = 12,
-    seed: int = 0,
 ) -> Conversion:
     """Replace the filters of a network's first convolution by Gabor functions.
 
@@ -141,7 +136,6 @@ def convert(
             much as the conversion changes their inputs on these images.
         learn: fields that train later; by default all, the centre included.
         n_starts: of the search, as for ``fit``.
-        seed: of the choice of patches.
 
     Returns:
         The converted copy in the same training mode, with a report.
@@ -178,10 +172,10 @@ def convert(
     }  # fmt: skip
     kernels = responses = fit(weight, **options)
     batches: list[Tensor] = []
-    mean = error = output_error = None
+    mean = error = None
     if calibrate is not None:
         batches = [calibrate] if isinstance(calibrate, Tensor) else list(calibrate)
-        mean, covariance = _input_moments(whole, place, batches, seed)
+        mean, covariance = _input_moments(whole, place, batches)
         damping = _DAMPING * covariance.diagonal().mean()
         metric = covariance + damping * torch.eye(len(mean), dtype=mean.dtype)
         responses = fit(weight, metric=metric, **options)
@@ -197,7 +191,6 @@ def convert(
             _adapt_norms(whole, result, batches)
         change = weight - converted.weight.detach().cpu().double()
         error = _spread(change, covariance) / _spread(weight, covariance).clamp_min(1e-150)
-        output_error = _output_error(model, result, batches)
     return Conversion(
         model=result,
         name=place,
@@ -205,7 +198,6 @@ def convert(
         kernels=kernels,
         responses=responses if batches else None,
         response_error=error,
-        output_error=output_error,
         n_first_parameters=(_n_parameters(found), _n_parameters(converted)),
         threshold=threshold if filters is None else None,
     )
@@ -222,7 +214,7 @@ def _spread(kernels: Tensor, covariance: Tensor) -> Tensor:
 
 
 def _input_moments(
-    network: nn.Module, name: str, batches: Sequence[Tensor], seed: int
+    network: nn.Module, name: str, batches: Sequence[Tensor]
 ) -> tuple[Tensor, Tensor]:
     """Mean and covariance of the patches that a layer gets from some images."""
     if not batches:
@@ -243,7 +235,7 @@ def _input_moments(
         dilation=layer.dilation,
         padding_mode=layer.padding_mode,
     )
-    draw = torch.Generator().manual_seed(seed)
+    draw = torch.Generator().manual_seed(0)
     patches = torch.cat([sample_patches(twin, part, draw) for part in inputs]).cpu().double()
     if not patches.isfinite().all():
         raise ValueError("calibrate must lead to finite inputs, got NaN or infinity.")
@@ -257,22 +249,6 @@ def _input_moments(
     return mean, covariance
 
 
-@torch.no_grad()
-def _output_error(old: nn.Module, new: nn.Module, batches: Sequence[Any]) -> float:
-    """Root mean squared difference of two networks' outputs over their standard deviation."""
-    left = power = 0.0
-    before, after = (copy.deepcopy(one).eval() for one in (old, new))
-    for batch in batches:
-        was, now = before(batch), after(batch)
-        if not isinstance(was, Tensor):
-            was, now = getattr(was, "logits", None), getattr(now, "logits", None)
-        if was is None or now is None:
-            return math.nan
-        left += (now - was).double().square().sum().item()
-        power += (was - was.mean(0)).double().square().sum().item()
-    return math.sqrt(left / power) if power > 0 else math.nan
-
-
 def _kernels(layer: Any, name: str) -> Tensor:
     """The kernels on the CPU in double precision, ``(filters, channels, *size)``."""
     what = f"{name or 'The layer'} ({type(layer).__name__})"
@@ -283,11 +259,7 @@ def _kernels(layer: Any, name: str) -> Tensor:
             f"{what} has groups={layer.groups}, and only a convolution over all channels is "
             "converted (groups=1); name another layer."
         )
-    weight: Tensor = layer.weight.detach().cpu().double()
-    bad = int((~weight.isfinite()).flatten(1).any(1).sum())
-    if bad:
-        raise ValueError(f"{what} must have finite kernels, got NaN in {bad} of {len(weight)}.")
-    return weight
+    return checked(layer.weight, layer.weight.ndim - 2).double()
 
 
 def _adapt_norms(old: nn.Module, new: nn.Module, batches: Sequence[Any]) -> None:
@@ -338,13 +310,13 @@ def _chosen(found: FitResult, threshold: float, filters: Sequence[int] | Tensor 
     if filters is None:
         return (found.explained_variance >= threshold) & ~dead
     numbers = torch.as_tensor(filters).flatten().tolist()
-    if any(isinstance(i, (bool, float)) or not 0 <= i < n for i in numbers):
-        raise ValueError(f"filters must be numbers from 0 to {n - 1}, got {numbers[:8]}.")
+    if any(isinstance(i, (bool, float)) or not 0 <= i < n or dead[i] for i in numbers):
+        raise ValueError(
+            f"filters must be numbers from 0 to {n - 1} of kernels that are not zero, got "
+            f"{numbers[:8]}."
+        )
     chosen = torch.zeros(n, dtype=torch.bool)
     chosen[numbers] = True
-    if (chosen & dead).any():
-        first = int((chosen & dead).nonzero()[0])
-        raise ValueError(f"filters must not name silent kernels: number {first} is zero.")
     return chosen
 
 

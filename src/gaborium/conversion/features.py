@@ -55,6 +55,26 @@ _N_WAVES = 6  # of which any two may be a plaid
 _N_PAIRS = 6  # of waves that are followed together
 
 
+def checked(kernels: Any, n_dims: int) -> Tensor:
+    """Kernels ``(filters, channels, *size)`` on the CPU, or an error that says what is wrong."""
+    if not isinstance(kernels, Tensor) or not kernels.is_floating_point():
+        given = getattr(kernels, "dtype", type(kernels).__name__)
+        raise TypeError(f"kernels must be a network or a real, floating tensor, got {given}.")
+    shape = tuple(kernels.shape)
+    if kernels.ndim not in (n_dims + 1, n_dims + 2) or kernels.numel() == 0:
+        raise ValueError(
+            f"kernels must be (filters, channels, *kernel_size) or (filters, *kernel_size) with "
+            f"{n_dims} axes of size and not empty, got shape {shape}."
+        )
+    if math.prod(shape[-n_dims:]) == 1:
+        raise ValueError(f"kernels of shape {shape} have one pixel, in which there is no wave.")
+    w: Tensor = kernels.detach().cpu().reshape(len(kernels), -1, *shape[-n_dims:])
+    bad = int((~w.isfinite()).flatten(1).any(1).sum())
+    if bad:
+        raise ValueError(f"kernels must be finite, got NaN or infinity in {bad} of {len(w)}.")
+    return w
+
+
 def table(params: Gabor, columns: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
     """A row per filter: ``columns``, and the fields that its channels share."""
     shared = {

@@ -49,28 +49,24 @@ def find_first_conv(
     """
     if not isinstance(module, nn.Module):
         raise TypeError(f"module must be an nn.Module, got {type(module).__name__}.")
+    kind = type(module).__name__
     known = [at for at, part in module.named_modules() if isinstance(part, _CONVOLUTIONS)]
-    if name is not None:
-        if name not in dict(module.named_modules(remove_duplicate=False)):
+    if name is None:
+        known = known if inputs is None else _executed(module, inputs)
+        if not known:
             raise ValueError(
-                f"{type(module).__name__} has no layer {name!r}; its first convolutions are "
-                f"{known[:8]}."
+                f"{kind} {'holds' if inputs is None else 'executed'} no convolution (nn.Conv1d, "
+                "nn.Conv2d or nn.Conv3d); name the layer to take."
             )
-    elif inputs is not None:
-        known = _executed(module, inputs)
-    if name is None and not known:
-        done = "holds" if inputs is None else "executed"
-        raise ValueError(
-            f"{type(module).__name__} {done} no convolution (nn.Conv1d, nn.Conv2d or nn.Conv3d); "
-            "name the layer to take."
-        )
-    place = known[0] if name is None else name
-    layer = module.get_submodule(place)
+        name = known[0]
+    elif name not in dict(module.named_modules(remove_duplicate=False)):
+        raise ValueError(f"{kind} has no layer {name!r}; its first convolutions are {known[:8]}.")
+    layer = module.get_submodule(name)
     problem = _problem(layer)
     if problem:
-        what = f"{place or type(module).__name__!r} ({type(layer).__name__})"
+        what = f"{name or kind!r} ({type(layer).__name__})"
         raise ValueError(f"{what} {problem}; or name another layer to take.")
-    return place, layer
+    return name, layer
 
 
 def replace_first_conv(

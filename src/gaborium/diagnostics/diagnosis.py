@@ -91,7 +91,8 @@ class Diagnosis:
         elif explained >= 0:
             how = f"the output explains {explained:.1%} of the targets' variance"
         cause = cause or "The cause is unknown: no check found a fault."
-        return f"It does not learn here: after {n_steps} steps {how}. {cause}"
+        after = f"after {n_steps} step{'s' * (n_steps != 1)}"
+        return f"It does not learn here: {after} {how}. {cause}"
 
     @property
     def severe(self) -> list[Finding]:
@@ -265,7 +266,7 @@ class _Examination:
 
     def _checks(self) -> Iterator[tuple[str, Callable[[], Any]]]:
         """The checks by name; each returns a record with findings, or findings."""
-        module, inputs, targets = self.module, self.setup.inputs, self.setup.targets
+        inputs, targets = self.setup.inputs, self.setup.targets
         yield "gradients", partial(check_gradients, self.setup)
         is_broken = any(f.cause in BUGS and f.severity is Severity.SEVERE for f in self.found)
         yield "kernels of foreign layers", self._foreign
@@ -274,8 +275,8 @@ class _Examination:
             yield f"amplitude{_of(name)}", partial(self._absorbed, name)
         if is_broken:
             return
-        if self.alone is not None and is_response(self._output_of(module), targets):
-            yield "identifiability", partial(identifiability, module, inputs, targets=targets)
+        if self.alone is not None and is_response(self._output_of(self.module), targets):
+            yield "identifiability", partial(identifiability, self.alone, inputs, targets=targets)
             yield "reachable minimum", self._reachable
             for index in range(min(self.alone.n_filters, _MANY_FILTERS)):
                 for field in ("orientation", "wavelength"):

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from gaborium.diagnostics.causes import Finding, by_severity, finding
 from gaborium.diagnostics.remedies import recover_code
-from gaborium.diagnostics.sandbox import check_inputs
 from gaborium.functions.params import POSITIVE_FIELDS
 from gaborium.layers import GABOR_LAYERS, GaborLayer
 from gaborium.optim.kernel_family import kernel_jacobian
@@ -46,12 +45,7 @@ class Identifiability:
         white_bounds: on white input of the same power, ``(F, n)``.
         white_condition: on white input, ``(F,)``.
         noise: standard deviation of the responses' noise for which the bounds hold, ``(F,)``.
-        border_area: share of patches that reach into a padding of zeros.
-        border_power: the largest share of the responses' power that comes from such patches, over
-            all orientations that the filter may take, ``(F,)``.
-        mean_share: share of the responses' power that comes from the image's mean, ``(F,)``.
-        input_rms: root mean square of the inputs.
-        remedies: code, by cause or by parameter that is not identifiable.
+        findings: faults of the inputs, or of the choice of what is learned.
     """
 
     names: tuple[str, ...]
@@ -62,11 +56,7 @@ class Identifiability:
     white_bounds: Tensor
     white_condition: Tensor
     noise: Tensor
-    border_area: float
-    border_power: Tensor
-    mean_share: Tensor
-    input_rms: float
-    remedies: dict[str, str]
+    findings: list[Finding]
 
     @property
     def trade_offs(self) -> list[list[tuple[str, str, float]]]:
@@ -82,14 +72,9 @@ class Identifiability:
         unknown = self.bounds[index].isinf().tolist()
         return tuple(name for name, lost in zip(self.names, unknown, strict=True) if lost)
 
-    @property
-    def findings(self) -> list[Finding]:
-        """Faults of the inputs, or of the choice of what is learned."""
-        return by_severity(_findings(self))
-
 
 def identifiability(
-    layer: nn.Module,
+    layer: GaborLayer,
     inputs: Tensor,
     *,
     noise: float | None = None,
@@ -98,7 +83,7 @@ def identifiability(
     """Compute how well inputs determine the parameters of a Gabor layer, in closed form.
 
     Args:
-        layer: a Gabor layer with a real output, or a module whose first layer it is.
+        layer: a Gabor layer with a real output.
         inputs: ``(batch, channels, *size)``, as the layer receives them.
         noise: standard deviation of the noise on the responses; by default the deviation of the
             responses from ``targets``, and without targets 1.
@@ -106,8 +91,9 @@ def identifiability(
             the right ones, because their error counts as noise.
 
     Raises:
-        ValueError: there is no Gabor layer, its output is an energy or a quadrature pair, its
-            kernels are dilated, no field of the record is learned, or shapes do not agree.
+        TypeError: the layer is not a Gabor layer.
+        ValueError: its output is an energy or a quadrature pair, its kernels are dilated, no field
+            of the record is learned, or shapes do not agree.
 
     Example:
         >>> from gaborium import Gabor2d, GaborConv2d
@@ -117,49 +103,38 @@ def identifiability(
         >>> found.names, found.bounds.shape, found.findings
         (('orientation', 'wavelength'), torch.Size([1, 2]), [])
     """
-    layer_name, inner = find_gabor_layer(layer)
-    if inner is None:
-        raise ValueError(f"There is no Gabor layer in this {type(layer).__name__}.")
-    _check(inner, inputs)
-    names, jacobian = kernel_jacobian(inner)
+    _check(layer, inputs)
+    names, jacobian = kernel_jacobian(layer)
     slopes = jacobian[:, 0].cpu()  # of the one kernel of each filter
-    units = _units(inner, names)
-    kernels = inner.weight.detach().double().flatten(1).cpu()
-    deviation = _deviation(inner, inputs, noise, targets)
-    rows = []
+    units = _units(layer, names)
+    kernels = layer.weight.detach().double().flatten(1).cpu()
+    deviation = _deviation(layer, inputs, noise, targets)
+    rows, shares = [], []
     for index, kernel in enumerate(kernels):
-        if index % (inner.n_filters // inner.groups) == 0:  # a new group of channels
-            inside = padded = filter_statistics(inner, index, inputs)
-            if inner.padding_mode == "zeros":
-                inside = filter_statistics(inner, index, inputs, padded=False)
-        row = _judge(inner, kernel, slopes[index], units[index], padded)
-        row["border_power"] = _border_power(inner, index, padded, inside)
-        rows.append(row)
-    found = {key: torch.stack([row[key] for row in rows]) for key in rows[0]}
-    return Identifiability(
-        names=names,
-        information=found["information"] / deviation.clamp_min(1e-30)[:, None, None].square(),
-        bounds=found["bounds"] * deviation[:, None],
-        correlation=found["correlation"],
-        condition=found["condition"],
-        white_bounds=found["white_bounds"] * deviation[:, None],
-        white_condition=found["white_condition"],
-        noise=deviation,
-        border_area=1 - inside.count / padded.count,
-        border_power=found["border_power"],
-        mean_share=found["mean_share"],
-        input_rms=inputs.detach().double().square().mean().sqrt().item(),
-        remedies=_remedies(layer_name, inner, names),
-    )
+        if index % (layer.n_filters // layer.groups) == 0:  # a new group of channels
+            inside = padded = filter_statistics(layer, index, inputs)
+            if layer.padding_mode == "zeros":
+                inside = filter_statistics(layer, index, inputs, padded=False)
+        rows.append(_judge(layer, kernel, slopes[index], units[index], padded, deviation[index]))
+        power = (kernel @ padded.second_moment @ kernel).clamp_min(1e-300)
+        mean_share = ((padded.mean @ kernel).square() / power).item()
+        shares.append((_border_power(layer, index, padded, inside), mean_share))
+    columns = {key: torch.stack([row[key] for row in rows]) for key in rows[0]}
+    found = Identifiability(names=names, noise=deviation, findings=[], **columns)
+    findings = _findings(found, layer, inputs, 1 - inside.count / padded.count, shares)
+    return replace(found, findings=by_severity(findings))
 
 
 def _check(layer: GaborLayer, inputs: Tensor) -> None:
+    if not isinstance(layer, GABOR_LAYERS):
+        raise TypeError(f"identifiability needs a Gabor layer, got {type(layer).__name__}.")
     if layer.output != "real":
         raise ValueError(
             "This needs a layer with output='real', whose responses are linear in one kernel; "
             f"got output={layer.output!r}."
         )
-    check_inputs(layer, inputs)
+    if not inputs.isfinite().all():
+        raise ValueError("inputs must be finite, got NaN or infinity.")
     if inputs.ndim != layer.n_dims + 2 or inputs.shape[1] != layer.in_channels:
         raise ValueError(
             f"inputs must be (batch, {layer.in_channels} channels, {layer.n_dims} axes), got "
@@ -167,8 +142,6 @@ def _check(layer: GaborLayer, inputs: Tensor) -> None:
         )
     if any(step != 1 for step in layer.dilation):
         raise ValueError(f"The kernels must not be dilated, got dilation={layer.dilation}.")
-    if not inputs.isfinite().all():
-        raise ValueError("inputs must be finite, got NaN or infinity.")
 
 
 def _deviation(
@@ -187,17 +160,6 @@ def _deviation(
         )
     error = (outputs - targets).double().square()
     return error.transpose(0, 1).flatten(1).mean(1).sqrt().cpu()
-
-
-# -- a Gabor layer as the diagnoses see it ------------------------------------------------------
-
-
-def find_gabor_layer(module: nn.Module) -> tuple[str, GaborLayer | None]:
-    """The first Gabor layer in a module, and its name; ``""`` is the module itself."""
-    for name, part in module.named_modules():
-        if isinstance(part, GABOR_LAYERS):
-            return name, part
-    return "", None
 
 
 def filter_statistics(
@@ -246,9 +208,14 @@ def _units(layer: GaborLayer, names: tuple[str, ...]) -> Tensor:
 
 
 def _judge(
-    layer: GaborLayer, kernel: Tensor, J: Tensor, unit: Tensor, patches: PatchStatistics
+    layer: GaborLayer,
+    kernel: Tensor,
+    J: Tensor,
+    unit: Tensor,
+    patches: PatchStatistics,
+    noise: Tensor,
 ) -> dict[str, Tensor]:
-    """Information about one filter, for noise of standard deviation 1."""
+    """Information about one filter."""
     # A learned bias absorbs the mean, which then carries no information.
     C = patches.covariance if layer.bias is not None else patches.second_moment
     scaled = J * unit[:, None]
@@ -257,15 +224,14 @@ def _judge(
     power = C.diagonal().mean()
     white, white_condition = _inverse(power * scaled @ scaled.T, power * kernel.square().sum())
     deviation = covariance.diagonal().sqrt()
-    total = kernel @ patches.second_moment @ kernel
+    root = math.sqrt(patches.count)
     return {
-        "information": J @ C @ J.T * patches.count,
-        "bounds": deviation * unit / math.sqrt(patches.count),
+        "information": J @ C @ J.T * patches.count / noise.clamp_min(1e-30).square(),
+        "bounds": deviation * unit / root * noise,
         "correlation": covariance / deviation.outer(deviation),
         "condition": condition,
-        "white_bounds": white.diagonal().sqrt() * unit / math.sqrt(patches.count),
+        "white_bounds": white.diagonal().sqrt() * unit / root * noise,
         "white_condition": white_condition,
-        "mean_share": (patches.mean @ kernel).square() / total.clamp_min(1e-300),
     }
 
 
@@ -283,7 +249,7 @@ def _inverse(information: Tensor, power: Tensor) -> tuple[Tensor, Tensor]:
 
 def _border_power(
     layer: GaborLayer, index: int, padded: PatchStatistics, inside: PatchStatistics
-) -> Tensor:
+) -> float:
     """The border's largest share of the responses' power, over all orientations of the filter.
 
     At its present orientation the filter may not see the edge that the padding makes.
@@ -299,57 +265,60 @@ def _border_power(
         ((kernels @ patches.second_moment) * kernels).sum(1) * patches.count
         for patches in (padded, inside)
     )
-    return (1 - rest / whole.clamp_min(1e-300)).clamp(0, 1).max()
+    return (1 - rest / whole.clamp_min(1e-300)).clamp(0, 1).max().item()
 
 
 # -- findings -----------------------------------------------------------------------------------
 
 
-def _remedies(layer_name: str, layer: GaborLayer, names: tuple[str, ...]) -> dict[str, str]:
+def _findings(
+    found: Identifiability,
+    layer: GaborLayer,
+    inputs: Tensor,
+    border_area: float,
+    shares: list[tuple[float, float]],
+) -> Iterator[Finding]:
+    rms = inputs.detach().double().square().mean().sqrt().item()
+    if rms > _BRIGHT:
+        yield finding("image scale", input_rms=rms)
+    for index, (power, mean) in enumerate(shares):
+        about: Any = partial(finding, location=(index,), filter=str(index))
+        lost = found.not_identifiable(index)
+        if lost:
+            code = _freezing_code(layer, lost)
+            yield finding(
+                "not identifiable", lost, remedy=code, n_lost=len(lost), filter=float(index)
+            )
+        condition, white = found.condition[index].item(), found.white_condition[index].item()
+        if _ILL * white < condition < math.inf:
+            code = recover_code(layer) or ""
+            numbers = {"condition": condition, "white_condition": white}
+            yield about("ill-conditioned input", remedy=code, **numbers)
+        if power > border_area + _BORDER:
+            numbers = {"border_power": power, "border_area": border_area}
+            yield about("zero padding", remedy=_cutting_code(layer), **numbers)
+        if mean > 0.5:
+            yield about("image mean", mean_share=mean)
+        for one, other, r in found.trade_offs[index]:
+            yield finding("trade-off", (one, other), filter=str(index), correlation=r)
+
+
+def _cutting_code(layer: GaborLayer) -> str:
+    """Code that leaves responses at the border out of the loss."""
     border = layer.border()[::-1]  # after and before, first axis first
     cuts = []
     for axis, stride in enumerate(layer.stride):
         last, first = (-(-n // stride) for n in border[2 * axis : 2 * axis + 2])
         cuts.append(f"{first}:{-last or None}")
     inner = f"[..., {', '.join(cuts)}]"
-    remedies = {
-        "zero padding": "whole = loss\n"
-        f"loss = lambda output, target: whole(output{inner}, target{inner})\n",
-        "ill-conditioned input": ("" if layer_name else recover_code(layer)) or "",
-    }
-    prefix = layer_name and layer_name + "."
-    for parameter in names:
-        field = "center" if parameter.startswith("center") else parameter.partition("[")[0]
-        remedies[parameter] = "".join(
-            f'module.get_parameter("{prefix}{raw}").requires_grad_(False)\n'
-            for raw, fields in layer.raw_coordinates.raw_fields().items()
-            if field in fields
-        )
-    return remedies
+    return f"whole = loss\nloss = lambda output, target: whole(output{inner}, target{inner})\n"
 
 
-def _findings(found: Identifiability) -> Iterator[Finding]:
-    if found.input_rms > _BRIGHT:
-        yield finding("image scale", input_rms=found.input_rms)
-    for index in range(len(found.bounds)):
-        about: Any = partial(finding, location=(index,), filter=str(index))
-        lost = found.not_identifiable(index)
-        if lost:
-            code = "".join(dict.fromkeys(found.remedies[name] for name in lost))
-            yield finding(
-                "not identifiable", lost, remedy=code, n_lost=len(lost), filter=float(index)
-            )
-        condition, white = found.condition[index].item(), found.white_condition[index].item()
-        if _ILL * white < condition < math.inf:
-            code = found.remedies["ill-conditioned input"]
-            numbers = {"condition": condition, "white_condition": white}
-            yield about("ill-conditioned input", remedy=code, **numbers)
-        power, area = found.border_power[index].item(), found.border_area
-        if power > area + _BORDER:
-            code = found.remedies["zero padding"]
-            yield about("zero padding", remedy=code, border_power=power, border_area=area)
-        mean = found.mean_share[index].item()
-        if mean > 0.5:
-            yield about("image mean", mean_share=mean)
-        for one, other, r in found.trade_offs[index]:
-            yield finding("trade-off", (one, other), filter=str(index), correlation=r)
+def _freezing_code(layer: GaborLayer, names: Iterable[str]) -> str:
+    """Code that excludes parameters from learning."""
+    lost = {"center" if name.startswith("center") else name.partition("[")[0] for name in names}
+    return "".join(
+        f'module.get_parameter("{raw}").requires_grad_(False)\n'
+        for raw, fields in layer.raw_coordinates.raw_fields().items()
+        if not lost.isdisjoint(fields)
+    )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -13,11 +13,12 @@ import torch
 from torch import Tensor
 
 from gaborium.diagnostics.causes import Finding, Severity, by_severity, finding
-from gaborium.diagnostics.identifiability import filter_statistics, find_gabor_layer
+from gaborium.diagnostics.identifiability import filter_statistics
 from gaborium.diagnostics.remedies import recover_code
 from gaborium.diagnostics.sandbox import TrainingSetup, tensors_of
 from gaborium.functions.kernels import orientation_basin
 from gaborium.functions.params import POSITIVE_FIELDS, UNITS, Gabor2d
+from gaborium.layers import GABOR_LAYERS
 
 Span = tuple[float, float]
 _Function = Callable[[Tensor], Tensor]
@@ -52,7 +53,6 @@ class Landscape:
     Args:
         fields: names of the fields.
         units: of the fields.
-        filter: the filter of the layer that they belong to.
         grids: values of each field, ``(n,)``.
         periods: of the fields whose grid is a circle, in their unit; 0 for the others.
         values: the loss, ``(n,)`` or ``(n, m)``, float64.
@@ -63,19 +63,17 @@ class Landscape:
         present: the layer's own position, which need not be a point of the grid.
         present_value: the loss there.
         present_slope: derivative of the loss there, per unit of each field.
-        present_change: range of the loss within a fifth of the way to the best minimum.
         present_minimum: the minimum that steepest descent from the present position reaches.
         half_width: distance from the best minimum to the points where the squared error (of other
             losses: the loss) stops being convex; NaN if it never does, and for two fields.
         predicted_half_width: λ / (√2 π σ/γ) for an orientation, rad, from the layer's present
             values; ``None`` for other fields.
         exact: whether the values come from the patches' covariance, in float64.
-        remedy: code that moves the filter to the best minimum, with ``recover`` where it can.
+        findings: what prevents descent over these fields from the present position.
     """
 
     fields: tuple[str, ...]
     units: tuple[str, ...]
-    filter: int
     grids: tuple[Tensor, ...]
     periods: tuple[float, ...]
     values: Tensor
@@ -86,12 +84,11 @@ class Landscape:
     present: tuple[float, ...]
     present_value: float
     present_slope: tuple[float, ...]
-    present_change: float
     present_minimum: Minimum
     half_width: float
     predicted_half_width: float | None
     exact: bool
-    remedy: str
+    findings: list[Finding]
 
     @property
     def share_to_best(self) -> float:
@@ -102,11 +99,6 @@ class Landscape:
     def n_spurious(self) -> int:
         """Minima that are worse than the best."""
         return len(self.minima) - self.n_best
-
-    @property
-    def findings(self) -> list[Finding]:
-        """What prevents descent over these fields from the present position."""
-        return by_severity(_findings(self))
 
 
 def landscape(
@@ -147,6 +139,7 @@ def landscape(
         n_points: for each field; by default 360 for one field, 100 for each of two.
 
     Raises:
+        IndexError: there is no such filter.
         ValueError: a field is unknown, a span is empty, or the loss is not a finite scalar that is
             the same twice.
 
@@ -168,11 +161,14 @@ def landscape(
     if n < 8:
         raise ValueError(f"n_points must be at least 8, got {n}.")
     setup = setup.copy()
-    setup.check()
-    varied = _varied(setup, filter, names)
-    grid = _grid(varied.fields, span or {}, n)
+    loss = setup.check()
+    spans = span or {}
+    varied = _varied(setup, filter, names, spans)
+    grid = _grid(varied.fields, spans, n)
     power = setup.power()
-    exact = varied.squared_error(setup) if power else None
+    exact = None
+    if power and isinstance(varied, _GaborFields):
+        exact = varied.squared_error(setup)
 
     @torch.no_grad()
     def evaluate(points: Tensor) -> Tensor:
@@ -181,7 +177,10 @@ def landscape(
         if exact is not None:
             score = exact(values)
         else:
-            losses = [setup.run_with(varied.tensors(one)).loss.flatten()[0] for one in values]
+            losses = []
+            for point in values:
+                varied.move(point)
+                losses.append(setup.run_with({}).loss.flatten()[0])
             score = torch.stack(losses).double()
             score = score.square() if power == 1 else score
         return score.cpu().nan_to_num(math.inf, posinf=math.inf)
@@ -193,8 +192,8 @@ def landscape(
     score = evaluate(points)
     finite = score[score.isfinite()]
     height = (finite.max() - finite.min()).item() if len(finite) else 0.0
-    is_double = all(p.dtype == torch.float64 for p in setup.module.parameters())
-    rounding = height * (1e-9 if exact is not None or is_double else 1e-5)
+    # Rounding makes hollows of about a hundred times the relative precision.
+    rounding = height * (1e-9 if exact is not None else max(1e-9, 84 * torch.finfo(loss.dtype).eps))
     periods = tuple(grid.period.tolist())
     bottoms, basins = _watershed(score.view([n] * len(names)), tuple(map(bool, periods)), rounding)
     places = points[bottoms]
@@ -210,10 +209,9 @@ def landscape(
     best = int(grid.away(places[:n_best]).amax(1).argmin())
     away, reach = grid.away(points), (grid.away(places[[best]]) / 5).clamp_min(2 / n)
     near = loss_of(score[(away <= reach).all(1) & score.isfinite()])
-    return Landscape(
+    found = Landscape(
         fields=names,
         units=tuple(field.unit for field in varied.fields),
-        filter=filter,
         grids=tuple(grid.value(grid.coordinates).T),
         periods=periods,
         values=loss_of(score).view(basins.shape),
@@ -224,15 +222,20 @@ def landscape(
         present=tuple(field.present for field in varied.fields),
         present_value=loss_of(evaluate(grid.here[None])).item(),
         present_slope=_slope(lambda points: loss_of(evaluate(points)), grid),
-        present_change=(near.max() - near.min()).item() if len(near) else math.inf,
         present_minimum=minima[int(basins.flatten()[away.sum(1).argmin()])],
         half_width=_half_width(score, int(bottoms[order[0]]), grid)
         if len(names) == 1
         else math.nan,
         predicted_half_width=varied.predicted_half_width,
         exact=exact is not None,
-        remedy=varied.remedy(minima[best].position, exact=exact is not None),
+        findings=[],
     )
+    # The range of the loss within a fifth of the way to the best minimum.
+    change = (near.max() - near.min()).item() if len(near) else math.inf
+    module: Any = setup.module
+    remedy = recover_code(module) if exact is not None else None
+    remedy = remedy or varied.remedy(found.best.position)
+    return replace(found, findings=by_severity(_findings(found, change, remedy)))
 
 
 # -- what varies --------------------------------------------------------------------------------
@@ -299,13 +302,17 @@ def _grid(fields: Sequence[_Field], spans: Mapping[str, Span], n: int) -> _Grid:
     return _Grid(torch.stack(lines, 1), start, torch.tensor(logarithmic), around)
 
 
-def _varied(setup: TrainingSetup, index: int, names: tuple[str, ...]) -> _Parameters | _GaborFields:
-    layer_name, layer = find_gabor_layer(setup.module)
+def _varied(
+    setup: TrainingSetup, index: int, names: tuple[str, ...], spans: Mapping[str, Span]
+) -> _Parameters | _GaborFields:
+    parts = setup.module.named_modules()
+    layers = ((n, part) for n, part in parts if isinstance(part, GABOR_LAYERS))
+    layer_name, layer = next(layers, ("", None))
     if layer is not None:
         known = {*layer.params.field_names(), *_CENTER[: layer.n_dims]} - {"center"}
         if known >= set(names):
             return _GaborFields(layer_name, layer, index, names)
-    return _Parameters(setup, names)
+    return _Parameters(setup, names, spans)
 
 
 class _Parameters:
@@ -313,63 +320,41 @@ class _Parameters:
 
     predicted_half_width: float | None = None
 
-    def __init__(self, setup: TrainingSetup, names: tuple[str, ...]) -> None:
-        self.setup, self.parameters = setup, dict(setup.module.named_parameters())
-        self.places: list[tuple[str, tuple[int, ...]]] = []
+    def __init__(
+        self, setup: TrainingSetup, names: tuple[str, ...], spans: Mapping[str, Span]
+    ) -> None:
+        parameters = dict(setup.module.named_parameters())
+        self.places: list[tuple[str, Tensor, tuple[int, ...]]] = []
         self.fields: list[_Field] = []
         for field in names:
             name, _, numbers = field.rstrip("]").partition("[")
             try:
                 index = tuple(map(int, numbers.split(","))) if numbers else ()
-                present = self.parameters[name].detach()[index].item()
+                present = parameters[name].detach()[index].item()
             except (KeyError, IndexError, ValueError, RuntimeError):
-                shapes = {n: tuple(p.shape) for n, p in list(self.parameters.items())[:12]}
+                shapes = {n: tuple(p.shape) for n, p in list(parameters.items())[:12]}
                 raise ValueError(
                     f"{field!r} is no field of a Gabor layer and no single number of the module's "
                     f"parameters, such as 'theta[0]'; their shapes are {shapes}."
                 ) from None
-            self.places.append((name, index))
-            self.fields.append(self._field(field, present))
+            values = parameters[name].data
+            self.places.append((name, values, index))
+            self.fields.append(
+                _Field(field, present, "")
+                if field in spans
+                else _own_field(field, present, values, index, setup)
+            )
 
-    def _field(self, name: str, present: float) -> _Field:
-        """The range of a number, from the period with which the output comes back."""
-        place = self.places[-1:]
-        still = self._output(place, present)
-        for period, unit in ((math.pi, "rad"), (2 * math.pi, "rad"), (180.0, "°"), (360.0, "°")):
-            turned, other = (self._output(place, present + turn * period) for turn in (1, 0.37))
-            if _is_close(turned, still) and not _is_close(other, still):
-                return _Field(name, present, unit, period=period)
-        if present > 0:
-            return _Field(name, present, "", (present / 10, 10 * present), is_positive=True)
-        reach = max(2.5, abs(present))
-        return _Field(name, present, "", (present - reach, present + reach))
+    def move(self, point: Tensor) -> None:
+        """Give the fields other values."""
+        for value, (_, parameter, index) in zip(point, self.places, strict=True):
+            parameter[index] = value
 
-    def _output(self, place: list[tuple[str, tuple[int, ...]]], value: float) -> list[Tensor]:
-        changed = self._changed(place, torch.tensor([value], dtype=torch.float64))
-        with torch.no_grad():
-            return tensors_of(self.setup.run_with(changed).output)
-
-    def tensors(self, point: Tensor) -> dict[str, Tensor]:
-        """The changed parameters, by name, at values of the fields."""
-        return self._changed(self.places, point)
-
-    def _changed(
-        self, places: list[tuple[str, tuple[int, ...]]], point: Tensor
-    ) -> dict[str, Tensor]:
-        changed: dict[str, Tensor] = {}
-        for value, (name, index) in zip(point, places, strict=True):
-            changed.setdefault(name, self.parameters[name].detach().clone())[index] = value
-        return changed
-
-    def squared_error(self, setup: TrainingSetup) -> _Function | None:  # noqa: ARG002
-        """There is no short way."""
-        return None
-
-    def remedy(self, position: tuple[float, ...], *, exact: bool) -> str:  # noqa: ARG002
+    def remedy(self, position: tuple[float, ...]) -> str:
         """Code that sets the fields."""
         return "".join(
             f"module.get_parameter({name!r}).data[{index}] = {value!r}\n"
-            for value, (name, index) in zip(position, self.places, strict=True)
+            for value, (name, _, index) in zip(position, self.places, strict=True)
         )
 
 
@@ -377,10 +362,6 @@ class _GaborFields:
     """One or two fields of one filter of a Gabor layer."""
 
     def __init__(self, layer_name: str, layer: Any, index: int, names: Sequence[str]) -> None:
-        if not 0 <= index < layer.n_filters:
-            raise ValueError(
-                f"filter must be from 0 to {layer.n_filters - 1} in this layer, got {index}."
-            )
         self.layer_name, self.layer, self.index = layer_name, layer, index
         params = layer.params.detach().to(torch.float64)
         self.record = type(params)
@@ -401,13 +382,10 @@ class _GaborFields:
         if "orientation" in names and self.record is Gabor2d:
             self.predicted_half_width = orientation_basin(params[index])[0].item()
 
-    def tensors(self, point: Tensor) -> dict[str, Tensor]:
-        """The layer's tensors, by name in the module, at values of the fields."""
-        changed, prefix = {}, self.layer_name and self.layer_name + "."
+    def move(self, point: Tensor) -> None:
+        """Give the fields other values."""
         for name, row in self._raw(point[None]).items():
-            changed[prefix + name] = getattr(self.layer, name).detach().clone()
-            changed[prefix + name][self.index] = row[0]
-        return changed
+            getattr(self.layer, name).data[self.index] = row[0]
 
     def squared_error(self, setup: TrainingSetup) -> _Function | None:
         """The squared error at values ``(batch, fields)``, where patch statistics give it."""
@@ -443,11 +421,8 @@ class _GaborFields:
         )
         return raw
 
-    def remedy(self, position: tuple[float, ...], *, exact: bool) -> str:
-        """Code that sets the fields, by ``recover`` where it applies."""
-        recovering = recover_code(self.layer) if exact else None
-        if recovering is not None:
-            return recovering
+    def remedy(self, position: tuple[float, ...]) -> str:
+        """Code that sets the fields."""
         code = (
             f"layer = module.get_submodule({self.layer_name!r})\nparams = layer.params.detach()\n"
         )
@@ -457,6 +432,39 @@ class _GaborFields:
                 place = f"center[{self.index}, 0, {_CENTER.index(name)}]"
             code += f"params.{place} = {value!r}\n"
         return code + "layer.params = params\n"
+
+
+def _own_field(
+    name: str, present: float, parameter: Tensor, index: tuple[int, ...], setup: TrainingSetup
+) -> _Field:
+    """A module's own parameter, with the period after which the output comes back."""
+
+    @torch.no_grad()
+    def output(value: float) -> list[Tensor]:
+        parameter[index] = value
+        return tensors_of(setup.run().output)
+
+    try:
+        still = output(present)
+        for period, unit in ((math.pi, "rad"), (2 * math.pi, "rad"), (180.0, "°"), (360.0, "°")):
+            turned, other = (output(present + share * period) for share in (1, 0.37))
+            if _is_close(turned, still) and not _is_close(other, still):
+                return _Field(name, present, unit, period=period)
+    finally:
+        parameter[index] = present
+    if present > 0:
+        return _Field(name, present, "", (present / 10, 10 * present), is_positive=True)
+    reach = max(2.5, abs(present))
+    return _Field(name, present, "", (present - reach, present + reach))
+
+
+def _is_close(one: list[Tensor], other: list[Tensor]) -> bool:
+    """Whether outputs are equal up to rounding."""
+    return all(
+        torch.allclose(a, b, rtol=1e-4, atol=1e-4 * b.abs().max().item())
+        for a, b in zip(one, other, strict=True)
+        if a.is_floating_point()
+    )
 
 
 def _default_span(field: str, present: float, kernel_size: tuple[int, ...]) -> Span:
@@ -474,15 +482,6 @@ def _default_span(field: str, present: float, kernel_size: tuple[int, ...]) -> S
     return low, 4 * present
 
 
-def _is_close(one: list[Tensor], other: list[Tensor]) -> bool:
-    """Whether outputs are equal up to rounding."""
-    return all(
-        torch.allclose(a, b, rtol=1e-4, atol=1e-4 * b.abs().max().item())
-        for a, b in zip(one, other, strict=True)
-        if a.is_floating_point()
-    )
-
-
 # -- minima and basins --------------------------------------------------------------------------
 
 
@@ -497,31 +496,30 @@ def _watershed(
     places = list(itertools.product(*map(range, shape)))
     index = {place: i for i, place in enumerate(places)}
     steps = [step for step in itertools.product((0, 1, -1), repeat=len(shape)) if any(step)]
-    label: dict[int, int] = {}  # of a point: the minimum below it
-    owner: dict[int, int] = {}  # of a minimum: the one that it was merged with
+    below: dict[int, int] = {}  # of a point: one that it descends to; a minimum: itself
 
-    def root(bottom: int) -> int:
-        while owner[bottom] != bottom:
-            bottom = owner[bottom]
-        return bottom
+    def bottom(i: int) -> int:
+        while below[i] != i:
+            i = below[i]
+        return i
 
-    # Points from the lowest up, so that all that a point can descend to is labelled already.
+    # Points from the lowest up, so that all that a point can descend to is known already.
     for i in sorted(range(len(flat)), key=flat.__getitem__):
         lower = []
         for step in steps:
             moved = zip(places[i], step, shape, periodic, strict=True)
             j = index.get(tuple((x + s) % n if around else x + s for x, s, n, around in moved))
-            if j in label:
+            if j in below:
                 lower.append(((flat[i] - flat[j]) / math.hypot(*step), j))
-        label[i] = label[max(lower)[1]] if lower else i
-        owner.setdefault(label[i], i)
+        below[i] = bottom(max(lower)[1]) if lower else i
         for _, j in lower:  # where two basins meet
-            low, high = sorted((root(label[i]), root(label[j])), key=flat.__getitem__)
+            low, high = sorted((bottom(i), bottom(j)), key=flat.__getitem__)
             if low != high and not flat[i] - flat[high] > rounding:
-                owner[high] = low
-    bottoms = sorted((b for b in owner if owner[b] == b), key=flat.__getitem__)
-    basins = [bottoms.index(root(label[i])) for i in range(len(flat))]
-    return torch.tensor(bottoms), torch.tensor(basins).view(shape)
+                below[high] = low
+    ends = [bottom(i) for i in range(len(flat))]
+    bottoms = sorted(set(ends), key=lambda end: (flat[end], end))
+    number = {end: i for i, end in enumerate(bottoms)}
+    return torch.tensor(bottoms), torch.tensor([number[end] for end in ends]).view(shape)
 
 
 def _refine(evaluate: _Function, places: Tensor, grid: _Grid) -> Tensor:
@@ -567,7 +565,7 @@ def _half_width(score: Tensor, bottom: int, grid: _Grid) -> float:
 # -- findings -----------------------------------------------------------------------------------
 
 
-def _findings(found: Landscape) -> Iterator[Finding]:
+def _findings(found: Landscape, change: float, remedy: str) -> Iterator[Finding]:
     top, best = found.values[found.values.isfinite()].max().item(), found.best.value
     height, left = top - best, found.present_value - best
     field = " and ".join(found.fields)
@@ -581,7 +579,7 @@ def _findings(found: Landscape) -> Iterator[Finding]:
     build = partial(
         finding,
         location=found.fields,
-        remedy=found.remedy,
+        remedy=remedy,
         field=field,
         share_to_best=found.share_to_best,
         present_loss=found.present_value,
@@ -610,13 +608,13 @@ def _findings(found: Landscape) -> Iterator[Finding]:
             )
     if lost and left > 0:
         yield build("outside the basin", reached_loss=found.present_minimum.value, best_loss=best)
-    if left > 0.1 * height and found.present_change < _FLAT * left:
+    if left > 0.1 * height and change < _FLAT * left:
         yield build(
             "flat plateau",
             severity=Severity.SEVERE if lost else Severity.WARNING,
-            reason=f"near the present value only by {found.present_change / left:.1%} of the way "
+            reason=f"near the present value only by {change / left:.1%} of the way "
             "down to the minimum, so the gradient is too small to find the way",
-            change=found.present_change,
+            change=change,
             drop=left,
         )
     if found.share_to_best < 0.9 and found.n_spurious:

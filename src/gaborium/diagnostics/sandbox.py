@@ -100,48 +100,6 @@ def _call(module: Callable[..., Any], inputs: Any) -> Any:
     return module(*tree_map(_cloned, inputs if isinstance(inputs, tuple) else (inputs,)))
 
 
-# -- checks -------------------------------------------------------------------------------------
-
-
-def check_inputs(module: nn.Module, inputs: Any, *, any_dtype: bool = False) -> None:
-    """Raise ``ValueError`` if inputs and module differ in device or floating-point type."""
-    first = next(module.parameters(), None)
-    for value in tensors_of(inputs):
-        if first is None or not value.is_floating_point():
-            continue
-        if value.device != first.device:
-            raise ValueError(
-                f"inputs are on {value.device} and the module on {first.device}; use "
-                f"inputs.to('{first.device}')."
-            )
-        if value.dtype != first.dtype and not (any_dtype or torch.is_autocast_enabled()):
-            raise ValueError(
-                f"inputs are {value.dtype} and the module is {first.dtype}; use "
-                f"inputs.to({first.dtype})."
-            )
-
-
-def check_loss(value: Any, again: Any) -> None:
-    """Raise if a loss is not a scalar tensor, or differs between two runs with the same seed."""
-    if not isinstance(value, Tensor):
-        raise TypeError(
-            f"loss must return a scalar tensor, got {type(value).__name__}; return it before "
-            ".item()."
-        )
-    if value.numel() != 1:
-        raise ValueError(
-            f"loss must return a scalar, got shape {tuple(value.shape)}; use .mean() or .sum()."
-        )
-    # Sums by several threads differ in their last digits.
-    rounding = 10 * torch.finfo(value.dtype).eps if value.is_floating_point() else 0.0
-    first, second = value.item(), again.item()
-    if math.isfinite(first) and abs(first - second) > max(1e-5, rounding) * abs(first):
-        raise ValueError(
-            "loss must be the same for the same parameters and seed, but two runs gave "
-            f"{first:.6g} and {second:.6g}; draw its random numbers from torch's generator."
-        )
-
-
 # -- a training set-up --------------------------------------------------------------------------
 
 
@@ -192,12 +150,19 @@ class TrainingSetup:
         module, optimizer = copied_together(self.module, self.optimizer)
         return replace(self, module=module, optimizer=optimizer)
 
-    def double(self, *, widen: bool = False) -> TrainingSetup:
-        """A copy in float64; whole numbers, such as classes, stay whole."""
+    def double(self) -> TrainingSetup:
+        """A copy in float64; whole numbers, such as classes, stay whole.
+
+        Where the module's code names a narrower type, all that it computes is widened.
+        """
         own = self.copy()
         own.module.double()
         inputs, targets = tree_map(_doubled, (self.inputs, self.targets))
-        return replace(own, inputs=inputs, targets=targets, widen=widen)
+        own = replace(own, inputs=inputs, targets=targets)
+        with contextlib.suppress(Exception):  # somebody else's code may raise anything
+            if own.run().loss.dtype == torch.float64:
+                return own
+        return replace(own, widen=True)
 
     def with_remedy(self, remedy: str) -> TrainingSetup:
         """A copy on which the code of a remedy has been run.
@@ -223,7 +188,7 @@ class TrainingSetup:
 
         def closure() -> Any:
             optimizer.zero_grad()
-            value = self.loss(self.output(), self.targets)
+            value = self.loss(_call(self.module, self.inputs), self.targets)
             if value.requires_grad:
                 value.backward()
             return value
@@ -261,27 +226,34 @@ class TrainingSetup:
         call = torch.func.functional_call
         return self.run(lambda *inputs: call(self.module, buffers | dict(tensors), inputs))
 
-    def check(self) -> None:
-        """Raise ``ValueError`` if the loss is not finite, not the same twice, or too coarse."""
-        for name, value in self.module.named_parameters():
-            if value.dtype in HALF:
-                raise ValueError(
-                    f"{name} is {value.dtype}, too coarse for differences of a loss; use "
-                    "module.float() and inputs.float()."
-                )
-        check_inputs(self.module, self.inputs)
-        with torch.no_grad():
-            present = self.run_with({}).loss
-            check_loss(present, self.run_with({}).loss)
-        if not present.is_floating_point() or not present.isfinite():
-            raise ValueError(
-                f"The loss is {present.item()} for the present parameters, not a finite number; "
-                "check inputs, targets and the module's parameters for NaN."
+    def check(self, *, finite: bool = True) -> Tensor:
+        """The present loss; an error if inputs or loss are not such that they can be examined."""
+        if any(t.is_floating_point() and not t.isfinite().all() for t in tensors_of(self.inputs)):
+            raise ValueError("inputs must be finite, got NaN or infinity.")
+        value, again = self.run().loss, self.run().loss
+        if not isinstance(value, Tensor):
+            raise TypeError(
+                f"loss must return a scalar tensor, got {type(value).__name__}; return it before "
+                ".item()."
             )
-
-    def output(self) -> Any:
-        """The module's output for the inputs."""
-        return _call(self.module, self.inputs)
+        if value.numel() != 1:
+            raise ValueError(
+                f"loss must return a scalar, got shape {tuple(value.shape)}; use .mean() or .sum()."
+            )
+        first, second = value.item(), again.item()
+        if finite and not (value.is_floating_point() and math.isfinite(first)):
+            raise ValueError(
+                f"The loss is {first} for the present parameters, not a finite number; check "
+                "inputs, targets and the module's parameters for NaN."
+            )
+        # Sums by several threads differ in their last digits.
+        rounding = 10 * torch.finfo(value.dtype).eps if value.is_floating_point() else 0.0
+        if math.isfinite(first) and abs(first - second) > max(1e-5, rounding) * abs(first):
+            raise ValueError(
+                "loss must be the same for the same parameters and seed, but two runs gave "
+                f"{first:.6g} and {second:.6g}; draw its random numbers from torch's generator."
+            )
+        return value.detach()
 
     @torch.no_grad()
     def explained(self) -> float:

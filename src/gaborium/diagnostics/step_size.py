@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -39,11 +39,9 @@ class StepLimit:
         slopes: the length of the gradient there.
         basin: distance at which the squared error stops being convex along that direction;
             infinite if it never does.
-        steepest: the largest slope up to there.
-        learning_rate: of the optimiser; ``None`` without one.
-        momentum: of the optimiser, 0 without one.
-        adaptive: whether the optimiser divides by the gradient's size, as Adam does.
-        epsilon: what an adaptive optimiser adds to that size.
+        step_length: how far one step of the optimiser goes at the last slope, without momentum;
+            ``None`` without an optimiser.
+        findings: faults of the loss' shape and of the optimiser's step, the worst first.
     """
 
     sharpness: float
@@ -52,11 +50,8 @@ class StepLimit:
     distances: tuple[float, ...]
     slopes: tuple[float, ...]
     basin: float
-    steepest: float
-    learning_rate: float | None = None
-    momentum: float = 0.0
-    adaptive: bool = False
-    epsilon: float = 0.0
+    step_length: float | None
+    findings: list[Finding]
 
     @property
     def is_cone(self) -> bool:
@@ -81,16 +76,6 @@ class StepLimit:
         """
         return learning_rate * self.slopes[-1] / 2 if self.is_cone else 0.0
 
-    @property
-    def findings(self) -> list[Finding]:
-        """Faults of the loss' shape and of the optimiser's step."""
-        return by_severity(_findings(self))
-
-    def travel(self, slope: float) -> float:
-        """Length of one of the optimiser's steps at a slope, with what momentum adds to it."""
-        rate = self.learning_rate or 0.0
-        return rate if self.adaptive else rate * slope / (1 - min(self.momentum, 1 - 1e-9))
-
 
 def step_limit(setup: TrainingSetup) -> StepLimit:
     """Measure how large a step may be, and whether descent can settle at all.
@@ -105,8 +90,9 @@ def step_limit(setup: TrainingSetup) -> StepLimit:
             momentum of its optimizer are judged, and only the optimizer's parameters vary.
 
     Raises:
-        ValueError: the targets have another shape; the loss is not a finite scalar, not the same
-            twice or has no gradient; or no parameter is learned.
+        ValueError: the targets have another shape; the loss is not a finite scalar that is the same
+            twice; or no parameter is learned.
+        RuntimeError: the loss has no gradient.
 
     Example:
         >>> layer, inputs = torch.nn.Linear(2, 1), torch.randn(50, 2)
@@ -117,7 +103,7 @@ def step_limit(setup: TrainingSetup) -> StepLimit:
         False True
         True False
     """
-    names, settings = _stepped(setup)
+    names, optimizer = _stepped(setup)
     setup.check()  # reports faults in their own precision
     if not is_response(setup.run().output, setup.targets):
         raise ValueError(
@@ -147,16 +133,17 @@ def step_limit(setup: TrainingSetup) -> StepLimit:
     basin, steepest = _basin(loss, there, direction, is_cone=is_cone)
     sharpness = math.inf if is_cone else _sharpness(loss, there, slopes[-1] / distances[-1])
     estimate = 2 * slopes[-1] ** 2 if is_cone else sharpness
-    return StepLimit(
+    found = StepLimit(
         sharpness=sharpness,
         squared_sharpness=_sharpness(squared, there, estimate),
         exponent=exponent,
         distances=tuple(distances),
         slopes=tuple(slopes),
         basin=basin,
-        steepest=steepest,
-        **settings,
+        step_length=optimizer and optimizer.rate * (1.0 if optimizer.adaptive else slopes[-1]),
+        findings=[],
     )
+    return replace(found, findings=by_severity(_findings(found, optimizer, steepest)))
 
 
 class _Objective:
@@ -178,23 +165,29 @@ class _Objective:
         point = point.detach().requires_grad_()
         with torch.enable_grad():
             value = self(point)
-            if not value.requires_grad:
-                raise ValueError(
-                    "The loss has no gradient with respect to the learned parameters; "
-                    "check_gradients shows where the graph breaks."
-                )
-            (gradient,) = torch.autograd.grad(value, point)
-        return value.item(), gradient
+            return value.item(), torch.autograd.grad(value, point)[0]
 
 
 # -- the optimiser ------------------------------------------------------------------------------
 
 
-def _stepped(setup: TrainingSetup) -> tuple[list[str], dict[str, Any]]:
-    """Names of the parameters that are learned, and the optimiser's settings for them.
+class _Optimizer(NamedTuple):
+    """What the steps of an optimiser depend on."""
 
-    Of several groups the one with the largest step counts.
-    """
+    rate: float
+    momentum: float
+    adaptive: bool  # divides by the gradient's size, as Adam does
+    epsilon: float  # added to that size
+
+    def travel(self, slope: float) -> float:
+        """Length of a step at a slope, with what momentum adds to it."""
+        return (
+            self.rate if self.adaptive else self.rate * slope / (1 - min(self.momentum, 1 - 1e-9))
+        )
+
+
+def _stepped(setup: TrainingSetup) -> tuple[list[str], _Optimizer | None]:
+    """Names of the parameters that are learned, and the group of the optimiser's largest step."""
     learned = {id(p): name for name, p in setup.module.named_parameters() if p.requires_grad}
     groups: Any = [{"params": list(setup.module.parameters())}]
     if setup.optimizer is not None:
@@ -207,15 +200,12 @@ def _stepped(setup: TrainingSetup) -> tuple[list[str], dict[str, Any]]:
         )
     names = [name for key, name in learned.items() if key in held]
     if setup.optimizer is None:
-        return names, {}
+        return names, None
     group = max(held.values(), key=lambda group: float(group["lr"]))
     adaptive = "eps" in group or "etas" in group
-    return names, {
-        "learning_rate": float(group["lr"]),
-        "momentum": 0.0 if adaptive else float(group.get("momentum", 0.0)),
-        "adaptive": adaptive,
-        "epsilon": float(group.get("eps", 0.0)),
-    }
+    momentum = 0.0 if adaptive else float(group.get("momentum", 0.0))
+    epsilon = float(group.get("eps", 0.0))
+    return names, _Optimizer(float(group["lr"]), momentum, adaptive, epsilon)
 
 
 # -- the minimum and its surroundings -----------------------------------------------------------
@@ -292,41 +282,38 @@ def _basin(
 # -- findings -----------------------------------------------------------------------------------
 
 
-def _findings(found: StepLimit) -> Iterator[Finding]:
-    rate, momentum, basin = found.learning_rate, found.momentum, found.basin
-    numbers: dict[str, Any] = {
-        "exponent": found.exponent, "basin": basin, "sharpness": found.sharpness,
-    }  # fmt: skip
-    if rate is not None:
-        numbers |= {"learning_rate": rate, "momentum": momentum}
-    build: Any = partial(finding, **numbers)
-    travel = found.travel(found.slopes[-1] if found.is_cone else found.steepest)
-    if found.is_cone:
-        severity = Severity.WARNING
-        consequence = "Descent with a fixed step cycles around it and never settles"
-        remedy = "import torch\nloss = torch.nn.functional.mse_loss\n"
-        if rate is not None:
-            end = "out of" if travel > basin else "and cycles within"
-            consequence = f"A step of {rate:g} passes it by {travel:.3g}, {end} the basin of "
-            consequence += f"half-width {basin:.3g}"
-            severity = Severity.SEVERE if travel > basin else severity
-            severity = Severity.NOTE if travel < 1e-3 * basin else severity
-            if not found.adaptive and found.squared_sharpness > 0:
-                remedy += SET_RATE.format(rate=1 / found.squared_sharpness)
-        yield build(
-            "cone at the minimum", severity=severity, consequence=consequence, remedy=remedy,
-            slope=found.slopes[-1], travel=travel,
-        )  # fmt: skip
-    if rate is None:
+def _findings(found: StepLimit, optimizer: _Optimizer | None, steepest: float) -> Iterator[Finding]:
+    basin, last, cone = found.basin, found.slopes[-1], "cone at the minimum"
+    build: Any = partial(finding, exponent=found.exponent, basin=basin, sharpness=found.sharpness)
+    remedy = "import torch\nloss = torch.nn.functional.mse_loss\n"
+    if optimizer is None:
+        if found.is_cone:
+            consequence = "Descent with a fixed step cycles around it and never settles"
+            yield build(cone, consequence=consequence, remedy=remedy, slope=last)
         return
 
+    rate, momentum, adaptive, epsilon = optimizer
+    build = partial(build, learning_rate=rate, momentum=momentum)
+    travel = optimizer.travel(last if found.is_cone else steepest)
+    if found.is_cone:
+        severity = Severity.SEVERE if travel > basin else Severity.WARNING
+        severity = Severity.NOTE if travel < 1e-3 * basin else severity
+        end = "out of" if travel > basin else "and cycles within"
+        consequence = f"A step of {rate:g} passes it by {travel:.3g}, {end} the basin of "
+        consequence += f"half-width {basin:.3g}"
+        if not adaptive and found.squared_sharpness > 0:
+            remedy += SET_RATE.format(rate=1 / found.squared_sharpness)
+        yield build(
+            cone, severity=severity, consequence=consequence, remedy=remedy, slope=last,
+            travel=travel,
+        )  # fmt: skip
     settling = 1 / found.sharpness if found.sharpness > 0 else math.inf
     limit = found.momentum_limit(momentum)
     reason = f"the largest with which descent settles at a curvature of {found.sharpness:.3g}"
-    if found.adaptive:
+    if adaptive:
         limit, settling = basin, basin / 20
         reason = "the basin's half-width, and this optimiser's steps all have about that length"
-    is_long = rate > limit and (found.adaptive or not found.is_cone)
+    is_long = rate > limit and (adaptive or not found.is_cone)
     if is_long:
         yield build("step too large", limit=limit, reason=reason, rate=repr(settling))
     alone = travel * (1 - momentum)
@@ -341,13 +328,13 @@ def _findings(found: StepLimit) -> Iterator[Finding]:
             reason="it passes the minimum many times", severity=Severity.WARNING, confidence=0.6,
         )  # fmt: skip
 
-    steepest, crossing = found.steepest, found.travel(found.steepest)
+    crossing = optimizer.travel(steepest)
     n_steps = min(basin, 1.0) / crossing if crossing > 0 else math.inf
-    is_faint = found.adaptive and steepest < 10 * found.epsilon
+    is_faint = adaptive and steepest < 10 * epsilon
     if steepest > 0 and (n_steps > _MANY_STEPS or is_faint):
         reason = f"its gradient is {steepest:.3g} at most, and "
         reason += (
-            f"the optimiser adds an eps of {found.epsilon:g} to its size"
+            f"the optimiser adds an eps of {epsilon:g} to its size"
             if is_faint
             else f"a step of {rate:g} needs {n_steps:.2g} steps to the minimum"
         )

@@ -390,12 +390,11 @@ def _root_of_metric(metric: Tensor, n: int) -> Tensor:
             f"metric must be finite and of shape ({n}, {n}), channels times pixels, got shape "
             f"{tuple(metric.shape)}."
         )
-    size = metric.abs().max()
-    least = torch.linalg.eigvalsh(metric)[0]
+    size, least = metric.abs().max(), torch.linalg.eigvalsh(metric)[0]
     if not ((metric - metric.T).abs().max() <= 1e-6 * size and least >= -1e-6 * size and size > 0):
         raise ValueError(
-            "metric must be symmetric and without negative eigenvalues, such as a covariance or "
-            f"the inverse of one; the least eigenvalue is {least:.3g}."
+            "metric must be symmetric and have no negative eigenvalues, like a covariance; the "
+            f"least eigenvalue is {least:.3g}."
         )
     return root_of(metric)[0]
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from gaborium.fitting.model import GaborModel
 from gaborium.fitting.search import Best, Search
-from gaborium.fitting.solver import Solution, Target, kernels_of
+from gaborium.fitting.solver import Target, kernels_of
 
 LOSSES = ("squared", "huber", "cauchy")
 _TUNING = {"huber": 1.345, "cauchy": 2.385}  # 95 % efficient if the noise is normal
@@ -55,7 +55,9 @@ def reweighted(target: Target, search: Search, loss: str) -> tuple[Best, Tensor,
         else:
             z = best.solution.z
             best = replace(best, solution=search.follow(here, z, everyone, search.tolerance))
-        now = own * _with_offset(model, best.solution)
+        coefficients = best.solution.coefficients
+        kernels = kernels_of(model, best.solution.z, coefficients)
+        now = own * (kernels + coefficients[..., 2:].sum(-1, keepdim=True))  # and the offset
         residual = y - now
         scale = _spread(residual, counted)
         trust = _trust(residual, loss, scale[:, None, None])
@@ -66,11 +68,6 @@ def reweighted(target: Target, search: Search, loss: str) -> tuple[Best, Tensor,
     assert best is not None
     noise = _noise(residual / scale[:, None, None], loss, counted, model) * scale.square()
     return best, noise, torch.where(counted, last, 0.0)
-
-
-def _with_offset(model: GaborModel, solution: Solution) -> Tensor:
-    kernels = kernels_of(model, solution.z, solution.coefficients)
-    return kernels + solution.coefficients[..., 2:3] if model.offset else kernels
 
 
 def _from_neighbours(kernels: Tensor, model: GaborModel) -> tuple[Tensor, Tensor]:

@@ -139,12 +139,8 @@ class Search:
             if steps == 0:
                 break
             for i in _batches(waiting, model, z):
-                found = solve(
-                    *(target.select(owner[i]), model, ends.z[i]),
-                    max_iterations=steps,
-                    tolerance=tolerance,
-                    damping=damping,
-                )
+                problems = target.select(owner[i]), model, ends.z[i]
+                found = solve(*problems, steps, tolerance, damping)
                 used = ends.n_iterations[i] + found.n_iterations
                 ends = ends.scatter(i, found._replace(n_iterations=used))
             # A search that has neither converged nor used its steps is stuck, and would be again.

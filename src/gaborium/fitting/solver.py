@@ -113,7 +113,6 @@ def solve(
     target: Target,
     model: Model,
     start: Tensor,
-    *,
     max_iterations: int,
     tolerance: float,
     damping: float,

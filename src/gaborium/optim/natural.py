@@ -139,7 +139,6 @@ class NaturalGradient(Optimizer):
             "seed": seed,
         }
         self._families: dict[Tensor, KernelFamily] = {}
-        self._estimators: dict[Tensor, QuadraticEstimator] = {}
         groups = layers if isinstance(layers, nn.Module) else list(layers)
         if isinstance(groups, nn.Module) or not (groups and isinstance(groups[0], dict)):
             groups = [{"layers": groups}]
@@ -170,7 +169,7 @@ class NaturalGradient(Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         # Copies and pickles keep their layers.
-        return super().__getstate__() | {"_families": self._families, "_estimators": {}}
+        return super().__getstate__() | {"_families": self._families}
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -235,7 +234,8 @@ class NaturalGradient(Optimizer):
             generator = torch.Generator().manual_seed(group["seed"] * 1_000_003 + step - 1)
             first, second = (part / share for part in _patch_moments(family, inputs, generator))
             covariance = second - first.unsqueeze(-1) * first.unsqueeze(-2)
-            self._estimator(hook.kernel, group).update_covariance(covariance, _PATCH_MOMENTUM)
+            estimator = QuadraticEstimator(state, group["damping"])
+            estimator.update_covariance(covariance, _PATCH_MOMENTUM)
             state.pop("jacobian", None)
 
         # A bias or a normalisation that follows compensates the responses' means.
@@ -276,7 +276,7 @@ class NaturalGradient(Optimizer):
         average: GradientAverage,
     ) -> None:
         """Move all filters with a gradient; some take a global step or are reinitialised."""
-        estimator = self._estimator(family.layer.gradient_hook.kernel, group)
+        estimator = QuadraticEstimator(state, group["damping"])
         z, valid = _undo_global_steps(state, estimator, family.read(), average)
         kernels, momentum = family.kernels(z), group["momentum"]
         loss = estimator.update_gradient(
@@ -341,13 +341,6 @@ class NaturalGradient(Optimizer):
             )
             state["reinitializations"] = n_before + new
         family.write(where(average.valid, moved, family.read()))
-
-    def _estimator(self, parameter: Tensor, group: dict[str, Any]) -> QuadraticEstimator:
-        """The estimator of a layer's loss; a new one if a state has been loaded."""
-        state, known = self.state[parameter], self._estimators.get(parameter)
-        if known is None or known.state is not state or known.damping != group["damping"]:
-            known = self._estimators[parameter] = QuadraticEstimator(state, group["damping"])
-        return known
 
 
 def _undo_global_steps(

@@ -134,13 +134,10 @@ class QuadraticEstimator:
     def __init__(self, state: MutableMapping[str, Any], damping: float) -> None:
         # The state holds the running means, between steps and in checkpoints.
         self.state, self.damping = state, damping
-        self._metric: Metric | None = None
 
     def metric(self) -> Metric:
         """The present estimate of C."""
-        if self._metric is None:
-            self._metric = Metric.damped(self.state["covariance"], self.damping)
-        return self._metric
+        return Metric.damped(self.state["covariance"], self.damping)
 
     def update_covariance(self, covariance: Tensor, momentum: float) -> None:
         """Average in the covariance of one batch's patches, ``(groups, n, n)``."""
@@ -150,7 +147,6 @@ class QuadraticEstimator:
             state["covariance_weight"] = torch.zeros_like(covariance[0, 0, 0])
         share = self._share("covariance_weight", momentum)
         state["covariance"] = state["covariance"].lerp(covariance, share)
-        self._metric = None
         # C⁻¹ only serves to estimate noise, for which an older one is good enough.
         state["n_covariances"] = n = state.get("n_covariances", 0) + 1
         if n % 8 == 0 or n in (1, 2, 4):

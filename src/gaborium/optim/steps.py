@@ -14,6 +14,7 @@ from gaborium.functions.params import Gabor
 from gaborium.optim.kernel_family import KernelFamily
 from gaborium.optim.quadratic import Evaluation, Metric, Quadratic, inner
 
+_N_BEST = 2  # geometries that are refined for each filter
 _MIN_EXPLAINED = 0.6  # of what the present filter explains; below, a candidate is not refined
 _DEAD_SHARE = 1e-3  # of the median length; a shorter filter is dead
 _MIN_CHANGE = 0.02  # of its length by which the loss must ask a filter to change
@@ -89,22 +90,21 @@ def descend(
 
 
 def global_step(
-    family: KernelFamily, loss: Quadratic, z: Tensor, *, n_best: int = 2, n_iterations: int = 10
+    family: KernelFamily, loss: Quadratic, z: Tensor, n_iterations: int = 10
 ) -> tuple[Tensor, Evaluation]:
     """The best Gabor functions anywhere, as far as a grid of geometries finds them.
 
     For every geometry of the grid the best amplitudes and phases are known in closed form. The
-    ``n_best`` geometries are refined by ``descend``. With ``geometry="pair"`` one input channel
-    after the other is searched while the others stay. Returns rows ``(filters, p)``, and the loss
-    there.
+    best geometries are refined by ``descend``. With ``geometry="pair"`` one input channel after the
+    other is searched while the others stay. Returns rows ``(filters, p)``, and the loss there.
     """
     here = loss.at(family.kernels(z))
     n_channels = family.record(z).amplitude.shape[1]
     channels = [slice(c, c + 1) for c in range(n_channels)]
     for part in channels if family.layer.geometry == "pair" else [slice(n_channels)]:
         # The candidates of a filter follow each other, so that groups stay together.
-        start = _candidates(family, loss, z, here, part, n_best)
-        filters = torch.arange(len(z), device=z.device).repeat_interleave(n_best)
+        start = _candidates(family, loss, z, here, part)
+        filters = torch.arange(len(z), device=z.device).repeat_interleave(_N_BEST)
         there = loss.select(filters).at(family.select(filters).kernels(start))
         promising = there.value < _MIN_EXPLAINED * here.value[filters]
         # All groups must keep the same number of filters.
@@ -120,17 +120,17 @@ def global_step(
         start[index] = rows
         value = torch.full_like(there.value, torch.inf)
         value[index] = torch.where(reached.value.isnan(), torch.inf, reached.value)
-        value, best = value.unflatten(0, (-1, n_best)).min(1)
-        best += n_best * filters[::n_best]
+        value, best = value.unflatten(0, (-1, _N_BEST)).min(1)
+        best += _N_BEST * filters[::_N_BEST]
         z = torch.where((value < here.value).unsqueeze(-1), start[best], z)
         here = loss.at(family.kernels(z))
     return z, here
 
 
 def _candidates(
-    family: KernelFamily, loss: Quadratic, z: Tensor, here: Evaluation, part: slice, n_best: int
+    family: KernelFamily, loss: Quadratic, z: Tensor, here: Evaluation, part: slice
 ) -> Tensor:
-    """Rows ``(filters · n_best, p)`` with the best geometries of a grid for some channels."""
+    """Rows ``(filters · _N_BEST, p)`` with the best geometries of a grid for some channels."""
     layer, now = family.layer, family.record(z)
     grid = _grid(layer, now, part)
     linear = loss.linear
@@ -147,12 +147,10 @@ def _candidates(
         shared = grid.batch_shape[1] == 1
         for some in [group] if shared else group.split(1):
             geometry = grid if shared else grid[:, some]
-            found.append(
-                _search(family, covariance, linear[some], now[some], geometry, part, n_best)
-            )
+            found.append(_search(family, covariance, linear[some], now[some], geometry, part))
     chosen, amplitude, phase = (torch.cat(parts) for parts in zip(*found, strict=True))
 
-    filters = filters.repeat_interleave(n_best)
+    filters = filters.repeat_interleave(_N_BEST)
     family = family.select(filters)
     fields = family.record(z[filters]).as_dict()
     for name, value in fields.items():
@@ -222,7 +220,6 @@ def _search(
     now: Gabor,
     geometry: Gabor,
     part: slice,
-    n_best: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The best geometries of some filters, ``(filters, n)``, with their amplitude and phase."""
     learn = family.layer.learn
@@ -253,8 +250,8 @@ def _search(
     weights = torch.cat([amplitude * phase.cos(), amplitude * phase.sin()], -1)
     value = (weights * (0.5 * (weights @ gram) - rhs)).sum(-1)
     value = torch.where(value.isfinite(), value, torch.inf)
-    chosen = value.topk(min(n_best, len(value)), 0, largest=False).indices.T
-    chosen = chosen[:, torch.arange(n_best) % chosen.shape[1]]
+    chosen = value.topk(min(_N_BEST, len(value)), 0, largest=False).indices.T
+    chosen = chosen[:, torch.arange(_N_BEST) % chosen.shape[1]]
     filters = torch.arange(len(chosen)).unsqueeze(-1)
     return chosen, amplitude[chosen, filters], phase[chosen, filters]
 

@@ -37,14 +37,13 @@ def write_report(
     result: Any,
     folder: str | os.PathLike[str],
     *,
-    title: str | None = None,
     facts: Mapping[str, str] | None = None,
     kernels: Tensor | None = None,
 ) -> list[Path]:
     """Write a result as a page, as figures, as JSON, and as a table with a row for each filter.
 
     Convention:
-        - the page refers to nothing outside itself; ``title`` and ``facts`` are shown as text
+        - the page refers to nothing outside itself; ``facts`` are shown as text
         - in ``result.json`` angles are in rad, lengths in px, and numbers that JSON does not have
           are the texts ``inf``, ``-inf`` and ``nan``
         - either all files are written or none
@@ -53,7 +52,6 @@ def write_report(
         result: a ``FitResult``, ``Census``, ``Conversion``, ``Diagnosis``, ``Recovery`` or
             ``TrainResult``.
         folder: an existing folder; files of the same names are replaced.
-        title: of the page; by default it says what kind of result it is.
         facts: how the result was made, by name, such as the file and its checksum.
         kernels: the kernels that were fitted, classified, or converted.
 
@@ -84,7 +82,7 @@ def write_report(
     versions = {name: version(name) for name in ("gaborium", "torch", "matplotlib")}
     versions |= {"python": platform.python_version()}
     shown = facts | {"versions": ", ".join(map(" ".join, versions.items()))}
-    html, figures = render(report._replace(title=title or report.title), shown)
+    html, figures = render(report, shown)
     record = {"format": f"gaborium.{report.kind}", "version": 1, "facts": facts}
     record |= {"versions": versions, "headline": report.headline}
     record["result"] = json.loads(result.to_json())

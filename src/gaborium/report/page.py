@@ -69,7 +69,8 @@ def render(report: Report, facts: Mapping[str, str]) -> tuple[str, dict[str, Any
     figures: dict[str, Any] = {}
 
     def prose(text: str) -> Any:
-        text = re.sub(" (%)| ([×±]) ", _unbroken, str(markup.escape(text)))
+        text = str(markup.escape(text)).replace(" %", "\u00a0%")
+        text = re.sub(" ([×±]) ", "\u00a0\\1\u00a0", text)
         return markup.Markup(re.sub("`([^`]+)`", r"<code>\1</code>", text))
 
     def drawn(name: str, drawing: Drawing) -> Iterator[tuple[str, int, str]]:
@@ -88,10 +89,6 @@ def render(report: Report, facts: Mapping[str, str]) -> tuple[str, dict[str, Any
     template = files("gaborium.report").joinpath("page.html.j2").read_text(encoding="utf-8")
     values = report._asdict() | {"facts": facts, "drawn": drawn}
     return environment.from_string(template).render(values), figures
-
-
-def _unbroken(match: re.Match[str]) -> str:
-    return match[0].replace(" ", "\u00a0")
 
 
 def saved(figure: Any, **options: Any) -> bytes:

@@ -9,25 +9,7 @@ from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import Any
 
-from gaborium.plots import (
-    best_first,
-    evenly,
-    kernel_images,
-    plot_census,
-    plot_conversion,
-    plot_fit,
-    plot_identifiability,
-    plot_kernels,
-    plot_landscape,
-    plot_orientation,
-    plot_parameters,
-    plot_recovery,
-    plot_step_limit,
-    plot_trained_filters,
-    plot_training,
-    strips,
-    truths,
-)
+from gaborium import plots
 from gaborium.report.formatting import counted, degrees, label, listing, number, percent, written
 from gaborium.report.page import Drawing, Report, Section, Table
 
@@ -45,6 +27,11 @@ _V1 = (
     "simple cells (Ringach 2002), directions of 246 cells (De Valois, Yund and Hepler 1982), "
     "frequencies of 139 (De Valois, Albrecht and Thorell 1982). Cells are measured in degrees and "
     "filters in pixels, so only the spread of wavelengths can be compared."
+)
+_PICTURES = (
+    "Kernel, Gabor function and residual have one colour scale, symmetric about zero: blue is "
+    "negative, red is positive; grey is zero in kernels of three channels. Of other numbers of "
+    "channels the one with the most power is drawn, of volumes the middle slice."
 )
 _WAVES = (
     "The angle is the orientation of the wave and the radius its frequency. Each filter is drawn "
@@ -66,9 +53,9 @@ _MEANS = (
     "differences are more certain than accuracies."
 )
 _PLOTS: dict[str, Drawing] = {
-    "Landscape": plot_landscape,
-    "StepLimit": plot_step_limit,
-    "Identifiability": plot_identifiability,
+    "Landscape": plots.plot_landscape,
+    "StepLimit": plots.plot_step_limit,
+    "Identifiability": plots.plot_identifiability,
 }
 
 
@@ -77,7 +64,7 @@ _PLOTS: dict[str, Drawing] = {
 
 def fit_report(result: Any, kernels: Any) -> Report:
     """The Gabor functions nearest to kernels."""
-    order, table = best_first(result), result.to_table()
+    order, table = plots.best_first(result), result.to_table()
     headline = (
         f"{int(result.converged.sum())} of {counted(len(result), 'filter')} converged to a Gabor "
         "function"
@@ -98,7 +85,7 @@ def fit_report(result: Any, kernels: Any) -> Report:
     for row in table:
         name, error = row["parameter"], written(row["parameter"], row["standard_error"], 2)
         rows[row["filter"]][name] = f"{written(name, row['value'])} ± {error}"
-    figures = {"fit": partial(plot_fit, result, kernels)} if order else {}
+    figures = {"fit": partial(plots.plot_fit, result, kernels)} if order else {}
     sections = [Section(figures=figures), *_every_filter(result, kernels, order, rows)]
     title = "Gabor functions nearest to kernels"
     return Report("fit", title, headline + ".", sentences, sections, table)
@@ -118,7 +105,7 @@ def census_report(result: Any, kernels: Any) -> Report:
         pairs = [f"{pair.first} and {pair.second}" for pair in result.pairs if pair.kind == kind]
         more = ", …" if count > 12 else "."
         sentences.append(f"{counted(count, f'{kind} pair')}: {', '.join(pairs[:12])}{more}")
-    sections = [Section(figures={"census": partial(plot_census, result, kernels)})]
+    sections = [Section(figures={"census": partial(plots.plot_census, result, kernels)})]
     v1 = result.compare_with_v1() if gabors else {}
     if v1:
         rows = [{"": name, "layer": layer, "V1": cells} for name, (layer, cells) in v1.items()]
@@ -153,9 +140,9 @@ def conversion_report(result: Any, kernels: Any) -> Report:
             middle, end = values[chosen].median().item(), getattr(values[chosen], worst)().item()
             sentences.append(f"{name}: median {percent(middle)}, worst {percent(end)}.")
     rows = [row | {"now": "Gabor" if row["is_gabor"] else "as before"} for row in table]
-    order = sorted(best_first(result.fit), key=lambda i: not chosen[i])
+    order = sorted(plots.best_first(result.fit), key=lambda i: not chosen[i])
     sections = [
-        Section(figures={"conversion": partial(plot_conversion, result, kernels)}),
+        Section(figures={"conversion": partial(plots.plot_conversion, result, kernels)}),
         *_every_filter(result.fit, kernels, order, rows),
     ]
     title = "Conversion to Gabor functions"
@@ -168,29 +155,24 @@ def _every_filter(
     """Wave vectors, and the table of filters in an order; of many, evenly chosen ones."""
     if not order or kernels is None:
         return []
-    chosen, n_channels = evenly(order, _MOST_ROWS), fit.params.phase.numel() // len(fit)
+    chosen = plots.evenly(order, _MOST_ROWS)
     table = Table.of([rows[i] for i in chosen], _COLUMNS)
-    pictures = strips(fit, kernels, chosen)
+    pictures = plots.strips(fit, kernels, chosen)
     cells = [
         [str(i), picture, *row]
         for i, picture, row in zip(chosen, pictures, table.rows, strict=True)
     ]
     n_words = 2 + sum(name in rows[0] for name in _WORDS)
-    text = (
-        "Kernel, Gabor function and residual have one colour scale, symmetric about zero: "
-        + ("grey is zero." if n_channels == 3 else "blue is negative, red is positive.")
-        + f" {len(chosen)} of {counted(len(rows), 'filter')}, evenly from the first to the last;"
-        " all are in result.csv."
-    )
-    if n_channels not in (1, 3):
-        text += f" Of {n_channels} channels the one with the most power is drawn."
-    if fit.params.n_dims == 3:
-        text += " Of each volume the middle slice is drawn."
-    figures = {"parameters": partial(plot_parameters, fit)}
+    shown = f"{len(chosen)} of {counted(len(rows), 'filter')}, evenly from the first to the last"
+    figures = {"parameters": partial(plots.plot_parameters, fit)}
     head = ["filter", "kernel, fit, residual", *table.head]
     return [
         Section("Wavelengths and orientations", [_WAVES], figures),
-        Section("Every filter", [text], table=Table(head, cells, n_words)),
+        Section(
+            "Every filter",
+            [_PICTURES, f"{shown}; all are in result.csv."],
+            table=Table(head, cells, n_words),
+        ),
     ]
 
 
@@ -210,17 +192,17 @@ def recovery_report(result: Any, _: Any) -> Report:
     columns = ("learning_rate", "momentum", "verdict", "first_arrival", "n_ejections")
     runs = [{name: getattr(run, name) for name in columns} for run in result.descents]
     sections = [
-        Section(figures={"recovery": partial(plot_recovery, result)}),
+        Section(figures={"recovery": partial(plots.plot_recovery, result)}),
         Section("The parameters", [_ERRORS], table=Table.of(result.table(), names, 2)),
         Section(
             "The loss over the orientation",
             _explain(result),
-            {"landscape": partial(plot_landscape, result)},
+            {"landscape": partial(plots.plot_landscape, result)},
         ),
         Section(
             "The descents, step by step",
             [_ARRIVALS],
-            {"orientation": partial(plot_orientation, result)},
+            {"orientation": partial(plots.plot_orientation, result)},
             Table.of(runs, columns, 0) if runs else None,
         ),
     ]
@@ -230,7 +212,7 @@ def recovery_report(result: Any, _: Any) -> Report:
 def _explain(result: Any) -> list[str]:
     """Why descents on the orientation end as they do, from the measured losses."""
     mse, step = result.landscape["mse"][:-1], 2 * math.pi / (len(result.landscape["mse"]) - 1)
-    truth = truths(result)[0]
+    truth = plots.truths(result)[0]
     place = round((truth + math.pi) / step) % len(mse)
     bend = mse[place - 1] + mse[(place + 1) % len(mse)] - 2 * mse[place]
     slope = math.sqrt(max(bend, 0.0) / 2) / step
@@ -299,9 +281,9 @@ def _figures(result: Any, names: Iterable[str]) -> dict[str, Drawing]:
             figures[file] = partial(_PLOTS[kind], part)
         elif kind == "Health":
             layer = result.setup.module.get_submodule(name[len("health of ") :])
-            (kernels,) = kernel_images(layer.weight[None, :32])
+            (kernels,) = plots.kernel_images(layer.weight[None, :32])
             titles = [str(i) for i in range(len(kernels))]
-            figures[file] = partial(plot_kernels, kernels, titles=titles, shared_scale=False)
+            figures[file] = partial(plots.plot_kernels, kernels, titles=titles, shared_scale=False)
     return figures
 
 
@@ -329,9 +311,9 @@ def training_report(result: Any, _: Any) -> Report:
         *("variant", "n_seeds", "accuracy", "accuracy_error", "accuracy_reset"),
         *("accuracy_reset_error", "n_first_parameters", "n_parameters"),
     )
-    figures = {"filters": partial(plot_trained_filters, result)}
+    figures = {"filters": partial(plots.plot_trained_filters, result)}
     sections = [
-        Section(figures={"training": partial(plot_training, result)}),
+        Section(figures={"training": partial(plots.plot_training, result)}),
         Section("Accuracy", [_MEANS], table=Table.of(result.to_table(), names)),
         Section("The filters, before and after", figures=figures),
         Section("The recipe", code=result.recipe.to_toml()),

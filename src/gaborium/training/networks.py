@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gaborium.conversion import replace_first_conv
+from gaborium.conversion import find_first_conv, replace_first_conv
 from gaborium.functions.params import Gabor
 from gaborium.layers import LAYERS, PLAIN_LAYERS, MixedConv
 from gaborium.support import as_sizes, one_of
@@ -117,16 +117,11 @@ def make_network(
         seed=seed,
     )
     if network is None:
-        first = make(
-            in_channels=shape[0],
-            n_filters=recipe.n_filters,
-            kernel_size=recipe.kernel_size,
-            stride=recipe.stride,
-        )
+        sizes = {name: getattr(recipe, name) for name in ("n_filters", "kernel_size", "stride")}
+        first = make(in_channels=shape[0], **sizes)
         return SmallCNN(first, n_classes, image_size=shape[1:], seed=seed), first
     if not isinstance(network, nn.Module):
         return network(variant, seed)
-    made: list[nn.Module] = []
 
     def replacement(conv: Any) -> nn.Module:
         if conv.groups != 1 or set(conv.dilation) != {1} or conv.padding_mode != "zeros":
@@ -134,17 +129,11 @@ def make_network(
                 "The first convolution of network must have groups=1, dilation=1 and "
                 f"padding_mode='zeros', got {conv}."
             )
-        layer = make(
-            in_channels=conv.in_channels,
-            n_filters=conv.out_channels,
-            kernel_size=conv.kernel_size,
-            stride=conv.stride,
-            padding=conv.padding,
-        )
-        made.append(layer)
-        return layer
+        names = ("in_channels", "kernel_size", "stride", "padding")
+        return make(n_filters=conv.out_channels, **{name: getattr(conv, name) for name in names})
 
-    return replace_first_conv(network, replacement), made[0]
+    changed = replace_first_conv(network, replacement)
+    return changed, find_first_conv(changed)[1]
 
 
 class SmallCNN(nn.Module):
