@@ -161,7 +161,9 @@ def landscape(
     varied = _varied(setup.module, filter, names)
     grid = _grid(varied.fields, span or {}, n)
     power = setup.power()
-    exact = varied.squared_error(setup) if power else None
+    exact = None
+    if power and isinstance(varied, _GaborFields):
+        exact = varied.squared_error(setup)
 
     @torch.no_grad()
     def evaluate(points: Tensor) -> Tensor:
@@ -170,7 +172,10 @@ def landscape(
         if exact is not None:
             score = exact(values)
         else:
-            losses = [setup.run_with(varied.tensors(one)).loss.flatten()[0] for one in values]
+            losses = []
+            for point in values:
+                varied.move(point)
+                losses.append(setup.run_with({}).loss.flatten()[0])
             score = torch.stack(losses).double()
             score = score.square() if power == 1 else score
         return score.cpu().nan_to_num(math.inf, posinf=math.inf)
@@ -222,7 +227,9 @@ def landscape(
     )
     # The range of the loss within a fifth of the way to the best minimum.
     change = (near.max() - near.min()).item() if len(near) else math.inf
-    remedy = varied.remedy(found.best.position, exact=found.exact)
+    module: Any = setup.module
+    remedy = recover_code(module) if exact is not None else None
+    remedy = remedy or varied.remedy(found.best.position)
     return replace(found, findings=by_severity(_findings(found, change, remedy)))
 
 
@@ -307,39 +314,33 @@ class _Parameters:
     predicted_half_width: float | None = None
 
     def __init__(self, module: nn.Module, names: tuple[str, ...]) -> None:
-        self.parameters = dict(module.named_parameters())
-        self.places: list[tuple[str, tuple[int, ...]]] = []
+        parameters = dict(module.named_parameters())
+        self.places: list[tuple[str, Tensor, tuple[int, ...]]] = []
         self.fields: list[_Field] = []
         for field in names:
             name, _, numbers = field.rstrip("]").partition("[")
             try:
                 index = tuple(map(int, numbers.split(","))) if numbers else ()
-                present = self.parameters[name].detach()[index].item()
+                present = parameters[name].detach()[index].item()
             except (KeyError, IndexError, ValueError, RuntimeError):
-                shapes = {n: tuple(p.shape) for n, p in list(self.parameters.items())[:12]}
+                shapes = {n: tuple(p.shape) for n, p in list(parameters.items())[:12]}
                 raise ValueError(
                     f"{field!r} is no field of a Gabor layer and no single number of the module's "
                     f"parameters, such as 'theta[0]'; their shapes are {shapes}."
                 ) from None
-            self.places.append((name, index))
+            self.places.append((name, parameters[name].data, index))
             self.fields.append(_Field(field, present))
 
-    def tensors(self, point: Tensor) -> dict[str, Tensor]:
-        """The changed parameters, by name, at values of the fields."""
-        changed: dict[str, Tensor] = {}
-        for value, (name, index) in zip(point, self.places, strict=True):
-            changed.setdefault(name, self.parameters[name].detach().clone())[index] = value
-        return changed
+    def move(self, point: Tensor) -> None:
+        """Give the fields other values."""
+        for value, (_, parameter, index) in zip(point, self.places, strict=True):
+            parameter[index] = value
 
-    def squared_error(self, setup: TrainingSetup) -> _Function | None:  # noqa: ARG002
-        """There is no short way."""
-        return None
-
-    def remedy(self, position: tuple[float, ...], *, exact: bool) -> str:  # noqa: ARG002
+    def remedy(self, position: tuple[float, ...]) -> str:
         """Code that sets the fields."""
         return "".join(
             f"module.get_parameter({name!r}).data[{index}] = {value!r}\n"
-            for value, (name, index) in zip(position, self.places, strict=True)
+            for value, (name, _, index) in zip(position, self.places, strict=True)
         )
 
 
@@ -367,13 +368,10 @@ class _GaborFields:
         if "orientation" in names and self.record is Gabor2d:
             self.predicted_half_width = orientation_basin(params[index])[0].item()
 
-    def tensors(self, point: Tensor) -> dict[str, Tensor]:
-        """The layer's tensors, by name in the module, at values of the fields."""
-        changed, prefix = {}, self.layer_name and self.layer_name + "."
+    def move(self, point: Tensor) -> None:
+        """Give the fields other values."""
         for name, row in self._raw(point[None]).items():
-            changed[prefix + name] = getattr(self.layer, name).detach().clone()
-            changed[prefix + name][self.index] = row[0]
-        return changed
+            getattr(self.layer, name).data[self.index] = row[0]
 
     def squared_error(self, setup: TrainingSetup) -> _Function | None:
         """The squared error at values ``(batch, fields)``, where patch statistics give it."""
@@ -409,11 +407,8 @@ class _GaborFields:
         )
         return raw
 
-    def remedy(self, position: tuple[float, ...], *, exact: bool) -> str:
-        """Code that sets the fields, by ``recover`` where it applies."""
-        recovering = recover_code(self.layer) if exact else None
-        if recovering is not None:
-            return recovering
+    def remedy(self, position: tuple[float, ...]) -> str:
+        """Code that sets the fields."""
         code = (
             f"layer = module.get_submodule({self.layer_name!r})\nparams = layer.params.detach()\n"
         )
