@@ -109,30 +109,20 @@ def identifiability(
     units = _units(layer, names)
     kernels = layer.weight.detach().double().flatten(1).cpu()
     deviation = _deviation(layer, inputs, noise, targets)
-    rows = []
+    rows, shares = [], []
     for index, kernel in enumerate(kernels):
         if index % (layer.n_filters // layer.groups) == 0:  # a new group of channels
             inside = padded = filter_statistics(layer, index, inputs)
             if layer.padding_mode == "zeros":
                 inside = filter_statistics(layer, index, inputs, padded=False)
-        row = _judge(layer, kernel, slopes[index], units[index], padded)
-        row["border_power"] = _border_power(layer, index, padded, inside)
-        rows.append(row)
-    found = {key: torch.stack([row[key] for row in rows]) for key in rows[0]}
-    result = Identifiability(
-        names=names,
-        information=found["information"] / deviation.clamp_min(1e-30)[:, None, None].square(),
-        bounds=found["bounds"] * deviation[:, None],
-        correlation=found["correlation"],
-        condition=found["condition"],
-        white_bounds=found["white_bounds"] * deviation[:, None],
-        white_condition=found["white_condition"],
-        noise=deviation,
-        findings=[],
-    )
-    area = 1 - inside.count / padded.count
-    findings = _findings(result, layer, inputs, area, found)
-    return replace(result, findings=by_severity(findings))
+        rows.append(_judge(layer, kernel, slopes[index], units[index], padded, deviation[index]))
+        power = (kernel @ padded.second_moment @ kernel).clamp_min(1e-300)
+        mean_share = ((padded.mean @ kernel).square() / power).item()
+        shares.append((_border_power(layer, index, padded, inside), mean_share))
+    columns = {key: torch.stack([row[key] for row in rows]) for key in rows[0]}
+    found = Identifiability(names=names, noise=deviation, findings=[], **columns)
+    findings = _findings(found, layer, inputs, 1 - inside.count / padded.count, shares)
+    return replace(found, findings=by_severity(findings))
 
 
 def _check(layer: GaborLayer, inputs: Tensor) -> None:
@@ -218,9 +208,14 @@ def _units(layer: GaborLayer, names: tuple[str, ...]) -> Tensor:
 
 
 def _judge(
-    layer: GaborLayer, kernel: Tensor, J: Tensor, unit: Tensor, patches: PatchStatistics
+    layer: GaborLayer,
+    kernel: Tensor,
+    J: Tensor,
+    unit: Tensor,
+    patches: PatchStatistics,
+    noise: Tensor,
 ) -> dict[str, Tensor]:
-    """Information about one filter, for noise of standard deviation 1."""
+    """Information about one filter."""
     # A learned bias absorbs the mean, which then carries no information.
     C = patches.covariance if layer.bias is not None else patches.second_moment
     scaled = J * unit[:, None]
@@ -229,15 +224,14 @@ def _judge(
     power = C.diagonal().mean()
     white, white_condition = _inverse(power * scaled @ scaled.T, power * kernel.square().sum())
     deviation = covariance.diagonal().sqrt()
-    total = kernel @ patches.second_moment @ kernel
+    root = math.sqrt(patches.count)
     return {
-        "information": J @ C @ J.T * patches.count,
-        "bounds": deviation * unit / math.sqrt(patches.count),
+        "information": J @ C @ J.T * patches.count / noise.clamp_min(1e-30).square(),
+        "bounds": deviation * unit / root * noise,
         "correlation": covariance / deviation.outer(deviation),
         "condition": condition,
-        "white_bounds": white.diagonal().sqrt() * unit / math.sqrt(patches.count),
+        "white_bounds": white.diagonal().sqrt() * unit / root * noise,
         "white_condition": white_condition,
-        "mean_share": (patches.mean @ kernel).square() / total.clamp_min(1e-300),
     }
 
 
@@ -255,7 +249,7 @@ def _inverse(information: Tensor, power: Tensor) -> tuple[Tensor, Tensor]:
 
 def _border_power(
     layer: GaborLayer, index: int, padded: PatchStatistics, inside: PatchStatistics
-) -> Tensor:
+) -> float:
     """The border's largest share of the responses' power, over all orientations of the filter.
 
     At its present orientation the filter may not see the edge that the padding makes.
@@ -271,7 +265,7 @@ def _border_power(
         ((kernels @ patches.second_moment) * kernels).sum(1) * patches.count
         for patches in (padded, inside)
     )
-    return (1 - rest / whole.clamp_min(1e-300)).clamp(0, 1).max()
+    return (1 - rest / whole.clamp_min(1e-300)).clamp(0, 1).max().item()
 
 
 # -- findings -----------------------------------------------------------------------------------
@@ -282,12 +276,12 @@ def _findings(
     layer: GaborLayer,
     inputs: Tensor,
     border_area: float,
-    shares: dict[str, Tensor],
+    shares: list[tuple[float, float]],
 ) -> Iterator[Finding]:
     rms = inputs.detach().double().square().mean().sqrt().item()
     if rms > _BRIGHT:
         yield finding("image scale", input_rms=rms)
-    for index in range(len(found.bounds)):
+    for index, (power, mean) in enumerate(shares):
         about: Any = partial(finding, location=(index,), filter=str(index))
         lost = found.not_identifiable(index)
         if lost:
@@ -300,7 +294,6 @@ def _findings(
             code = recover_code(layer) or ""
             numbers = {"condition": condition, "white_condition": white}
             yield about("ill-conditioned input", remedy=code, **numbers)
-        power, mean = (shares[name][index].item() for name in ("border_power", "mean_share"))
         if power > border_area + _BORDER:
             numbers = {"border_power": power, "border_area": border_area}
             yield about("zero padding", remedy=_cutting_code(layer), **numbers)

@@ -136,6 +136,7 @@ def landscape(
         n_points: for each field; by default 360 for one field, 100 for each of two.
 
     Raises:
+        IndexError: there is no such filter.
         ValueError: a field is unknown, a span is missing or empty, or the loss is not a finite
             scalar that is the same twice.
 
@@ -348,10 +349,6 @@ class _GaborFields:
     """One or two fields of one filter of a Gabor layer."""
 
     def __init__(self, layer_name: str, layer: Any, index: int, names: Sequence[str]) -> None:
-        if not 0 <= index < layer.n_filters:
-            raise ValueError(
-                f"filter must be from 0 to {layer.n_filters - 1} in this layer, got {index}."
-            )
         self.layer_name, self.layer, self.index = layer_name, layer, index
         params = layer.params.detach().to(torch.float64)
         self.record = type(params)

@@ -90,8 +90,9 @@ def step_limit(setup: TrainingSetup) -> StepLimit:
             momentum of its optimizer are judged, and only the optimizer's parameters vary.
 
     Raises:
-        ValueError: the targets have another shape; the loss is not a finite scalar, not the same
-            twice or has no gradient; or no parameter is learned.
+        ValueError: the targets have another shape; the loss is not a finite scalar that is the same
+            twice; or no parameter is learned.
+        RuntimeError: the loss has no gradient.
 
     Example:
         >>> layer, inputs = torch.nn.Linear(2, 1), torch.randn(50, 2)
@@ -164,13 +165,7 @@ class _Objective:
         point = point.detach().requires_grad_()
         with torch.enable_grad():
             value = self(point)
-            if not value.requires_grad:
-                raise ValueError(
-                    "The loss has no gradient with respect to the learned parameters; "
-                    "check_gradients shows where the graph breaks."
-                )
-            (gradient,) = torch.autograd.grad(value, point)
-        return value.item(), gradient
+            return value.item(), torch.autograd.grad(value, point)[0]
 
 
 # -- the optimiser ------------------------------------------------------------------------------
