@@ -156,4 +156,5 @@ def test_bad_input_is_told_in_one_line_and_nothing_is_written(weights, capsys, t
     torch.save({"weight": torch.ones(5)}, "linear.pt")
     assert run(*tokens) == 2
     assert told in commands.one_line(capsys)
-    assert not list(Path().glob("runs/*"))
+    assert not Path("runs").exists()
+    assert not Path("pwned").exists()

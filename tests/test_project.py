@@ -164,10 +164,11 @@ def test_a_room_keeps_its_budget_of_lines(room, budget):
 
 
 def test_the_house_keeps_its_budget_of_lines():
-    assert sum(map(n_lines, sources())) <= 19_000
-    assert sum(map(n_code_lines, sources())) <= 12_300
+    assert sum(map(n_lines, sources())) <= 17_250
+    assert sum(map(n_code_lines, sources())) <= 11_200
     long = {path.name: n_lines(path) for path in sources() if n_lines(path) > 700}
-    assert long.keys() <= {"cli.py", "plots.py"}
+    assert long.keys() <= {"plots.py"}
+    assert all(n <= 875 for n in long.values())
 
 
 def test_the_floor_plan_names_every_room():
@@ -185,7 +186,7 @@ def test_few_arrows_lead_from_room_to_room():
             ends = tuple((name + ".").split(".")[1] for name in (module, imported))
             if ends[0] != ends[1] and "" not in ends:
                 arrows.add(ends)
-    assert len(arrows) <= 68, sorted(arrows)
+    assert len(arrows) <= 60, sorted(arrows)
 
 
 def test_modules_import_only_from_floors_below():

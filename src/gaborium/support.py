@@ -157,6 +157,7 @@ def new_folder(path: str | os.PathLike[str], *, overwrite: bool) -> Iterator[Pat
     target = Path(os.path.realpath(path))  # a link to a run stays a link
     _check_free(target, overwrite=overwrite)
     temporary, old = _temporary(target), _temporary(target)
+    missing = [parent for parent in target.parents if not parent.exists()]
     try:
         temporary.mkdir(parents=True)
     except OSError as error:
@@ -175,6 +176,9 @@ def new_folder(path: str | os.PathLike[str], *, overwrite: bool) -> Iterator[Pat
         if finished and isinstance(error, OSError):  # a name is no reason to lose hours of work
             raise type(error)(f"{error} The finished work is in {str(temporary)!r}.") from None
         shutil.rmtree(temporary, ignore_errors=True)
+        with suppress(OSError):
+            for parent in missing:
+                parent.rmdir()
         raise
     shutil.rmtree(old, ignore_errors=True)
 
