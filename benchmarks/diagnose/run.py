@@ -33,7 +33,6 @@ from faults import Draw, built, draw
 from setups import learns
 
 from gaborium.diagnostics import diagnose
-from gaborium.report import headline
 
 SEALED = 1_000_000  # seeds of the sealed third begin here
 REASSURING = ("nothing was found", "no fault was found")
@@ -126,7 +125,7 @@ def _examined(case: Draw) -> dict[str, Any]:
     else:
         seconds = time.process_time() - began
         found = [one.cause for one in result.findings]
-        severe, words = len(result.severe), headline(result)
+        severe, words = len(result.severe), result.headline
         if case.faults and any(one.remedy for one in result.findings):
             mended = learns(result.with_remedy())
     named = [any(cause in found[:3] for cause in causes) for causes in case.causes]

@@ -143,11 +143,65 @@ _SLOWER, _FASTER = _SCALE_RATE.format(factor=0.1), _SCALE_RATE.format(factor=10)
 # A cause comes before its consequences: a lost gradient before a bad start, images that are too
 # bright before the step that is then too long.
 _TABLE = {
+    "altered gradient": _Row(
+        _SEVERE,
+        "A hook changes the gradient of {names}.",
+        "for parameter in module.parameters():\n    parameter._backward_hooks = None\n",
+    ),
     "no gradient": _Row(_SEVERE, "{names} gets no gradient: {reason}."),
     "nan gradient": _Row(_SEVERE, "The gradient of {names} is NaN or infinite: {reason}."),
     "stale cache": _Row(_SEVERE, "The output does not follow {names}{reason}: a kernel is kept."),
     "wrong gradient": _Row(
         _SEVERE, "The gradient of {names} is not the derivative of the loss: {reason}."
+    ),
+    "constant data": _Row(_SEVERE, "The {names} are constant, so there is nothing to learn."),
+    "negated loss": _Row(
+        _SEVERE,
+        "The loss is {perfect_loss:.3g} for perfect outputs, more than {present_loss:.3g} for the "
+        "present ones, so its descent leads away from the targets.",
+        "negated = loss\nloss = lambda output, target: -negated(output, target)\n",
+    ),
+    "loss ignores the targets": _Row(
+        _SEVERE, "The loss is the same for other targets, so it does not depend on them."
+    ),
+    "double softmax": _Row(
+        _SEVERE,
+        "Cross entropy gets probabilities, but it takes a softmax itself: gradients are small.",
+        "import torch\nloss = torch.nn.functional.cross_entropy\n",
+    ),
+    "dead units": _Row(
+        _SEVERE,
+        "A ReLU is zero for all inputs, so no gradient passes it: {where}.",
+        "import torch\n"
+        "with torch.no_grad():\n"
+        "    for parameter in module.parameters():\n"
+        "        if parameter.ndim < 2 and parameter.abs().max() > {limit}:\n"
+        "            parameter.zero_()\n",
+    ),
+    "weight decay": _Row(
+        _SEVERE,
+        "A weight decay of {weight_decay:g} pulls the parameters away from the targets.",
+        "for group in optimizer.param_groups:\n    group['weight_decay'] = 0.0\n",
+    ),
+    "shifted targets": _Row(
+        _SEVERE,
+        "The targets fit the outputs better when they are moved by {shift} px.",
+        "targets = targets.roll({shift}, {axes})\n",
+    ),
+    "shuffled targets": _Row(
+        _SEVERE,
+        "The targets fit the outputs of other samples better, as if their order were another.",
+        "targets = targets[{order}]\n",
+    ),
+    "target scale": _Row(
+        _SEVERE,
+        "The targets have another sign or scale than the outputs: the factor is {factor:.3g}.",
+        "targets = {factor} * targets\n",
+    ),
+    "channel order": _Row(
+        _SEVERE,
+        "The channels of the inputs seem to be in another order than for the targets.",
+        "inputs = inputs.flip(1)\n",
     ),
     "frozen": _Row(_NOTE, "{names} does not learn: {reason}.", RENEW_OPTIMIZER, 0.5),
     "does not move": _Row(
@@ -317,5 +371,10 @@ _TABLE = {
 CAUSES = tuple(_TABLE)  # in the order in which a diagnosis lists them
 # Faults of the code, which are severe even if the rest of the parameters learns.
 BUGS = ("no gradient", "nan gradient", "stale cache", "wrong gradient", "off-centre grid")
+# A trial of the remedy must confirm these.
+GUESSES = (
+    *("weight decay", "altered gradient", "channel order", "target scale", "shifted targets"),
+    "shuffled targets",
+)
 # These concern other starts and other inputs rather than the present ones.
 OF_OTHER_STARTS = ("spurious minima", "ill-conditioned input", "trade-off")

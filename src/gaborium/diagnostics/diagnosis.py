@@ -15,7 +15,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gaborium.diagnostics.causes import BUGS, CAUSES, OF_OTHER_STARTS, Finding, Severity, finding
+from gaborium.diagnostics.causes import (
+    BUGS,
+    CAUSES,
+    GUESSES,
+    OF_OTHER_STARTS,
+    Finding,
+    Severity,
+    finding,
+)
 from gaborium.diagnostics.filters import health
 from gaborium.diagnostics.gradients import check_gradients
 from gaborium.diagnostics.identifiability import identifiability
@@ -28,6 +36,7 @@ from gaborium.diagnostics.sandbox import (
     is_response,
 )
 from gaborium.diagnostics.step_size import step_limit
+from gaborium.diagnostics.surroundings import check_surroundings, guesses
 from gaborium.diagnostics.unit_checks import is_gabor_like
 from gaborium.fitting import fit, recover
 from gaborium.functions.params import plain
@@ -250,7 +259,10 @@ class _Examination:
         self.losses, self.after = self._train(trial)
         result = Diagnosis([], self.parts, skipped, self.losses, (before, self.after), self.setup)
         self.learns = result.learns
+        if not self.learns:
+            self.found += guesses(self.setup, trial)
         judged = [self._judged(found) for found in self._merged()]
+        judged = [(one, helps) for one, helps in judged if helps or one.cause not in GUESSES]
 
         def place(pair: tuple[Finding, bool]) -> tuple[Any, ...]:
             found, helps = pair  # remedies that help come first
@@ -269,6 +281,7 @@ class _Examination:
         inputs, targets = self.setup.inputs, self.setup.targets
         yield "gradients", partial(check_gradients, self.setup)
         is_broken = any(f.cause in BUGS and f.severity is Severity.SEVERE for f in self.found)
+        yield "data and loss", partial(check_surroundings, self.setup)
         yield "kernels of foreign layers", self._foreign
         for name, layer in self.layers.items():
             yield f"health{_of(name)}", partial(health, layer, name=name)

@@ -55,8 +55,10 @@ def copied_together(
         for key, value in vars(optimizer).items():
             if key not in vars(other) and not callable(value):
                 setattr(other, key, copy.deepcopy(value, memo))
-    for parameter in twin.parameters():
+    for parameter, own in zip(twin.parameters(), module.parameters(), strict=True):
         parameter.grad = None
+        for hook in (own._backward_hooks or {}).values():  # a deep copy has none
+            parameter.register_hook(hook)
     return twin, other
 
 
@@ -316,6 +318,8 @@ class Trace(TorchFunctionMode):
         self.breaks: list[str] = []  # such as "`.item()` (file.py, line 12: code)"
         self.convolutions: list[dict[str, Any]] = []  # arguments, and the output
         self.zero_roots: list[str] = []  # lines
+        self.dead_units: list[str] = []  # lines of ReLUs that are zero everywhere
+        self.probabilities = False  # given to a cross entropy, which takes a softmax itself
         self._detached: list[Any] = []  # results of .data and .detach(), which share storage
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -333,6 +337,11 @@ class Trace(TorchFunctionMode):
             one.requires_grad and bool((one == 0).any()) for one in floats
         ):
             self.zero_roots.append(_line())
+        if last in ("relu", "relu_") and not any(bool(one.any()) for one in floats):
+            self.dead_units.append(_line())
+        if last == "cross_entropy" and args[0].ndim > 1:
+            rows = args[0].detach()
+            self.probabilities |= bool((rows >= 0).all() & ((rows.sum(1) - 1).abs() < 1e-3).all())
         is_write = name.endswith("data.__set__") or (
             last in ("__setitem__", "copy_") and any(args[0] is one for one in self._detached)
         )
