@@ -472,9 +472,20 @@ class _Examination:
             if all(found.remedy != other.remedy for other in chosen):
                 trial = self._trial([*chosen, found])
                 chosen += [found] if trial else []
-                if trial.get("explained_with_remedy", 0.0) > _LEARNT:
-                    return tuple(chosen)
+                if self._is_enough(trial):
+                    return self._needed(chosen)
         return ()
+
+    def _needed(self, chosen: list[Finding]) -> tuple[Finding, ...]:
+        """The remedies of a sufficient combination without which it is not."""
+        for one in chosen[:-1]:
+            others = [found for found in chosen if found is not one]
+            if self._is_enough(self._trial(others)):
+                chosen = others
+        return tuple(chosen)
+
+    def _is_enough(self, trial: Mapping[str, float]) -> bool:
+        return trial.get("explained_with_remedy", 0.0) > _LEARNT
 
     def _with_step(self, findings: list[Finding]) -> tuple[Finding, ...]:
         """The best remedy and one of the step, which is judged where that remedy leads.
@@ -490,7 +501,7 @@ class _Examination:
             return ()
         for step in steps:
             trial = self._trial([first, step]) if step.remedy else {}
-            if trial.get("explained_with_remedy", 0.0) > _LEARNT:
+            if self._is_enough(trial):
                 return first, replace(step, severity=Severity.SEVERE, numbers=step.numbers | trial)
         return ()
 
