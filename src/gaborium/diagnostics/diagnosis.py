@@ -238,6 +238,7 @@ class _Examination:
         self.alone: Any = self.layers.get("")
         self.parts: dict[str, Any] = {}
         self.found: list[Finding] = []
+        self.trials: dict[str, dict[str, float]] = {}  # by code
 
     def result(self) -> Diagnosis:
         skipped = {}
@@ -442,10 +443,15 @@ class _Examination:
 
     def _trial(self, findings: Sequence[Finding]) -> dict[str, float]:
         """How far learning gets with remedies; nothing if their code cannot be run."""
-        self.report(f"remedy of {findings[-1].cause}")
+        code = "\n".join(one.remedy for one in findings)
+        if code not in self.trials:  # several findings may have the same remedy
+            self.report(f"remedy of {findings[-1].cause}")
+            self.trials[code] = self._trial_of(code)
+        return self.trials[code]
+
+    def _trial_of(self, code: str) -> dict[str, float]:
         try:
-            setup = self.setup.with_remedy("\n".join(one.remedy for one in findings))
-            losses, explained = self._train(setup)
+            losses, explained = self._train(self.setup.with_remedy(code))
         except Exception:  # a remedy may not fit somebody else's module, or another remedy
             return {}
         if math.isnan(explained):
