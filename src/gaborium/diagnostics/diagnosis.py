@@ -267,7 +267,10 @@ class _Examination:
 
         def place(pair: tuple[Finding, bool]) -> tuple[Any, ...]:
             found, helps = pair  # remedies that help come first
-            return found.severity.rank, not helps, CAUSES.index(found.cause), -found.confidence
+            # A guess that helps without being enough may only resemble the fault.
+            is_vague = found.cause in GUESSES and not self._is_enough(found.numbers)
+            order = CAUSES.index(found.cause), -found.confidence
+            return found.severity.rank, not helps, is_vague, *order
 
         findings = [found for found, _ in sorted(judged, key=place)]
         combined = self._combined(findings) or self._with_step(findings)

@@ -148,7 +148,7 @@ def landscape(
         >>> planted = Gabor2d.of(orientation=0.8, wavelength=5.0, sigma=2.0)
         >>> layer = GaborConv2d(1, 1, 11, bias=False, start=planted)
         >>> image = torch.randn(1, 1, 64, 64)
-        >>> setup = TrainingSetup(layer, nn.functional.mse_loss, image, layer(image).detach())
+        >>> setup = TrainingSetup(layer, torch.nn.functional.mse_loss, image, layer(image).detach())
         >>> layer.params = planted.replace(orientation=-0.6)
         >>> found = landscape(setup, "orientation")
         >>> round(found.best.position[0] % math.pi, 3), found.n_best
