@@ -162,7 +162,7 @@ def _(parts: Parts, _: np.random.Generator) -> None:
 
 # -- optimiser -------------------------------------------------------------------------------------
 
-IDLE = ("vanishing step", "loss scale", "zero learning rate")
+IDLE = ("vanishing step", "loss scale", "does not move")
 
 
 @fault("learning rate of zero", "optimizer", *IDLE, fits=_torch_optimizer)
@@ -427,15 +427,22 @@ class Draw(NamedTuple):
         seed: of the case.
         rate: learning rate of the sound set-up.
         faults: names of what is planted.
-        causes: of each fault, those that name it rightly.
         choices: what the sound set-up is made of.
     """
 
     seed: int
     rate: float
     faults: tuple[str, ...]
-    causes: tuple[tuple[str, ...], ...]
     choices: dict[str, Any]
+
+    @property
+    def causes(self) -> list[tuple[str, ...]]:
+        """Of each fault, the causes that name it rightly."""
+        return [_named(name).causes for name in self.faults]
+
+
+def _named(name: str) -> Fault:
+    return next(one for one in FAULTS if one.name == name)
 
 
 def built(draw: Draw, *, faulty: bool = True) -> TrainingSetup:
@@ -443,7 +450,7 @@ def built(draw: Draw, *, faulty: bool = True) -> TrainingSetup:
     parts = sound_parts(draw.seed, draw.rate)
     rng = np.random.default_rng((draw.seed, 1))
     for name in draw.faults if faulty else ():
-        next(one for one in FAULTS if one.name == name).plant(parts, rng)
+        _named(name).plant(parts, rng)
     return parts.build()
 
 
@@ -459,7 +466,7 @@ def draw(seed: int) -> Draw | None:
     rng = np.random.default_rng((seed, 2))
     n_faults = int(rng.choice([0, 1, 2], p=[0.25, 0.55, 0.2]))
     if not n_faults:
-        return Draw(seed, rate, (), (), parts.choices)
+        return Draw(seed, rate, (), parts.choices)
     for _ in range(6):
         chosen: list[Fault] = []
         for fault in rng.permutation(len(FAULTS)):
@@ -470,13 +477,7 @@ def draw(seed: int) -> Draw | None:
                 and one.group not in {c.group for c in chosen}
             ):
                 chosen.append(one)
-        found = Draw(
-            seed,
-            rate,
-            tuple(c.name for c in chosen),
-            tuple(c.causes for c in chosen),
-            parts.choices,
-        )
+        found = Draw(seed, rate, tuple(one.name for one in chosen), parts.choices)
         try:
             if not learns(built(found)):
                 return found
