@@ -291,11 +291,6 @@ _TABLE = {
     "step too large": _Row(
         _SEVERE, "A step of {learning_rate:g} is above {limit:.3g}, {reason}.", SET_RATE
     ),
-    "cone at the minimum": _Row(
-        _WARNING,
-        "The loss is a cone at its minimum: its slope does not shrink near the minimum, it stays "
-        "{slope:.3g}. {consequence}.",
-    ),
     "antipodal start": _Row(
         _SEVERE,
         "At its start, {field} is {distance} from the best minimum; {farthest} is the largest "
@@ -308,6 +303,11 @@ _TABLE = {
         "From its present value, {field} descends to a minimum with loss {reached_loss:.3g}, not "
         "to the best one with {best_loss:.3g}.",
         confidence=0.9,
+    ),
+    "cone at the minimum": _Row(
+        _WARNING,
+        "The loss is a cone at its minimum: its slope does not shrink near the minimum, it stays "
+        "{slope:.3g}. {consequence}.",
     ),
     "degenerate filters": _Row(
         _WARNING,
