@@ -134,3 +134,34 @@ def test_units_and_probabilities_are_seen(options, expected):
     assert {found.cause for found in check_surroundings(setup)} == expected
     negated = replace(setup, loss=lambda output, target: -F.cross_entropy(output, target))
     assert "negated loss" in {found.cause for found in check_surroundings(negated)}
+
+
+@pytest.mark.parametrize("shape", [(), (6,), (6, 1), (6, 2)])
+def test_responses_of_few_dimensions_are_examined_too(shape):
+    class Constant(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.value = nn.Parameter(torch.zeros(shape))
+
+        def forward(self, image: Tensor) -> Tensor:
+            return self.value + image.mean()
+
+    targets = white(*shape).float() if shape else torch.tensor(0.5)
+    result = diagnosed(TrainingSetup(Constant(), F.mse_loss, white(6, 1, 4, 4).float(), targets))
+    assert result.learns is (shape == ())  # one number is reached; it has no variance to explain
+
+
+def test_a_constant_mask_next_to_the_images_is_no_fault():
+    setup = student()
+    masked = replace(setup, inputs=(setup.inputs, torch.ones(24, 24)))
+    masked = replace(masked, module=Masked(setup.module))
+    assert not list(check_surroundings(masked))
+
+
+class Masked(nn.Module):
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, image: Tensor, mask: Tensor) -> Tensor:
+        return self.layer(image * mask)

@@ -24,7 +24,7 @@ def check_surroundings(setup: TrainingSetup) -> Iterator[Finding]:
     """Faults that show without any training."""
     for name in ("inputs", "targets"):  # constant data would mislead the other checks
         values = tensors_of(getattr(setup, name))
-        if any(one.numel() > 1 and bool((one == one.flatten()[0]).all()) for one in values):
+        if values and all(one.numel() > 1 and bool(one.min() == one.max()) for one in values):
             yield finding("constant data", (name,))
             return
     trace = Trace()
@@ -65,12 +65,10 @@ def guesses(setup: TrainingSetup, trained: TrainingSetup) -> Iterator[Finding]:
         setup: as it is.
         trained: a copy after a trial; what its outputs resemble tells more than at the start.
     """
-    optimizer = setup.optimizer
-    decays = (
-        [group.get("weight_decay", 0.0) for group in optimizer.param_groups] if optimizer else []
-    )
-    if any(decays):
-        yield finding("weight decay", weight_decay=max(decays))
+    groups = setup.optimizer.param_groups if setup.optimizer is not None else []
+    decay = max((group.get("weight_decay", 0.0) for group in groups), default=0.0)
+    if decay:
+        yield finding("weight decay", weight_decay=decay)
     hooked = [name for name, p in setup.module.named_parameters() if p._backward_hooks]
     if hooked:
         yield finding("altered gradient", hooked)
@@ -114,10 +112,10 @@ def _displaced(output: Tensor, targets: Tensor, present: float) -> Iterator[Find
 
 def _shuffled(output: Tensor, targets: Tensor) -> Iterator[Finding]:
     """Targets that resemble the outputs of other samples more than of their own."""
-    n = len(targets)
+    n = targets.shape[0] if targets.ndim else 1
     if not 1 < n <= _MANY_SAMPLES:
         return
-    rows = [value.double().flatten(1) for value in (output, targets)]
+    rows = [value.double().reshape(n, -1) for value in (output, targets)]
     rows = [F.normalize(row - row.mean(1, keepdim=True)) for row in rows]
     likeness = rows[0] @ rows[1].T
     order = likeness.argmax(1).tolist()
